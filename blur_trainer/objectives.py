@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from blur_trainer.forward import answer_logps, forward
 from blur_trainer.losses import (
     answer_mask,
     dpo_loss,
@@ -14,17 +15,11 @@ from blur_trainer.losses import (
     kl_loss,
     nll_loss,
     npo_loss,
-    sequence_logps,
     simnpo_loss,
 )
 from blur_trainer.reference import Reference
 
 Batch = Mapping[str, Any]
-
-
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits `(B, T, V)`. No labels go in (the model would compute a loss of its own), no cache comes out."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
 def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
@@ -33,7 +28,7 @@ def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
         return batch["ref_logps"]
     if reference is None:
         raise ValueError("The batch has no `ref_logps` and there is no reference model to compute them with.")
-    return sequence_logps(reference.logits(batch), batch["labels"])
+    return reference.logps(batch)
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class NLL(Objective):
     """Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set."""
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return nll_loss(sequence_logps(forward(model, batch), batch["labels"]))
+        return nll_loss(answer_logps(model, batch))
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class GradAscent(Objective):
     """Gradient ascent on the token-mean NLL."""
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return grad_ascent_loss(sequence_logps(forward(model, batch), batch["labels"]))
+        return grad_ascent_loss(answer_logps(model, batch))
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ class NPO(Objective):
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         ref_logps = reference_logps(batch, reference)
-        return npo_loss(sequence_logps(forward(model, batch), batch["labels"]), ref_logps, self.beta)
+        return npo_loss(answer_logps(model, batch), ref_logps, self.beta)
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class SimNPO(Objective):
         _positive("SimNPO", "beta", self.beta)
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        logps = sequence_logps(forward(model, batch), batch["labels"])
+        logps = answer_logps(model, batch)
         return simnpo_loss(logps, answer_mask(batch["labels"]).sum(-1), self.beta, self.delta)
 
 
@@ -151,9 +146,9 @@ class DPO(Objective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         refusal = batch["refusal"]
         return dpo_loss(
-            chosen_logps=sequence_logps(forward(model, refusal), refusal["labels"]),
+            chosen_logps=answer_logps(model, refusal),
             chosen_ref_logps=reference_logps(refusal, reference),
-            rejected_logps=sequence_logps(forward(model, batch), batch["labels"]),
+            rejected_logps=answer_logps(model, batch),
             rejected_ref_logps=reference_logps(batch, reference),
             beta=self.beta,
         )

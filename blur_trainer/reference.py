@@ -9,7 +9,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -17,14 +17,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 
+from blur_trainer.forward import answer_logps, forward
+
 REFERENCE_ADAPTER = "reference"
 
 
 class Reference(Protocol):
-    """Answers the reference model's logits for a batch."""
+    """Answers what the reference model says of a batch, without gradient."""
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`{"input_ids", "attention_mask"}` `(B, T)` -> `(B, T, V)`, without gradient."""
+        """`{"input_ids", "attention_mask"}` `(B, T)` -> `(B, T, V)`."""
+
+    def logps(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`{"input_ids", "attention_mask", "labels"}` `(B, T)` -> `log p_ref(answer | prompt)` `(B,)`."""
 
 
 @contextmanager
@@ -38,46 +43,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-@torch.no_grad()
-def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    with evaluating(model):
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-
-
-class FrozenModel:
-    """A second model, never trained."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
-
-    @classmethod
-    def copy_of(cls, model: nn.Module) -> "FrozenModel":
-        return cls(copy.deepcopy(model))
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return _forward(self.model, batch)
-
-
-class OtherAdapter:
-    """The model itself under another adapter, or under none (`adapter=None`): no second set of base weights."""
-
-    def __init__(self, model: PeftModel, adapter: str | None = None):
-        self.model = model
-        self.adapter = adapter
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        with use_adapter(self.model, self.adapter):
-            return _forward(self.model, batch)
-
-
 class CurrentModel:
     """The model as it is now: the reference before the first step, which is when log-probabilities are precomputed."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
+    @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return _forward(self.model, batch)
+        with self._as_reference():
+            return forward(self.model, batch)
+
+    @torch.no_grad()
+    def logps(self, batch: Mapping[str, Tensor]) -> Tensor:
+        with self._as_reference():
+            return answer_logps(self.model, batch)
+
+    def _as_reference(self) -> AbstractContextManager:
+        return evaluating(self.model)
+
+
+class FrozenModel(CurrentModel):
+    """A second model, never trained."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model.eval().requires_grad_(False))
+
+    @classmethod
+    def copy_of(cls, model: nn.Module) -> "FrozenModel":
+        return cls(copy.deepcopy(model))
+
+
+class OtherAdapter(CurrentModel):
+    """The model itself under another adapter, or under none (`adapter=None`): no second set of base weights."""
+
+    def __init__(self, model: PeftModel, adapter: str | None = None):
+        super().__init__(model)
+        self.peft_model = model
+        self.adapter = adapter
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        with use_adapter(self.peft_model, self.adapter), evaluating(self.peft_model):
+            yield
 
 
 @torch.no_grad()

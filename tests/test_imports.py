@@ -21,13 +21,14 @@ ARROWS: dict[str, set[str]] = {
     "metrics": set(),
     "report": set(),
     "model_card": {"report"},  # its table
-    "reference": set(),
+    "forward": {"losses"},
+    "reference": {"forward"},
     "data": set(),
     "models": set(),
-    "objectives": {"losses", "reference"},  # `Reference` is the type of an argument
+    "objectives": {"losses", "forward", "reference"},  # `Reference` is the type of an argument
     "evaluation": {"losses", "data", "metrics"},
     "callbacks": {"evaluation", "report"},
-    "trainers": {"objectives", "reference", "gradients", "models", "data", "callbacks", "model_card"},
+    "trainers": {"objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card"},
 }
 ALIASES = {"figures": "report", "reading": "report", "tables": "report"}
 FREE = {"__init__", "_version"}  # public names and a number

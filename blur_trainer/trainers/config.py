@@ -32,6 +32,8 @@ class UnlearningConfig(TrainingArguments):
         forget_weight, retain_weight: of the rule `sum`, see [`Sum`].
         precompute_ref_logps: compute the reference's log-probabilities of the forget set once, before training, and
             keep no reference model in memory. For objectives that need log-probabilities only (`npo`, `dpo`).
+        fused_lm_head: log-probabilities without the logits of the whole vocabulary, through TRL's fused LM head: same
+            numbers, less memory. `None`: on GPUs where the model suits (on a CPU it is slower). `kl` needs logits.
         max_length: longest example in tokens. `text` is cut into chunks of it, other formats are truncated from the
             right. `None`: the model's context length.
         drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
@@ -65,6 +67,9 @@ class UnlearningConfig(TrainingArguments):
     retain_weight: float = field(default=1.0, metadata={"help": "sum: weight of the retain gradient."})
     precompute_ref_logps: bool = field(
         default=False, metadata={"help": "Compute the reference's log-probabilities once and keep no reference model."}
+    )
+    fused_lm_head: bool | None = field(
+        default=None, metadata={"help": "Log-probabilities without logits. Default: on GPUs, where the model suits."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longest example in tokens."})
     drop_empty: bool = field(

@@ -13,6 +13,7 @@ from transformers import (
 )
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from blur_trainer.forward import choose_head
 from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.objectives import Objective
 from blur_trainer.reference import FrozenModel, Reference, adapter_reference
@@ -99,6 +100,14 @@ def make_reference(
             "without its adapter) or `ref_model`."
         )
     return FrozenModel.copy_of(model)
+
+
+def choose_heads(args: UnlearningConfig, *models: Any) -> None:
+    """Of every model that answers log-probabilities: see `UnlearningConfig.fused_lm_head`."""
+    for model in models:
+        model = model.model if isinstance(model, FrozenModel) else model
+        if isinstance(model, PreTrainedModel | PeftModel):
+            choose_head(model, args.fused_lm_head, args.device)
 
 
 def load_model(

@@ -103,6 +103,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator, args)
+        setup.choose_heads(args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):
             self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
         self._own_ref_model = ref_model
