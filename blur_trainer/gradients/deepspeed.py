@@ -1,0 +1,216 @@
+"""DeepSpeed ZeRO 0 to 3: each process keeps its partition of either gradient; the engine clips and steps.
+
+ZeRO 3 has a documented interface to local gradients. ZeRO 1 and 2 have none: the attributes of DeepSpeed's optimizers
+named below (`averaged_gradients`, `all_grad_tensors`, `single_partition_of_fp32_groups`, ...) are private, which is why
+they are touched in this file only, under a bound on the version, by tests/test_parity.py on every stage.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from packaging.version import Version
+from torch import Tensor, nn
+
+from blur_trainer.gradients.backend import GradientBackend, Gradients
+
+TESTED = (Version("0.19"), Version("0.20"))
+#: settings never run with two gradients, and the values of them that mean "off"
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "zero_optimization.offload_optimizer.device": (None, "none", "cpu"),
+    "zero_optimization.offload_param.device": (None, "none", "cpu"),
+    "zero_optimization.offload_optimizer.super_offload": (None, False),
+    "zero_optimization.zenflow": (None, False),
+    "zero_optimization.zero_hpz_partition_size": (None, 1),
+    "zero_optimization.zero_quantized_weights": (None, False),
+    "zero_optimization.zero_quantized_gradients": (None, False),
+    "zero_optimization.mics_shard_size": (None, -1, 0),
+    "torch_autocast.enabled": (None, False),
+    "compile.deepcompile": (None, False),
+    "hybrid_engine.enabled": (None, False),
+    "tensor_parallel.autotp_size": (None, 0, 1),
+    "managed_gradient_accumulation": (None, True),
+}
+
+
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Raises `NotImplementedError` for a DeepSpeed version or configuration without an exact backend."""
+    installed = Version(version("deepspeed"))
+    if not TESTED[0] <= installed < TESTED[1]:
+        raise NotImplementedError(
+            f"deepspeed {installed} is not supported: its ZeRO optimizers are read through private attributes, tested "
+            f"with {TESTED[0]} up to (not including) {TESTED[1]}. Install `deepspeed>={TESTED[0]},<{TESTED[1]}`."
+        )
+    for key, off in _REFUSED.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in off:
+            raise NotImplementedError(f"DeepSpeed's `{key}: {value}` is not supported: remove it from the config.")
+    if _stage(config) == 0 and _is_on(config, "fp16"):
+        raise NotImplementedError(
+            "ZeRO 0 with fp16 divides gradients by a loss scale that it never applied: use bf16, or ZeRO 1 to 3."
+        )
+
+
+def choose_deepspeed_backend(
+    accelerator: Accelerator, engine: nn.Module, offload_forget_gradient: bool = False
+) -> "DeepSpeedBackend":
+    """By the class of the engine's optimizer, exactly: what subclasses it keeps gradients elsewhere."""
+    optimizer = engine.optimizer
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        kind: type[DeepSpeedBackend] = OffloadedPartitions if optimizer.cpu_offload else Partitions
+    elif type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        kind = Stage3
+    elif type(optimizer) is BF16_Optimizer:
+        kind = BF16Masters
+    elif isinstance(optimizer, torch.optim.Optimizer) and engine.zero_optimization_stage() == 0:
+        kind = DeepSpeedBackend
+    else:
+        raise NotImplementedError(
+            f"DeepSpeed's {type(optimizer).__name__} is not supported: use plain ZeRO 0, 1, 2 or 3."
+        )
+    return kind(accelerator, engine, offload_forget_gradient)
+
+
+class DeepSpeedBackend(GradientBackend):
+    """ZeRO 0, where `.grad` is whole and equal on all ranks; for other stages, what is common to all of them.
+
+    `Accelerator.backward` would step the engine after the first pass: the engine is driven here instead, and steps at
+    the end of `write`, clipping included.
+    """
+
+    def __init__(self, accelerator: Accelerator, engine: Any, offload_forget_gradient: bool = False):
+        super().__init__(accelerator, engine, offload_forget_gradient)
+        self.engine = engine
+        self.optimizer = engine.optimizer
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        self.engine.set_gradient_accumulation_boundary(last)  # before the forward pass, as documented
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def write(self, weights: Tensor) -> None:
+        super().write(weights)
+        self.engine.step()
+        self._empty()  # partitions of a CPU or of ZeRO 3 survive the step
+
+    def discard(self) -> None:
+        super().discard()
+        if self.engine.lr_scheduler is not None:  # one from the DeepSpeed config: it moves on, as Trainer's own does
+            self.engine.lr_scheduler.step()
+
+    @property
+    def skips_overflow(self) -> bool:
+        return bool(self.engine.fp16_enabled())
+
+    def _loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.skips_overflow else 1.0
+
+
+class _Sharded(DeepSpeedBackend):
+    def _reduce(self, products: Tensor) -> Tensor:
+        return self.accelerator.reduce(products.to(self.accelerator.device), "sum").cpu()
+
+
+class Partitions(_Sharded):
+    """ZeRO 1 and 2: the flat partitions of `averaged_gradients`, one list of tensors per parameter group."""
+
+    def _read(self) -> Gradients:
+        self._sizes = [len(self.optimizer.averaged_gradients[i]) for i in self._groups]
+        return [g.clone() for i in self._groups for g in self.optimizer.averaged_gradients[i]]
+
+    def _empty(self) -> None:
+        for i in self._groups:
+            self.optimizer.averaged_gradients[i] = None
+            self.optimizer.all_grad_tensors[i] = None
+        self.optimizer.zero_grad()
+
+    def _put(self, gradients: Gradients) -> None:
+        tensors = iter(gradients)
+        for i, size in zip(self._groups, self._sizes, strict=True):
+            self.optimizer.averaged_gradients[i] = [next(tensors) for _ in range(size)]
+
+    @property
+    def _groups(self) -> range:
+        return range(len(self.optimizer.bit16_groups))
+
+
+class OffloadedPartitions(_Sharded):
+    """ZeRO 1 and 2 with the optimizer on the CPU: its fp32 partitions hold the gradients, in place."""
+
+    def _read(self) -> Gradients:
+        return [partition.grad.clone() for partition in self.optimizer.single_partition_of_fp32_groups]
+
+    def _empty(self) -> None:
+        for partition in self.optimizer.single_partition_of_fp32_groups:
+            partition.grad.zero_()
+        self.optimizer.micro_step_id = -1  # else the next backward adds to the copy that accumulation keeps on the CPU
+        self.optimizer.zero_grad()
+
+    def _put(self, gradients: Gradients) -> None:
+        optimizer = self.optimizer
+        for i, (partition, gradient) in enumerate(
+            zip(optimizer.single_partition_of_fp32_groups, gradients, strict=True)
+        ):
+            partition.grad.copy_(gradient)
+            for parameter in optimizer.params_in_partition[i]:  # clipping uses norms that backward has left behind
+                key = optimizer.get_param_id(parameter)
+                _, _, start, length = optimizer.grad_position[key]
+                optimizer.norm_for_param_grads[key] = partition.grad.view(-1).narrow(0, start, length).norm(2)
+            optimizer.update_offload_overflow_tracker(partition.grad)
+
+
+class Stage3(_Sharded):
+    """ZeRO 3, also with optimizer or parameters on the CPU, through DeepSpeed's documented local gradients."""
+
+    def _read(self) -> Gradients:
+        return [safe_get_local_grad(p).clone() for p in self.parameters]
+
+    def _empty(self) -> None:
+        for parameter in self.parameters:
+            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+        self.optimizer.zero_grad()
+
+    def _put(self, gradients: Gradients) -> None:
+        for index, parameter in enumerate(self.parameters):
+            gradient, gradients[index] = gradients[index], None
+            safe_set_local_grad(parameter, gradient)
+
+
+class BF16Masters(DeepSpeedBackend):
+    """ZeRO 1 in bf16 with fp32 accumulation: every rank has the whole reduced gradient, flat per parameter group."""
+
+    def _read(self) -> Gradients:
+        return [flat.clone() for flat in self.optimizer.fp32_groups_gradients_flat]
+
+    def _empty(self) -> None:
+        self.optimizer.zero_grad()
+
+    def _put(self, gradients: Gradients) -> None:
+        optimizer = self.optimizer
+        for i, (flat, gradient) in enumerate(zip(optimizer.fp32_groups_gradients_flat, gradients, strict=True)):
+            flat.copy_(gradient)
+            optimizer.fp32_groups_has_gradients[i] = [True] * len(optimizer.bf16_groups[i])
+
+
+def _stage(config: dict[str, Any]) -> int:
+    return int((config.get("zero_optimization") or {}).get("stage") or 0)
+
+
+def _is_on(config: dict[str, Any], section: str) -> bool:
+    return (config.get(section) or {}).get("enabled") is True
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
+    """Inside, ZeRO-3 parameters are whole (read only)."""
+    return deepspeed.zero.GatheredParameters(parameters)

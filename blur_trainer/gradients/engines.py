@@ -1,0 +1,78 @@
+"""Which backend serves the running engine, and what is refused by name: a wrong gradient would be silent."""
+
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from blur_trainer.gradients.backend import GradientBackend
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_DATA_PARALLEL = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_HPU,
+}
+_SERVED = "Gradient rules run on one process, DDP, FSDP2 and DeepSpeed ZeRO 0 to 3 (docs/distributed.md)."
+
+
+def check_engine(accelerator: Accelerator, args: "TrainingArguments") -> None:
+    """Raises `NotImplementedError`, by name, where there is no exact backend."""
+    if args.parallelism_config is not None or accelerator.parallelism_config is not None:
+        raise NotImplementedError(f"`parallelism_config` is not supported. {_SERVED}")
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            "torch.nn.DataParallel is not supported: start one process per GPU with `accelerate launch`, or make one "
+            "GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
+        raise NotImplementedError(
+            f"optim={optimizer!r} updates layers during backward, before both gradients are known: use another one."
+        )
+    if accelerator.distributed_type in _DATA_PARALLEL:
+        if args.ddp_static_graph and args.gradient_accumulation_steps > 1:
+            raise NotImplementedError(
+                "`ddp_static_graph=True` with gradient accumulation fails inside DDP: unset `ddp_static_graph`."
+            )
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise NotImplementedError(
+                "FSDP version 1 is not supported, version 2 is: set `fsdp_version: 2` in the file of `accelerate "
+                'launch`, or `fsdp_config={"version": 2, ...}`.'
+            )
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from blur_trainer.gradients.deepspeed import check_deepspeed  # the package is an extra
+
+        check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+    else:
+        raise NotImplementedError(f"{accelerator.distributed_type.value} is not supported. {_SERVED}")
+
+
+def choose_backend(
+    accelerator: Accelerator, model: nn.Module, args: "TrainingArguments", offload_forget_gradient: bool = False
+) -> GradientBackend:
+    """The backend of the running engine, around the prepared (wrapped) model."""
+    check_engine(accelerator, args)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from blur_trainer.gradients.deepspeed import choose_deepspeed_backend
+
+        return choose_deepspeed_backend(accelerator, model, offload_forget_gradient)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from blur_trainer.gradients.fsdp import FSDPBackend
+
+        return FSDPBackend(accelerator, model, offload_forget_gradient)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise NotImplementedError(
+            f"The model's parameters are sharded already (tensor parallelism, or at loading). {_SERVED} Load it whole "
+            "and let FSDP2 or ZeRO-3 shard it."
+        )
+    return GradientBackend(accelerator, model, offload_forget_gradient)

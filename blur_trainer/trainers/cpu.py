@@ -1,0 +1,41 @@
+"""Several CPU processes: accelerate counts them as one, or overlooks their engine, unless there is an accelerator.
+
+With this a launch of DDP, FSDP2 or DeepSpeed can be tried on a machine without a GPU, exactly as it will run on one.
+"""
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import distributed
+from transformers import TrainingArguments
+
+
+def engine_requested(args: TrainingArguments, engine: str) -> bool:
+    """`engine` is `fsdp` or `deepspeed`: by the arguments, or by the file of `accelerate launch`."""
+    launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+    return bool(getattr(args, engine)) or launched
+
+
+def check_cpu_engine(args: TrainingArguments) -> None:
+    if args.use_cpu and engine_requested(args, "deepspeed"):
+        raise ValueError(
+            "`use_cpu=True` makes accelerate overlook DeepSpeed: leave it out. Where there is no accelerator, the CPU is "
+            "used anyway (with DS_ACCELERATOR=cpu in the environment)."
+        )
+
+
+def join_cpu_processes(args: TrainingArguments) -> None:
+    """After `args` has set up its devices: the state that accelerate should have come to."""
+    if torch.accelerator.is_available() or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    state = PartialState()
+    state.num_processes = distributed.get_world_size()
+    state.process_index = distributed.get_rank()
+    state.local_process_index = int(os.environ.get("LOCAL_RANK", 0))
+    state.backend = distributed.get_backend()
+    if engine_requested(args, "fsdp"):
+        state.distributed_type = DistributedType.MULTI_GPU  # the kind that `Accelerator` shards; the device stays a CPU
+    elif state.distributed_type == DistributedType.NO:
+        state.distributed_type = DistributedType.MULTI_CPU

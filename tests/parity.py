@@ -1,0 +1,222 @@
+"""Every engine x feature against the literal single-process training: the cells of tests/test_parity.py.
+
+As a program (under torchrun) it trains the cells that it is given on this machine's processes and writes, per cell, how
+far the weights are from the reference's. benchmarks/parity.py prints the table of all cells.
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import reference
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from models import examples, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PrinterCallback
+
+from blur_trainer.data.pairing import PairedDataset
+from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
+from blur_trainer.objectives import NLL, GradAscent
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+STEPS, WINDOW, LEARNING_RATE = 3, 8, 1e-2
+FORGET, RETAIN = examples(STEPS * WINDOW, seed=5), examples(19, seed=6)
+
+
+def fsdp2(**config: Any) -> dict[str, Any]:
+    layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **layers, **config}}
+
+
+def zero(stage: int, *offload: str, **config: Any) -> dict[str, Any]:
+    optimization: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    optimization |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in offload}
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": optimization | config,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    }
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": fsdp2(),
+    "zero0": zero(0),
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "zero1_offload": zero(1, "optimizer"),
+    "zero2_offload": zero(2, "optimizer"),
+    "zero3_offload": zero(3, "optimizer"),
+    "zero3_offload_all": zero(3, "optimizer", "param"),
+}
+Direction = Callable[[Tensor, Tensor], Tensor]
+RULES: dict[str, tuple[Any, Direction]] = {
+    "blur": (BLUR(gamma=0.5), lambda f, r: reference.blur_direction(f, r, "forget", 0.5, 1.0, False)),
+    "sum": (Sum(1.0, 2.0), lambda f, r: f + 2.0 * r),
+    "clamp": (BLUR(gamma=0.0, clamp=True), lambda f, r: reference.blur_direction(f, r, "forget", 0.0, 1.0, True)),
+    "pcgrad": (PCGrad(), reference.pcgrad_direction),
+    "mgda": (MGDA(), reference.mgda_direction),
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "blur": {},
+    "sum": {"rule": "sum"},
+    "clamp": {"rule": "clamp"},
+    "pcgrad": {"rule": "pcgrad"},
+    "mgda": {"rule": "mgda"},
+    "accumulation": {"rule": "sum", "accumulation": 4},
+    "clipping": {"rule": "sum", "max_grad_norm": 0.3},
+    "checkpointing": {"rule": "sum", "accumulation": 2, "gradient_checkpointing": True},
+    "tied": {"rule": "sum", "tie": True},
+    "frozen": {"rule": "sum", "frozen": True},
+    "lora": {"rule": "sum", "lora": True},
+    "bf16": {"rule": "sum", "bf16": True},
+}
+#: relative error of the update after three AdamW steps; bf16 rounds the gradients to three digits
+TOLERANCE = {"bf16": 5e-2}
+DEFAULT_TOLERANCE = 1e-5
+
+
+def build(features: dict[str, Any]) -> nn.Module:
+    model = tiny_llama(0, tie=features.get("tie", False))
+    if features.get("frozen"):
+        model.model.layers[0].requires_grad_(False)
+        model.model.embed_tokens.requires_grad_(False)
+    if features.get("lora"):
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+def literal(features: dict[str, Any], bf16_weights: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trainable weights before and after, from the slow reference."""
+    pairs = PairedDataset(FORGET, RETAIN, seed=42)
+    items = [pairs[i] for i in range(STEPS * WINDOW)]
+    windows = [
+        {role: [item[role] for item in items[k : k + WINDOW]] for role in ("forget", "retain")}
+        for k in range(0, len(items), WINDOW)
+    ]
+    model = build(features)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    reference.train(
+        model,
+        windows,
+        {"forget": lambda m, rows: -reference.token_mean_nll(m, rows), "retain": reference.token_mean_nll},
+        RULES[features.get("rule", "blur")][1],
+        learning_rates=[LEARNING_RATE] * STEPS,
+        max_grad_norm=features.get("max_grad_norm", 1.0),
+        bf16_weights=bf16_weights,
+    )
+    return start, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(parameter: Tensor, engine: str) -> Tensor:
+    """The fp32 master of a trainable parameter, from all processes' shards."""
+    if engine.startswith("fsdp2"):
+        return parameter.full_tensor().detach().cpu()  # type: ignore[attr-defined]
+    if engine.startswith("zero") and engine != "zero0":
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach().cpu()
+    return parameter.detach().cpu()
+
+
+def forget_engine() -> None:
+    """Back to a process that has not chosen an engine yet; the process group stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            del os.environ[name]
+
+
+def train(engine: str, feature: str, folder: str, **overrides: Any) -> UnlearningTrainer:
+    features = dict(FEATURES[feature])
+    forget_engine()
+    accumulation = features.get("accumulation", 1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": WINDOW // accumulation // processes,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_steps": STEPS,
+        "train_sampling_strategy": "sequential",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
+        **copy.deepcopy(ENGINES[engine]),
+        **overrides,
+    }
+    settings.pop("rule", None)
+    args = UnlearningConfig(f"{folder}/{engine}-{feature}", **settings)
+    rule = RULES[features.get("rule", "blur")][0]
+    trainer = UnlearningTrainer(
+        build(features), args, FORGET, RETAIN, rule=rule, forget_objective=GradAscent(), retain_objective=NLL()
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
+    """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights."""
+    start, want = literal(FEATURES[feature], bf16_weights=feature == "bf16" and engine.startswith("zero"))
+    got = {
+        name.removeprefix("module."): whole(p, engine)
+        for name, p in trainer.model_wrapped.named_parameters()
+        if p.requires_grad
+    }
+    if got.keys() != want.keys():
+        raise AssertionError(f"other parameters: {sorted(got.keys() ^ want.keys())}")
+    distance = sum((got[name].double() - want[name].double()).square().sum() for name in want)
+    moved = sum((want[name].double() - start[name].double()).square().sum() for name in want)
+    if moved < 1e-4:
+        raise AssertionError("the reference did not move: the comparison would prove nothing")
+    return (distance / moved).sqrt().item()
+
+
+def cells(names: str) -> Iterator[tuple[str, str]]:
+    """`zero1:blur,zero1:sum` -> pairs."""
+    for name in names.split(","):
+        engine, feature = name.split(":")
+        yield engine, feature
+
+
+def main(folder: str, names: str) -> None:
+    if "zero" in names:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo instead of minutes of g++
+    datasets.disable_progress_bars()
+    errors = {}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for engine, feature in cells(names):
+        errors[f"{engine}:{feature}"] = error(engine, feature, train(engine, feature, folder))
+        if PartialState().is_main_process:
+            print(f"{engine}:{feature} {errors[f'{engine}:{feature}']:.1e}", flush=True)
+            Path(folder, "errors.json").write_text(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # gloo aborts an exit now and then, after everything is written
