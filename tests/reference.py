@@ -107,15 +107,25 @@ def train(
     *,
     learning_rates: list[float],
     max_grad_norm: float = 1.0,
+    bf16_weights: bool = False,
 ) -> nn.Module:
-    """One AdamW step per window: both gradients flattened into one vector each, combined, clipped, applied."""
+    """One AdamW step per window: both gradients flattened into one vector each, combined, clipped, applied.
+
+    `bf16_weights`: gradients are those at the weights rounded to bf16, the optimizer moves fp32 masters (DeepSpeed's bf16).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     for window, learning_rate in zip(windows, learning_rates, strict=True):
+        masters = [p.detach().clone() for p in model.parameters()]
+        if bf16_weights:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16().to(parameter.dtype)
         flat = {
             role: torch.cat([g.flatten() for g in full_gradient(model, losses[role](model, window[role]))]).double()
             for role in ("forget", "retain")
         }
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            parameter.data = master
         step = direction(flat["forget"], flat["retain"])
         norm = step.norm()
         if max_grad_norm and norm > max_grad_norm:

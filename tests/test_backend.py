@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from blur_trainer.gradients.backend import GradientBackend, check_engine, choose_backend
+from blur_trainer.gradients.backend import GradientBackend
+from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
 
 LOSSES = {"forget": lambda model, x: (model(x) ** 3).sum(), "retain": lambda model, x: model(x).sin().sum()}
