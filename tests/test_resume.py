@@ -250,7 +250,20 @@ def test_two_incomplete_checkpoints_are_passed_over(interrupted):
 
 def test_a_path_is_taken_as_given(interrupted):
     run, folder, final = interrupted
+    for newer in (3, 4):
+        shutil.rmtree(folder / f"checkpoint-{newer}")
     assert _resume(run, folder, final, str(folder / "checkpoint-2")) == 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_newer_checkpoints_are_never_overwritten(interrupted, elsewhere, tmp_path):
+    run, folder, _ = interrupted
+    given = tmp_path / "whole" / "checkpoint-2" if elsewhere else folder / "checkpoint-2"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"overwrite newer checkpoints .*\(checkpoint-3, checkpoint-4\)") as raised:
+        run.start(folder).train(resume_from_checkpoint=str(given))
+    assert "resume_from_checkpoint=True" in str(raised.value) and "\n" not in str(raised.value)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("what", ["nothing", "only broken ones", "no folder"])

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from blur_trainer.gradients.rules import BLUR
 from blur_trainer.model_card import MARKER
 from blur_trainer.objectives import KL, GradAscent
-from blur_trainer.trainers.saving import last_complete_checkpoint, refuse_used_directory, staged
+from blur_trainer.trainers.checkpoints import last_complete_checkpoint
+from blur_trainer.trainers.saving import refuse_used_directory, staged
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)

@@ -1,23 +1,35 @@
 """The output directory: nothing in it is overwritten by accident, nothing is left half-written."""
 
+import errno
+import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sized
+import tempfile
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import get_config_model_id
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.unlearning import UnlearningTrainer
 
+T = TypeVar("T")
+# what torch, safetensors and Python raise when the disk is full
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE_NAME = "trainer_state.json"
 _RUN_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", STATE_NAME)
 _CARD_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+_ENTRIES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+_SHARD = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
 _PACKAGES = ("blur_trainer", "transformers", "torch", "accelerate", "peft")
 
 
@@ -36,37 +48,136 @@ def refuse_used_directory(output_dir: str) -> None:
         )
 
 
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint whose state can be read: it is written last, so an interrupted save is passed over."""
-    candidates = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+def write_durably(path: Path, text: str) -> None:
+    """Whole or not at all, and on disk when this returns."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text)
+    _flush_one(partial)
+    os.replace(partial, path)
+    _flush_one(path.parent)
+
+
+def flush(folder: Path) -> None:
+    """Everything in the folder, and that it is there, survives a power cut from now on."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def agreed(act: Callable[[], T], acts: bool) -> T:
+    """What the first process answers, on every process; what `act` raises on any that `acts`, on all of them."""
+    answer: Any = None
+    error: Exception | None = None
+    if acts:
         try:
-            candidates[int(json.loads((path / STATE_NAME).read_text())["global_step"])] = path
-        except (OSError, ValueError, KeyError, TypeError):  # absent, cut off, or not a state
-            continue
-    if not candidates:
-        raise ValueError(f"No complete checkpoint in output_dir {output_dir!r} to resume from.")
-    return str(candidates[max(candidates)])
+            answer = act()
+        except (OSError, ValueError) as raised:
+            error = raised
+    outcomes = gather_object([(answer, error)])
+    for found in (error, *(other for _, other in outcomes)):
+        if found is not None:
+            raise found
+    return outcomes[0][0]
+
+
+def check_writable(output_dir: str) -> None:
+    """Before training, not at the first save."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(
+            f"output_dir {output_dir!r} cannot be written ({error}). Nothing has been trained or changed. Pass another "
+            "`output_dir`, or make room or give permission there."
+        ) from error
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """An error before the first byte is written, if the disk cannot take `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint takes about {needed:,} bytes and {free:,} are free. Nothing has been overwritten. Make "
+            "room, lower `save_total_limit` (one more than that must fit) or pass another `output_dir`; then continue "
+            "with `resume_from_checkpoint=True`",
+            str(folder),
+        )
+
+
+def failed(folder: Path, error: BaseException) -> OSError:
+    """Of a save that broke off: what is left, and what to do."""
+    return OSError(
+        f"Writing {str(folder)!r} failed ({error}). What was saved before is untouched. If the disk is full or a quota "
+        "is used up, make room; then save again, or continue a training with `resume_from_checkpoint=True`."
+    )
 
 
 @contextmanager
 def staged(output_dir: str, writes: bool) -> Iterator[str]:
-    """A folder to save into, whose files replace those in `output_dir` one by one, each whole, if nothing failed."""
+    """A folder to save into, whose files replace those in `output_dir` if nothing failed.
+
+    A kill at any moment leaves a folder that loads the old or the new weights, provided that both are of one
+    architecture (`config.json` is replaced first): see `_replace`.
+    """
     staging = Path(output_dir) / ".saving"
     if writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
     try:
         yield str(staging)
         if writes and staging.exists():
-            (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty template: we write a card ourselves
-            for path in sorted(staging.rglob("*")):
-                if path.is_file():
-                    target = Path(output_dir) / path.relative_to(staging)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, target)
+            _replace(staging, Path(output_dir))
+    except WRITE_ERRORS as error:
+        raise failed(Path(output_dir), error) from error
     finally:
         if writes:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Moves all files over, last the one through which the weights are found; then drops old weights.
+
+    `from_pretrained` looks for `model.safetensors`, then for the index. New shards get names that no old shard has, so
+    the old index keeps leading to the old ones.
+    """
+    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty template: we write a card ourselves
+    _rename_shards(staging, target)
+    flush(staging)
+    new = {str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()}
+    for name in sorted(new, key=lambda name: (name in _ENTRIES, name)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / name, target / name)
+    _flush_one(target)
+    if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & new:
+        shards = [path.name for path in target.iterdir() if _SHARD.fullmatch(path.name)]
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *shards):  # in this order: what leads there goes first
+            if name not in new:
+                (target / name).unlink(missing_ok=True)
+
+
+def _rename_shards(staging: Path, target: Path) -> None:
+    index = staging / SAFE_WEIGHTS_INDEX_NAME
+    if not index.exists():
+        return
+    content = json.loads(index.read_text())
+    shards = set(content["weight_map"].values())
+    if any((target / name).exists() for name in shards):
+        number = next(v for v in itertools.count(2) if not any(target.glob(f"model-v{v}-*")))
+        renamed = {name: name.replace("model-", f"model-v{number}-", 1) for name in shards}
+        for old, name in renamed.items():
+            os.replace(staging / old, staging / name)
+        content["weight_map"] = {key: renamed[name] for key, name in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def card_info(trainer: "UnlearningTrainer") -> dict[str, Any]:

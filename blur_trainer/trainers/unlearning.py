@@ -1,6 +1,7 @@
 """The one trainer: two passes over the accumulation window, one rule, one optimizer step."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from blur_trainer.objectives import Batch, Objective
 from blur_trainer.reference import FrozenModel
 from blur_trainer.trainers import saving, setup
 from blur_trainer.trainers.benchmarks import Benchmark, BenchmarksMixin
+from blur_trainer.trainers.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, precompute_ref_logps, tokenize_all
 from blur_trainer.trainers.step_log import StepLog
@@ -89,7 +91,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = dict(benchmarks or {})
-        self.interrupt = InterruptCallback()
+        self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
         self.reference = setup.make_reference(model, ref_model, self.objectives, args.precompute_ref_logps)
         super().__init__(
             model=model,
@@ -99,7 +101,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             # Trainer wants a dataset for its schedule; benchmarks bring their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
-            callbacks=[PairingCallback(), self.interrupt, *(callbacks or [])],
+            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
             optimizers=optimizers,
         )
         check_engine(self.accelerator, args)
@@ -198,28 +200,28 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         return str(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`. A used `output_dir` is refused, an interrupted save passed over when resuming."""
-        if str(resume_from_checkpoint).lower() == "true":  # a command line gives the string
-            resume_from_checkpoint = saving.last_complete_checkpoint(self.output_dir)
-        elif not resume_from_checkpoint and self.state.global_step == 0:
-            saving.refuse_used_directory(self.output_dir)
+        """As `Trainer.train`. Nothing in `output_dir` is overwritten; resuming passes over an interrupted save."""
+        given, fresh = resume_from_checkpoint, self.state.global_step == 0
+        start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
         if self.args.precompute_ref_logps:
             self.train_dataset = precompute_ref_logps(self, self._own_ref_model)
             self._own_ref_model = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.checkpoints.guard():
+                return super().train(start, *args, **kwargs)
         finally:
             self.interrupt.restore()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, but each file whole or not at all, and a model card beside the weights."""
-        if _internal_call:  # into a checkpoint folder, which counts only once its state is there
+        """As `Trainer.save_model`, but a kill leaves the old or the new model, and a model card beside the weights."""
+        if _internal_call and output_dir:  # into a checkpoint folder, which counts once its manifest is closed
+            self.checkpoints.begin(Path(output_dir), self.args.should_save)
             return super().save_model(output_dir, _internal_call=True)
         output_dir = output_dir or self.output_dir
         with saving.staged(output_dir, writes=self.args.should_save) as staging:
             super().save_model(staging, _internal_call=True)
         self.create_model_card(output_dir=output_dir)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
