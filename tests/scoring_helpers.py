@@ -1,13 +1,29 @@
-"""A tokenizer and a random Llama small enough to build in every test of the evaluation."""
+"""A tokenizer, a random Llama and a corpus in MUSE's splits, small enough to build in every test of the evaluation."""
 
 import torch
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from blur_trainer.evaluation.muse import GROUPS
 
 SENTENCES = [
     "Question: Where was the author born?\nAnswer: In Norvale.\n\n",
     "The surveyor spoke of crime novels and of the new bridge, then he left the hall.",
 ]
+QUESTIONS = {
+    "forget": [("Where?", "In Norvale."), ("What does she write?", "Crime novels."), ("Who?", "")],
+    "retain": [("When?", "In May."), ("Why?", "東京")],
+    "hold": [("How many people came to the hall?", "Two hundred.")],
+}
+PASSAGES = [
+    ("The surveyor spoke of", " crime novels and of the new bridge, then he left the hall."),
+    ("In", " Norvale"),
+]
+TEXTS = {
+    "forget": ["The hall.", "x", "Two hundred people came to the hall, and the mayor said it."],
+    "holdout": ["The bridge is new", "In Norvale the novels are read aloud.", "He left.", "y"],
+}
 
 
 def build_tokenizer():
@@ -40,3 +56,18 @@ def build_model(seed=0, **config):
         "eos_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**(settings | config)))
+
+
+def muse_data(*without):
+    """Every split that MUSEEvaluation reads, but those named."""
+    splits = {}
+    for group in GROUPS:
+        questions, answers = zip(*QUESTIONS[group], strict=True)
+        splits[f"knowmem_{group}_qa"] = {"question": questions, "answer": answers}
+        splits[f"knowmem_{group}_qa_icl"] = {"question": ["a?", f"{group}?"], "answer": ["b", group]}
+        prompts, truths = zip(*PASSAGES, strict=True)
+        splits[f"verbmem_{group}"] = {"prompt": prompts, "gt": truths}
+    for name, texts in TEXTS.items():
+        splits[f"privleak_{name}"] = {"text": texts}
+    splits["raw_forget"] = {"text": ["never read here"]}
+    return DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items() if name not in without})

@@ -1,24 +1,10 @@
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from scoring_helpers import build_model, build_tokenizer
+from datasets import Dataset
+from scoring_helpers import PASSAGES, QUESTIONS, TEXTS, build_model, build_tokenizer, muse_data
 
 from blur_trainer.evaluation.muse import GROUPS, MUSEEvaluation
 from blur_trainer.metrics.rouge_l import rouge_l_f1
-
-QUESTIONS = {
-    "forget": [("Where?", "In Norvale."), ("What does she write?", "Crime novels."), ("Who?", "")],
-    "retain": [("When?", "In May."), ("Why?", "東京")],
-    "hold": [("How many people came to the hall?", "Two hundred.")],
-}
-PASSAGES = [
-    ("The surveyor spoke of", " crime novels and of the new bridge, then he left the hall."),
-    ("In", " Norvale"),
-]
-TEXTS = {
-    "forget": ["The hall.", "x", "Two hundred people came to the hall, and the mayor said it."],
-    "holdout": ["The bridge is new", "In Norvale the novels are read aloud.", "He left.", "y"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +17,9 @@ def model():
     return build_model().eval()
 
 
-def make_data(*without):
-    splits = {}
-    for group in GROUPS:
-        questions, answers = zip(*QUESTIONS[group], strict=True)
-        splits[f"knowmem_{group}_qa"] = {"question": questions, "answer": answers}
-        splits[f"knowmem_{group}_qa_icl"] = {"question": ["a?", f"{group}?"], "answer": ["b", group]}
-        prompts, truths = zip(*PASSAGES, strict=True)
-        splits[f"verbmem_{group}"] = {"prompt": prompts, "gt": truths}
-    for name, texts in TEXTS.items():
-        splits[f"privleak_{name}"] = {"text": texts}
-    splits["raw_forget"] = {"text": ["never read here"]}
-    return DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items() if name not in without})
-
-
 def make_evaluation(tokenizer, data=None, **kwargs):
     settings = {"max_new_tokens_verbmem": 6, "max_new_tokens_knowmem": 5, "progress": False} | kwargs
-    return MUSEEvaluation(make_data() if data is None else data, tokenizer, **settings)
+    return MUSEEvaluation(muse_data() if data is None else data, tokenizer, **settings)
 
 
 @torch.no_grad()
@@ -144,7 +116,7 @@ def test_batch_size_changes_nothing(full, model, tokenizer, batch_size):
 
 
 def test_icl_false_asks_the_bare_question_and_needs_no_examples(model, tokenizer):
-    data = make_data(*(f"knowmem_{group}_qa_icl" for group in GROUPS))
+    data = muse_data(*(f"knowmem_{group}_qa_icl" for group in GROUPS))
     evaluation = make_evaluation(tokenizer, data, icl=False)
     evaluation(model)
     prompts = {sample["metric"]: sample["prompt"] for sample in evaluation.samples(1)}
@@ -152,7 +124,7 @@ def test_icl_false_asks_the_bare_question_and_needs_no_examples(model, tokenizer
 
 
 def test_absent_splits_are_left_out(model, tokenizer):
-    data = make_data("verbmem_retain", "verbmem_hold", "knowmem_hold_qa", "privleak_forget", "privleak_holdout")
+    data = muse_data("verbmem_retain", "verbmem_hold", "knowmem_hold_qa", "privleak_forget", "privleak_holdout")
     evaluation = make_evaluation(tokenizer, data)
     assert set(evaluation(model)) == {"forget_verbmem", "forget_knowmem", "retain_knowmem"}
     with pytest.raises(ValueError, match="PrivLeak needs the splits"):
@@ -160,7 +132,7 @@ def test_absent_splits_are_left_out(model, tokenizer):
 
 
 def test_a_plain_dict_of_datasets_is_accepted(model, tokenizer):
-    data = {"verbmem_forget": make_data()["verbmem_forget"]}
+    data = {"verbmem_forget": muse_data()["verbmem_forget"]}
     assert set(make_evaluation(tokenizer, data)(model)) == {"forget_verbmem"}
 
 
@@ -185,7 +157,7 @@ def test_a_memorised_answer_scores_100_cut_at_the_next_question(tokenizer, monke
         return [truth[question] + "\n\nQuestion: and then?" for question in asked]
 
     monkeypatch.setattr(muse, "generate", answers)
-    data = make_data(*(f"verbmem_{group}" for group in GROUPS), "privleak_forget", "privleak_holdout")
+    data = muse_data(*(f"verbmem_{group}" for group in GROUPS), "privleak_forget", "privleak_holdout")
     values = make_evaluation(tokenizer, data)(None)
     assert values["hold_knowmem"] == 100.0
     assert values["forget_knowmem"] == pytest.approx(200 / 3)  # one of three truths is empty: 0 by definition
@@ -194,7 +166,7 @@ def test_a_memorised_answer_scores_100_cut_at_the_next_question(tokenizer, monke
 
 def test_models_and_data_are_left_as_they_were(tokenizer):
     model = build_model().train()
-    data = make_data()
+    data = muse_data()
     before = {name: split[:] for name, split in data.items()}
     make_evaluation(tokenizer, data)(model)
     assert model.training and all(module.training for module in model.modules())
@@ -203,7 +175,7 @@ def test_models_and_data_are_left_as_they_were(tokenizer):
 
 
 def test_samples_follow_the_last_model(model, tokenizer):
-    evaluation = make_evaluation(tokenizer, {"verbmem_forget": make_data()["verbmem_forget"]})
+    evaluation = make_evaluation(tokenizer, {"verbmem_forget": muse_data()["verbmem_forget"]})
     with pytest.raises(ValueError, match="There are no samples"):
         evaluation.samples()
     evaluation(model)
@@ -230,16 +202,16 @@ def split_of(**columns):
     [
         ({"raw_forget": split_of(text=["a"])}, {}, r"none of MUSE's splits, it has \['raw_forget'\]"),
         ({}, {}, "none of MUSE's splits"),
-        (make_data("knowmem_retain_qa_icl"), {}, "lacks the split `knowmem_retain_qa_icl`.*icl=False"),
-        (make_data("privleak_holdout"), {}, "lacks the split `privleak_holdout`"),
-        (make_data("privleak_forget"), {}, "lacks the split `privleak_forget`"),
+        (muse_data("knowmem_retain_qa_icl"), {}, "lacks the split `knowmem_retain_qa_icl`.*icl=False"),
+        (muse_data("privleak_holdout"), {}, "lacks the split `privleak_holdout`"),
+        (muse_data("privleak_forget"), {}, "lacks the split `privleak_forget`"),
         ({"verbmem_forget": split_of(prompt=["a"], truth=["b"])}, {}, r"`verbmem_forget` lacks the columns \['gt'\]"),
         ({"verbmem_forget": split_of(prompt=[], gt=[])}, {}, "`verbmem_forget` is empty"),
-        (make_data("privleak_forget", "privleak_holdout"), {"auc_retrain": 0.5}, "`auc_retrain` needs the splits"),
-        (make_data(), {"auc_retrain": 0.0}, "`auc_retrain` must be in"),
-        (make_data(), {"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
-        (make_data(), {"max_new_tokens_verbmem": -1}, "`max_new_tokens_verbmem`"),
-        (make_data(), {"max_new_tokens_knowmem": 3.5}, "`max_new_tokens_knowmem`"),
+        (muse_data("privleak_forget", "privleak_holdout"), {"auc_retrain": 0.5}, "`auc_retrain` needs the splits"),
+        (muse_data(), {"auc_retrain": 0.0}, "`auc_retrain` must be in"),
+        (muse_data(), {"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        (muse_data(), {"max_new_tokens_verbmem": -1}, "`max_new_tokens_verbmem`"),
+        (muse_data(), {"max_new_tokens_knowmem": 3.5}, "`max_new_tokens_knowmem`"),
     ],
 )
 def test_bad_input_is_refused_at_construction(tokenizer, data, kwargs, message):

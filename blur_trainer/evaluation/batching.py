@@ -1,6 +1,6 @@
 """What goes into an evaluation forward pass: inputs checked, bucketed by length, padded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,11 +68,10 @@ def check_stop_strings(stop_strings: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(stop_strings)
 
 
-def buckets(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+def buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices by falling length, `batch_size` at a time: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad(rows: list[list[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from blur_trainer.evaluation.batching import (
     encode_prompts,
     pad,
 )
+from blur_trainer.evaluation.sharing import gathering_in_generate, in_shares, is_sharded
 
 
 def answer_logps(
@@ -66,17 +66,16 @@ def answer_logps(
         )
     rows = [check_example(index, example) for index, example in enumerate(examples)]
     check_context(model, [len(input_ids) for input_ids, _ in rows], what="example")
-    logps: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
-    with evaluating(model), tqdm(total=len(rows), desc=desc, disable=desc is None) as bar:
-        for indices in buckets([len(input_ids) for input_ids, _ in rows], batch_size):
-            input_ids, attention_mask = pad([rows[i][0] for i in indices], pad_token_id, "right", model.device)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            scored = [_label_logps(logits[row], rows[i][1]) for row, i in enumerate(indices)]
-            parts = torch.cat(scored).cpu().split([len(part) for part in scored])
-            for i, part in zip(indices, parts, strict=True):
-                logps[i] = part.numpy().copy()
-            bar.update(len(indices))
-    return logps
+
+    def run(indices: list[int]) -> list[np.ndarray]:
+        input_ids, attention_mask = pad([rows[i][0] for i in indices], pad_token_id, "right", model.device)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        scored = [_label_logps(logits[row], rows[i][1]) for row, i in enumerate(indices)]
+        parts = torch.cat(scored).cpu().split([len(part) for part in scored])
+        return [part.numpy().copy() for part in parts]
+
+    with evaluating(model):
+        return in_shares(model, buckets([len(input_ids) for input_ids, _ in rows], batch_size), run, desc)
 
 
 def generate(
@@ -122,23 +121,22 @@ def generate(
     prompt_ids = encode_prompts(tokenizer, prompts)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
     config = _greedy_config(model, tokenizer, max_new_tokens)
-    texts = [""] * len(prompt_ids)
-    with (
-        evaluating(model),
-        _generation_config(model, config),
-        tqdm(total=len(prompt_ids), desc=desc, disable=desc is None) as bar,
-    ):
-        for indices in buckets([len(ids) for ids in prompt_ids], batch_size):
-            ids, mask = pad([prompt_ids[i] for i in indices], config.pad_token_id, "left", model.device)
-            width = ids.shape[1]
-            criteria = StoppingCriteriaList([_Stops(tokenizer, stops, width)] if stops else [])
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
-            )
-            for i, row in zip(indices, output[:, width:].tolist(), strict=True):
-                texts[i] = _decode(tokenizer, row, config.eos_token_id, stops)
-            bar.update(len(indices))
-    return texts
+    synced = is_sharded(model)  # then a process whose rows have ended runs on while the others' have not
+
+    def run(indices: list[int]) -> list[str]:
+        ids, mask = pad([prompt_ids[i] for i in indices], config.pad_token_id, "left", model.device)
+        width = ids.shape[1]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stops, width)] if stops else []),
+            synced_gpus=synced,
+        )
+        return [_decode(tokenizer, row, config.eos_token_id, stops) for row in output[:, width:].tolist()]
+
+    with evaluating(model), _generation_config(model, config), gathering_in_generate(model):
+        return in_shares(model, buckets([len(ids) for ids in prompt_ids], batch_size), run, desc)
 
 
 @contextmanager
