@@ -6,6 +6,7 @@ that file is of a plain `Trainer` or of an earlier blur_trainer: there a readabl
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from blur_trainer.trainers import saving
 
+logger = logging.getLogger(__name__)
 MANIFEST_NAME = "blur_checkpoint.json"
+_BEGUN = ".training"  # in output_dir from the beginning to the end of a training: one without it has not been killed
 _PREVIOUS, _REMOVED = ".previous-", ".removed-"  # a folder of that step being replaced; a folder being deleted
 
 
@@ -90,12 +93,15 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
         if fresh or _checkpoints(output_dir):
             saving.refuse_used_directory(output_dir)
         saving.check_writable(output_dir)
+        (Path(output_dir) / _BEGUN).touch()
         return None
     saving.check_writable(output_dir)
     _recover(Path(output_dir))
-    newest = str(given).lower() == "true"  # a command line gives the string
-    path = Path(last_complete_checkpoint(output_dir) if newest else str(given))
-    step = _resumable_step(path)
+    path: Path | None = Path(str(given))
+    if str(given).lower() == "true":  # a command line gives the string
+        killed_early = (Path(output_dir) / _BEGUN).exists() and not any(map(_read, _checkpoints(output_dir).values()))
+        path = None if killed_early else Path(last_complete_checkpoint(output_dir))
+    step = 0 if path is None else _resumable_step(path)
     newer = {number: folder for number, folder in _checkpoints(output_dir).items() if number > step}
     complete = [folder.name for folder in newer.values() if _read(folder)]
     if complete:
@@ -106,6 +112,9 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
         )
     for folder in newer.values():
         _remove(folder)
+    if path is None:
+        logger.warning("Killed before its first checkpoint: the training in %s starts from the beginning.", output_dir)
+        return None
     return str(path)
 
 
@@ -203,6 +212,8 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         best = state.best_model_checkpoint
+        if args.should_save:
+            (Path(str(args.output_dir)) / _BEGUN).unlink(missing_ok=True)
         if args.should_save and self._limit == 1 and best is not None:  # as Trainer: only the best one stays
             for path in _checkpoints(Path(best).parent).values():
                 if not os.path.samefile(path, best):
