@@ -10,10 +10,10 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 
@@ -88,9 +88,40 @@ class OtherAdapter(CurrentModel):
             yield
 
 
+def _is_lora_b(name: str, adapter: str) -> bool:
+    return f"lora_B.{adapter}." in name or name.endswith(f"lora_embedding_B.{adapter}")
+
+
+def partition_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned the model while it was loaded: it cannot run, or be copied, until training."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _plain_lora(model: PeftModel) -> bool:
+    """Whether the active adapter is a LoRA of which `B = 0` means that it changes nothing."""
+    config: Any = model.peft_config[model.active_adapter]
+    extras = ("use_dora", "modules_to_save", "trainable_token_indices")
+    return (
+        config.peft_type == PeftType.LORA
+        and config.bias == "none"
+        and not any(getattr(config, x, None) for x in extras)
+    )
+
+
 @torch.no_grad()
 def adapter_is_identity(model: PeftModel) -> bool:
-    """Whether the active adapter changes nothing yet (as every fresh LoRA), found by running one token pair."""
+    """Whether the active adapter changes nothing yet (as every fresh LoRA).
+
+    A plain LoRA by its `B` alone, which is at hand also where the base weights are not yet (FSDP loading on one process,
+    ZeRO-3); any other adapter by running one token pair.
+    """
+    if _plain_lora(model):
+        return not any(p.any() for name, p in model.named_parameters() if _is_lora_b(name, str(model.active_adapter)))
     probe = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
     probe["attention_mask"] = torch.ones_like(probe["input_ids"])
     if not torch.equal(CurrentModel(model).logits(probe), OtherAdapter(model, None).logits(probe)):
@@ -112,8 +143,19 @@ def adapter_reference(model: PeftModel) -> OtherAdapter:
     A fresh adapter is switched off. A trained one holds knowledge of its own, and the base model is not the model
     before unlearning: then a frozen copy of the adapter stands in (named `reference`, saved in a subfolder).
     """
+    partitioned = is_partitioned(model)
+    if partitioned and not _plain_lora(model):
+        raise ValueError(
+            "Under ZeRO-3 only a plain LoRA can be its own reference (no DoRA, no `modules_to_save`, no trained biases or "
+            "tokens): set `precompute_ref_logps=True`, or pass `ref_model`."
+        )
     if adapter_is_identity(model):
         return OtherAdapter(model, None)
+    if partitioned:
+        raise ValueError(
+            "A trained adapter under ZeRO-3 cannot be copied as the reference: merge it into the model first "
+            "(`merge_and_unload`) and train a new one, or set `precompute_ref_logps=True`, or pass `ref_model`."
+        )
     active = model.active_adapter
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])

@@ -1,5 +1,6 @@
 """Slow, literal forms of every formula and of a whole training, from the papers, importing nothing of ours."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -107,25 +108,20 @@ def train(
     *,
     learning_rates: list[float],
     max_grad_norm: float = 1.0,
-    bf16_weights: bool = False,
+    bf16: bool = False,
 ) -> nn.Module:
     """One AdamW step per window: both gradients flattened into one vector each, combined, clipped, applied.
 
-    `bf16_weights`: gradients are those at the weights rounded to bf16, the optimizer moves fp32 masters (DeepSpeed's bf16).
+    `bf16`: gradients are those of the model in bf16, the optimizer moves fp32 masters (as DeepSpeed does).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     for window, learning_rate in zip(windows, learning_rates, strict=True):
-        masters = [p.detach().clone() for p in model.parameters()]
-        if bf16_weights:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+        shadow = copy.deepcopy(model).bfloat16() if bf16 else model
         flat = {
-            role: torch.cat([g.flatten() for g in full_gradient(model, losses[role](model, window[role]))]).double()
+            role: torch.cat([g.flatten() for g in full_gradient(shadow, losses[role](shadow, window[role]))]).double()
             for role in ("forget", "retain")
         }
-        for parameter, master in zip(model.parameters(), masters, strict=True):
-            parameter.data = master
         step = direction(flat["forget"], flat["retain"])
         norm = step.norm()
         if max_grad_norm and norm > max_grad_norm:

@@ -22,6 +22,8 @@ class Engine:
     """The part of `Accelerator` that the backend talks to; notes each `no_sync`."""
 
     distributed_type = DistributedType.NO
+    parallelism_config = None
+    gradient_state = SimpleNamespace(plugin_kwargs={})
 
     def __init__(self, scaler=None):
         self.scaler, self.silent, self.calls = scaler, 0, []
@@ -429,7 +431,17 @@ def arguments(**kwargs):
 def test_every_engine_that_accelerate_knows_is_taken_or_refused_by_name(kind):
     engine = Engine()
     engine.distributed_type = kind
-    if kind.value in ("NO", *(f"MULTI_{device}" for device in ("CPU", "GPU", "NPU", "XPU", "MLU", "HPU"))):
+    if kind == DistributedType.FSDP:  # the second version has a backend: tests/test_parity.py
+        engine.is_fsdp2 = False
+        with pytest.raises(NotImplementedError, match="FSDP version 1"):
+            choose_backend(engine, network(), arguments())
+    elif kind == DistributedType.DEEPSPEED:
+        engine.state = SimpleNamespace(
+            deepspeed_plugin=SimpleNamespace(deepspeed_config={"hybrid_engine": {"enabled": 1}})
+        )
+        with pytest.raises(NotImplementedError, match="hybrid_engine"):
+            choose_backend(engine, network(), arguments())
+    elif kind.value in ("NO", *(f"MULTI_{device}" for device in ("CPU", "GPU", "NPU", "XPU", "MLU", "HPU"))):
         assert isinstance(choose_backend(engine, network(), arguments()), GradientBackend)
     else:
         with pytest.raises(NotImplementedError, match=kind.value):

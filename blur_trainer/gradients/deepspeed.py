@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
-import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -54,10 +53,12 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             value = value.get(part) if isinstance(value, dict) else None
         if value not in off:
             raise NotImplementedError(f"DeepSpeed's `{key}: {value}` is not supported: remove it from the config.")
-    if _stage(config) == 0 and _is_on(config, "fp16"):
-        raise NotImplementedError(
-            "ZeRO 0 with fp16 divides gradients by a loss scale that it never applied: use bf16, or ZeRO 1 to 3."
-        )
+    for kind in ("fp16", "bf16"):
+        if _stage(config) == 0 and _is_on(config, kind):
+            raise NotImplementedError(
+                f"ZeRO 0 with {kind} is not supported (with fp16, DeepSpeed divides gradients by a loss scale that it "
+                "never applied): use ZeRO 1 to 3, or DDP without DeepSpeed."
+            )
 
 
 def choose_deepspeed_backend(
@@ -209,8 +210,3 @@ def _stage(config: dict[str, Any]) -> int:
 
 def _is_on(config: dict[str, Any], section: str) -> bool:
     return (config.get(section) or {}).get("enabled") is True
-
-
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
-    """Inside, ZeRO-3 parameters are whole (read only)."""
-    return deepspeed.zero.GatheredParameters(parameters)

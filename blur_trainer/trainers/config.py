@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
+from blur_trainer.trainers.cpu import check_cpu_engine, join_cpu_processes
 
 #: which config fields are arguments of which rule
 _RULE_FIELDS = {
@@ -34,6 +35,8 @@ class UnlearningConfig(TrainingArguments):
             keep no reference model in memory. For objectives that need log-probabilities only (`npo`, `dpo`).
         fused_lm_head: log-probabilities without the logits of the whole vocabulary, through TRL's fused LM head: same
             numbers, less memory. `None`: on GPUs where the model suits (on a CPU it is slower). `kl` needs logits.
+        offload_forget_gradient: keep this process's forget gradient in the CPU's memory while the retain gradient is
+            computed: one gradient copy less on the GPU, exact, two copies over the bus per step.
         max_length: longest example in tokens. `text` is cut into chunks of it, other formats are truncated from the
             right. `None`: the model's context length.
         drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
@@ -71,6 +74,9 @@ class UnlearningConfig(TrainingArguments):
     fused_lm_head: bool | None = field(
         default=None, metadata={"help": "Log-probabilities without logits. Default: on GPUs, where the model suits."}
     )
+    offload_forget_gradient: bool = field(
+        default=False, metadata={"help": "Keep the forget gradient in the CPU's memory during the retain pass."}
+    )
     max_length: int | None = field(default=1024, metadata={"help": "Longest example in tokens."})
     drop_empty: bool = field(
         default=False, metadata={"help": "Drop examples that truncation leaves without an answer token."}
@@ -95,7 +101,9 @@ class UnlearningConfig(TrainingArguments):
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs"):
             setattr(self, name, _parse_dict(name, getattr(self, name)))
         self.remove_unused_columns = False  # batches are nested; the collator picks what objectives need
+        check_cpu_engine(self)
         super().__post_init__()
+        join_cpu_processes(self)
         if self.max_skipped_steps < 1:
             raise ValueError(f"`max_skipped_steps` must be at least 1, got {self.max_skipped_steps}.")
         if self.max_length is not None and self.max_length < 2:

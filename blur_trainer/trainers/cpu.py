@@ -21,8 +21,8 @@ def engine_requested(args: TrainingArguments, engine: str) -> bool:
 def check_cpu_engine(args: TrainingArguments) -> None:
     if args.use_cpu and engine_requested(args, "deepspeed"):
         raise ValueError(
-            "`use_cpu=True` makes accelerate overlook DeepSpeed: leave it out. Where there is no accelerator, the CPU is "
-            "used anyway (with DS_ACCELERATOR=cpu in the environment)."
+            "`use_cpu=True` makes accelerate overlook DeepSpeed: leave it out. Without an accelerator the CPU is used "
+            "anyway (with DS_ACCELERATOR=cpu in the environment)."
         )
 
 

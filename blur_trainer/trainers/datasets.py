@@ -1,24 +1,18 @@
-"""From the user's datasets to what the trainer iterates over: tokenised, paired, with reference log-probabilities."""
+"""From the user's datasets to what the trainer iterates over: tokenised and paired."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
-from blur_trainer.objectives import Objective, reference_logps
-from blur_trainer.reference import CurrentModel, FrozenModel, Reference
+from blur_trainer.objectives import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
-
-if TYPE_CHECKING:
-    from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 Tokenised: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -71,46 +65,3 @@ def pair(forget: Tokenised, retain: Tokenised | None, args: UnlearningConfig) ->
     config: Any = args.accelerator_config
     config.dispatch_batches = False  # dispatching concatenates batches of unequal length
     return PairedIterableDataset(forget, retain, seed=seed)
-
-
-def precompute_ref_logps(trainer: "UnlearningTrainer", ref_model: PreTrainedModel | None) -> torch.utils.data.Dataset:
-    """The paired dataset, `log p_ref` of every forget answer (and refusal) in it; each process does its part."""
-    paired: Any = trainer.train_dataset
-    if not isinstance(paired, PairedDataset) or "ref_logps" in paired.forget.column_names:
-        return paired
-    reference = _reference_before_training(trainer, ref_model)
-    forget = paired.forget
-    for name, values in _reference_columns(trainer, forget, reference).items():
-        forget = forget.add_column(name, values)
-    return PairedDataset(forget, paired.retain, seed=paired.seed)
-
-
-def _reference_before_training(trainer: "UnlearningTrainer", ref_model: PreTrainedModel | None) -> Reference:
-    if trainer.reference is not None:  # the retain objective keeps one in memory anyway
-        return trainer.reference
-    if ref_model is not None:
-        return FrozenModel(trainer.accelerator.prepare_model(ref_model, evaluation_mode=True))
-    return CurrentModel(trainer.accelerator.unwrap_model(trainer.model))
-
-
-def _reference_columns(
-    trainer: "UnlearningTrainer", forget: datasets.Dataset, reference: Reference
-) -> dict[str, list[float]]:
-    accelerator = trainer.accelerator
-    loader = accelerator.prepare(
-        DataLoader(
-            forget,
-            batch_size=trainer.args.per_device_train_batch_size,
-            collate_fn=trainer.data_collator,
-            num_workers=trainer.args.dataloader_num_workers,
-        )
-    )
-    columns: dict[str, list[float]] = {}
-    show = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-    for batch in tqdm(loader, desc="Reference log-probabilities", disable=not show):
-        parts = {"ref_logps": batch} | ({"refusal_ref_logps": batch["refusal"]} if "refusal" in batch else {})
-        for name, part in parts.items():
-            with torch.no_grad(), accelerator.autocast():
-                logps = reference_logps(part, reference)
-            columns.setdefault(name, []).extend(accelerator.gather_for_metrics(logps).float().tolist())
-    return columns

@@ -16,7 +16,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from blur_trainer.forward import choose_head
 from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.objectives import Objective
-from blur_trainer.reference import FrozenModel, Reference, adapter_reference
+from blur_trainer.reference import FrozenModel, partition_shape
 from blur_trainer.trainers.config import UnlearningConfig
 
 
@@ -62,7 +62,7 @@ def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> N
             f"{objectives['retain']} as the retain objective needs refusals, which are made for the forget set only: "
             "choose `nll` or `kl`."
         )
-    if precompute and not _reads_logps_only(objectives["forget"]):
+    if precompute and not reads_logps_only(objectives["forget"]):
         raise ValueError(
             "`precompute_ref_logps=True`, but the forget objective reads no reference log-probabilities "
             f"({', '.join(map(str, objectives.values()))}): leave it off, or choose `npo` or `dpo`. (`kl` needs whole "
@@ -70,36 +70,8 @@ def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> N
         )
 
 
-def _reads_logps_only(objective: Objective) -> bool:
+def reads_logps_only(objective: Objective) -> bool:
     return objective.needs_reference and not objective.needs_reference_logits
-
-
-def make_reference(
-    model: PreTrainedModel | PeftModel,
-    ref_model: PreTrainedModel | None,
-    objectives: Mapping[str, Objective],
-    precompute: bool,
-) -> Reference | None:
-    """The reference that training needs in memory, `None` if none: see the table of `blur_trainer.reference`."""
-    precomputed = {"forget"} if precompute and _reads_logps_only(objectives["forget"]) else set()
-    needed = any(o.needs_reference for role, o in objectives.items() if role not in precomputed)
-    if ref_model is not None and not any(o.needs_reference for o in objectives.values()):
-        raise ValueError(
-            f"`ref_model` was passed, but no objective reads it ({', '.join(map(str, objectives.values()))}): leave it "
-            "out."
-        )
-    if not needed:
-        return None
-    if ref_model is not None:
-        return FrozenModel(ref_model)
-    if isinstance(model, PeftModel):
-        return adapter_reference(model)
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "A quantised model is not copied as a reference: pass `peft_config` (then the reference is the model "
-            "without its adapter) or `ref_model`."
-        )
-    return FrozenModel.copy_of(model)
 
 
 def choose_heads(args: UnlearningConfig, *models: Any) -> None:
@@ -115,7 +87,7 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """The model to train: loaded where a name was given (safetensors only), wrapped where `peft_config` was."""
     if isinstance(model, str):
-        model = _from_pretrained(model, args.model_init_kwargs or {})
+        model = load_pretrained(model, args.model_init_kwargs or {})
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(
             f"`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `{type(model).__name__}`."
@@ -134,7 +106,8 @@ def load_model(
     return get_peft_model(model, peft_config)
 
 
-def _from_pretrained(name: str, kwargs: Any) -> PreTrainedModel:
+def load_pretrained(name: str, kwargs: Any) -> PreTrainedModel:
+    """A causal language model by name or path, safetensors only."""
     try:
         architecture: Any = AutoModelForCausalLM
         return create_model_from_path(name, architecture, **{"device_map": None, "use_safetensors": True, **kwargs})
@@ -198,7 +171,7 @@ def check_models(
 
 def vocabulary_size(model: PreTrainedModel | PeftModel) -> int:
     embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+    return partition_shape(embedding.weight)[0]
 
 
 def context_length(model: PreTrainedModel | PeftModel, max_length: int | None) -> int | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from transformers.trainer_utils import TrainOutput
 
 from blur_trainer.callbacks import InterruptCallback, PairingCallback
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.gradients.backend import GradientBackend, check_engine, choose_backend
+from blur_trainer.gradients.backend import GradientBackend
+from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.model_card import write_model_card
 from blur_trainer.objectives import Batch, Objective
@@ -22,7 +24,8 @@ from blur_trainer.trainers import saving, setup
 from blur_trainer.trainers.benchmarks import Benchmark, BenchmarksMixin
 from blur_trainer.trainers.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers.config import UnlearningConfig
-from blur_trainer.trainers.datasets import pair, precompute_ref_logps, tokenize_all
+from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.step_log import StepLog
 
 
@@ -84,6 +87,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             del self.objectives["retain"]
         setup.check_objectives(self.objectives, args.precompute_ref_logps)
         set_seed(args.seed)  # adapters are drawn before Trainer seeds
+        source = (model, args.model_init_kwargs)
         model = setup.load_model(model, args, peft_config)
         tokenizer = setup.load_tokenizer(processing_class, model)
         setup.check_models(model, tokenizer, ref_model)
@@ -92,7 +96,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         )
         self.benchmarks = dict(benchmarks or {})
         self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
-        self.reference = setup.make_reference(model, ref_model, self.objectives, args.precompute_ref_logps)
+        self.reference = make_reference(model, ref_model, self.objectives, args.precompute_ref_logps, source)
         super().__init__(
             model=model,
             args=args,
@@ -105,13 +109,18 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator, args)
-        setup.choose_heads(args, self.model, self.reference, ref_model)
-        if isinstance(self.reference, FrozenModel):
-            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
-        self._own_ref_model = ref_model
+        self._settle_reference(ref_model)
         self._backend: GradientBackend | None = None
         self._window: list[dict[str, Any]] = []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
+
+    def _settle_reference(self, ref_model: PreTrainedModel | None) -> None:
+        setup.choose_heads(self.args, self.model, self.reference, ref_model)
+        if isinstance(self.reference, FrozenModel):
+            self.reference.model = shard_reference(self, self.reference.model)
+        self._precompute = PrecomputeCallback(self, ref_model)
+        if self.args.precompute_ref_logps:
+            self.add_callback(self._precompute)
 
     # ---- the step ----
 
@@ -134,7 +143,8 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Keeps the micro-batch; on the window's last one, runs the whole step up to `.grad`."""
-        self._window.append(self._prepare_inputs(inputs))
+        # not Trainer's `_prepare_inputs`, which casts floats to a DeepSpeed model's bf16: log-probabilities need more
+        self._window.append(send_to_device(inputs, self.args.device))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()
@@ -142,7 +152,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         if callable(prepare_optimizer):
             prepare_optimizer()
         if self._backend is None or self._backend.model is not model:
-            self._backend = choose_backend(self.accelerator, model, self.args)
+            self._backend = choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
         window, self._window = self._window, []
         counts = num_items_in_batch or {}
         losses = {role: self._objective_pass(self._backend, role, window, counts[role]) for role in self.objectives}
@@ -203,9 +213,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         """As `Trainer.train`. Nothing in `output_dir` is overwritten; resuming passes over an interrupted save."""
         given, fresh = resume_from_checkpoint, self.state.global_step == 0
         start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
-        if self.args.precompute_ref_logps:
-            self.train_dataset = precompute_ref_logps(self, self._own_ref_model)
-            self._own_ref_model = None
+        self._precompute.resumed_from = start
         try:
             with self.checkpoints.guard():
                 return super().train(start, *args, **kwargs)

@@ -1,0 +1,174 @@
+"""The reference model in a trainer: made, sharded like the trained one, or asked once and then not needed."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, fsdp2_prepare_model
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.models import prepare_deepspeed
+
+from blur_trainer.data.pairing import PairedDataset
+from blur_trainer.objectives import Objective, reference_logps
+from blur_trainer.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
+from blur_trainer.trainers.setup import load_pretrained, reads_logps_only
+
+if TYPE_CHECKING:
+    from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+#: in `output_dir`: what the reference said, for a resumed training, whose model is another one by then
+LOGPS_NAME = "reference_logps.safetensors"
+
+
+def make_reference(
+    model: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    objectives: Mapping[str, Objective],
+    precompute: bool,
+    source: tuple[Any, Any] = (None, None),
+) -> Reference | None:
+    """The reference that training needs in memory, `None` if none: see the table of `blur_trainer.reference`.
+
+    `source`: name and keyword arguments that the model was loaded with, where it was given by name.
+    """
+    precomputed = {"forget"} if precompute and reads_logps_only(objectives["forget"]) else set()
+    needed = any(o.needs_reference for role, o in objectives.items() if role not in precomputed)
+    if ref_model is not None and not any(o.needs_reference for o in objectives.values()):
+        raise ValueError(
+            f"`ref_model` was passed, but no objective reads it ({', '.join(map(str, objectives.values()))}): leave it "
+            "out."
+        )
+    if not needed:
+        return None
+    if ref_model is not None:
+        return FrozenModel(ref_model)
+    if isinstance(model, PeftModel):
+        return adapter_reference(model)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "A quantised model is not copied as a reference: pass `peft_config` (then the reference is the model "
+            "without its adapter) or `ref_model`."
+        )
+    if not is_partitioned(model):
+        return FrozenModel.copy_of(model)
+    name, kwargs = source
+    if not isinstance(name, str):
+        raise ValueError(
+            "ZeRO-3 has partitioned the model while it was loaded, and such a model cannot be copied as a reference: "
+            "give the model by name, or pass `ref_model`, or set `precompute_ref_logps=True`, or use `peft_config`."
+        )
+    return FrozenModel(load_pretrained(name, kwargs or {}))
+
+
+def shard_reference(trainer: "UnlearningTrainer", model: torch.nn.Module) -> torch.nn.Module:
+    """A frozen model on the trainer's devices, in the trained model's precision, sharded where that one is."""
+    accelerator: Any = trainer.accelerator
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return fsdp2_prepare_model(accelerator, model)
+    if getattr(model, "hf_device_map", None) is None:  # else placed when it was loaded, and a quantised one stays there
+        model.to(accelerator.device)
+    return model  # not `Accelerator.prepare_model`, which would hold on to it when its numbers are there
+
+
+class PrecomputeCallback(TrainerCallback):
+    """Before the first step, `log p_ref` of every forget answer (and refusal) becomes a column of the forget set.
+
+    Each process does its part, with the prepared model, so that it needs no more memory than training does. A resumed
+    training reads what the first one wrote.
+    """
+
+    def __init__(self, trainer: "UnlearningTrainer", ref_model: PreTrainedModel | None):
+        self.trainer = trainer
+        self.ref_model = ref_model
+        self.resumed_from: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        paired: Any = self.trainer.train_dataset
+        if not isinstance(paired, PairedDataset) or "ref_logps" in paired.forget.column_names:
+            return
+        digest = _digest(paired.forget)
+        if self.resumed_from is None:
+            columns = _reference_columns(self.trainer, paired.forget, self._reference())
+            if args.should_save:
+                _write_columns(Path(str(args.output_dir)) / LOGPS_NAME, columns, digest)
+        else:
+            columns = _read_columns(Path(self.resumed_from).parent / LOGPS_NAME, digest)
+        for name, values in columns.items():
+            paired.forget = paired.forget.add_column(name, values)
+
+    def _reference(self) -> Reference:
+        trainer, given, self.ref_model = self.trainer, self.ref_model, None
+        if trainer.reference is not None:  # the retain objective keeps one in memory anyway
+            return trainer.reference
+        if given is not None:
+            return FrozenModel(shard_reference(trainer, given))
+        return CurrentModel(trainer.model_wrapped)
+
+
+def _reference_columns(
+    trainer: "UnlearningTrainer", forget: datasets.Dataset, reference: Reference
+) -> dict[str, list[float]]:
+    accelerator = trainer.accelerator
+    loader = accelerator.prepare(
+        DataLoader(
+            forget,
+            batch_size=trainer.args.per_device_train_batch_size,
+            collate_fn=trainer.data_collator,
+            num_workers=trainer.args.dataloader_num_workers,
+        )
+    )
+    columns: dict[str, list[float]] = {}
+    show = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+    for batch in tqdm(loader, desc="Reference log-probabilities", disable=not show):
+        parts = {"ref_logps": batch} | ({"refusal_ref_logps": batch["refusal"]} if "refusal" in batch else {})
+        for name, part in parts.items():
+            with torch.no_grad(), accelerator.autocast():
+                logps = reference_logps(part, reference)
+            columns.setdefault(name, []).extend(accelerator.gather_for_metrics(logps).float().tolist())
+    return columns
+
+
+def _digest(forget: datasets.Dataset) -> str:
+    """Of the tokens and the answers: numbers of other data are not taken over."""
+    digest = hashlib.sha256()
+    for row in forget:
+        for name in ("input_ids", "labels"):
+            digest.update(np.asarray(row[name], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _write_columns(path: Path, columns: Mapping[str, list[float]], digest: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
+    save_file(tensors, partial, metadata={"forget": digest})
+    os.replace(partial, path)
+
+
+def _read_columns(path: Path, digest: str) -> dict[str, list[float]]:
+    if not path.exists():
+        raise ValueError(
+            f"{str(path)!r} is missing: a resumed training with `precompute_ref_logps=True` reads there what the model "
+            "said before its first step. Put it back, or give the forget set a column `ref_logps`."
+        )
+    with safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("forget") != digest:
+            raise ValueError(
+                f"{str(path)!r} was computed for another forget set: resume with the dataset, tokenizer and "
+                "`max_length` of the interrupted training."
+            )
+        return {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118  (no dict)

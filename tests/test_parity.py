@@ -1,0 +1,15 @@
+"""Two processes on every engine (gloo, CPU) give the weights of the literal single-process training."""
+
+import pytest
+from parity import CELLS, DEFAULT_TOLERANCE, TOLERANCE, launch
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    return launch(CELLS, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_weights_are_those_of_the_reference(errors, cell):
+    assert errors[cell] <= TOLERANCE.get(cell.split(":")[1], DEFAULT_TOLERANCE)
