@@ -117,8 +117,8 @@ def _plain_lora(model: PeftModel) -> bool:
 def adapter_is_identity(model: PeftModel) -> bool:
     """Whether the active adapter changes nothing yet (as every fresh LoRA).
 
-    A plain LoRA by its `B` alone, which is at hand also where the base weights are not yet (FSDP loading on one process,
-    ZeRO-3); any other adapter by running one token pair.
+    A plain LoRA by its `B` alone, which is at hand also where the base weights are not yet (ZeRO-3, FSDP loading on one
+    process); any other adapter by running one token pair.
     """
     if _plain_lora(model):
         return not any(p.any() for name, p in model.named_parameters() if _is_lora_b(name, str(model.active_adapter)))
@@ -146,8 +146,8 @@ def adapter_reference(model: PeftModel) -> OtherAdapter:
     partitioned = is_partitioned(model)
     if partitioned and not _plain_lora(model):
         raise ValueError(
-            "Under ZeRO-3 only a plain LoRA can be its own reference (no DoRA, no `modules_to_save`, no trained biases or "
-            "tokens): set `precompute_ref_logps=True`, or pass `ref_model`."
+            "Under ZeRO-3 only a plain LoRA can be its own reference (no DoRA, no `modules_to_save`, no trained biases "
+            "or tokens): set `precompute_ref_logps=True`, or pass `ref_model`."
         )
     if adapter_is_identity(model):
         return OtherAdapter(model, None)

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, training_args
 
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
-from blur_trainer.objectives import NLL, GradAscent
+from blur_trainer.objectives import NLL, NPO, GradAscent
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
@@ -90,6 +90,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "frozen": {"rule": "sum", "frozen": True},
     "lora": {"rule": "sum", "lora": True},
     "bf16": {"rule": "sum", "bf16": True},
+    "fused head": {"rule": "sum", "fused_lm_head": True},
+    "NPO": {"rule": "sum", "npo": True},
+    "NPO, kept logps": {"rule": "sum", "npo": True, "precompute_ref_logps": True},
+    "NPO, lora": {"rule": "sum", "npo": True, "lora": True, "fresh": True},
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
 #: bf16 has three digits, and Adam divides by what is left of small gradients (a lost gradient would be an error near 1)
@@ -109,7 +113,9 @@ def build(features: dict[str, Any]) -> nn.Module:
         model.model.embed_tokens.requires_grad_(False)
     if features.get("lora"):
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        # a fresh adapter, which changes nothing, is switched off for the reference; else B is not 0 at the start
+        fresh = features.get("fresh", False)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=fresh))
     return model
 
 
@@ -122,11 +128,14 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
         for k in range(0, len(items), WINDOW)
     ]
     model = build(features)
+    forget_loss = lambda m, rows: -reference.token_mean_nll(m, rows)  # noqa: E731
+    if features.get("npo"):
+        forget_loss = reference.example_mean_npo(copy.deepcopy(model), NPO().beta)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     reference.train(
         model,
         windows,
-        {"forget": lambda m, rows: -reference.token_mean_nll(m, rows), "retain": reference.token_mean_nll},
+        {"forget": forget_loss, "retain": reference.token_mean_nll},
         RULES[features.get("rule", "blur")][1],
         learning_rates=[LEARNING_RATE] * STEPS,
         max_grad_norm=features.get("max_grad_norm", 1.0),
@@ -179,8 +188,9 @@ def train(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearnin
     training_args.is_torch_bf16_gpu_available = lambda: True  # transformers allows bf16 on a CPU without an engine only
     args = UnlearningConfig(f"{folder}/{engine}-{feature}", **settings)
     rule = RULES[features.get("rule", "blur")][0]
+    forget_objective = NPO() if features.get("npo") else GradAscent()
     trainer = UnlearningTrainer(
-        build(features), args, FORGET, RETAIN, rule=rule, forget_objective=GradAscent(), retain_objective=NLL()
+        build(features), args, FORGET, RETAIN, rule=rule, forget_objective=forget_objective, retain_objective=NLL()
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -212,7 +222,7 @@ def main(folder: str, names: str) -> None:
     datasets.disable_progress_bars()
     errors = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for cell in names.split(","):
+    for cell in names.split(";"):
         engine, feature = cell.split(":")
         errors[cell] = error(engine, feature, train(engine, feature, folder))
         if PartialState().is_main_process:
@@ -229,7 +239,7 @@ def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str
         "PYTHONPATH": str(Path(__file__).parent),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [__file__, str(folder), ",".join(cells)]
+    command += [__file__, str(folder), ";".join(cells)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the training processes failed:\n{done.stderr[-4000:]}")
