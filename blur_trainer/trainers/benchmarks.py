@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 Benchmark = Callable[[PreTrainedModel], dict[str, float]]
@@ -34,6 +36,26 @@ class BenchmarksMixin(_Base):
             if eval_dataset is None and self.benchmarks:
                 metrics |= self._run_benchmarks(metric_key_prefix)
         return metrics
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As Trainer's, but losses in several processes are those of one with the same `per_device_eval_batch_size`.
+
+        Differs from transformers 5.23: there a batch's loss is divided by the tokens of all processes, and the rows
+        that are repeated to fill the last batches count in both sums.
+        """
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = send_to_device(inputs, self.args.device)
+        loader = self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:  # rows of all processes' last batches, without repeats
+            count = len(inputs["labels"])
+            real = min(max(loader.remainder - count * self.args.process_index, 1), count)
+            inputs = {name: value[:real] for name, value in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
 
     def _evaluate_datasets(self, override: Any, ignore_keys: list[str] | None, prefix: str) -> dict[str, float]:
         datasets: Any = self.eval_dataset if override is None else override
