@@ -39,7 +39,9 @@ def fsdp2(**config: Any) -> dict[str, Any]:
 
 
 def zero(stage: int, *offload: str, **config: Any) -> dict[str, Any]:
-    optimization: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    optimization: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        optimization |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     optimization |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in offload}
     return {
         "deepspeed": {
@@ -164,7 +166,8 @@ def forget_engine() -> None:
             del os.environ[name]
 
 
-def train(engine: str, feature: str, folder: str, **overrides: Any) -> UnlearningTrainer:
+def make(engine: str, feature: str, folder: str, **overrides: Any) -> UnlearningTrainer:
+    """The trainer of a cell; `overrides` are of its arguments, or `model` and the objectives."""
     features = dict(FEATURES[feature])
     forget_engine()
     accumulation = features.get("accumulation", 1)
@@ -182,17 +185,25 @@ def train(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearnin
         "disable_tqdm": True,
         **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
         **copy.deepcopy(ENGINES[engine]),
-        **overrides,
     }
+    objects = {
+        "model": build(features),
+        "forget_objective": NPO() if features.get("npo") else GradAscent(),
+        "retain_objective": NLL(),
+        "rule": RULES[features.get("rule", "blur")][0],
+    }
+    objects |= {name: overrides.pop(name) for name in objects if name in overrides}
+    settings |= overrides
     settings.pop("rule", None)
     training_args.is_torch_bf16_gpu_available = lambda: True  # transformers allows bf16 on a CPU without an engine only
     args = UnlearningConfig(f"{folder}/{engine}-{feature}", **settings)
-    rule = RULES[features.get("rule", "blur")][0]
-    forget_objective = NPO() if features.get("npo") else GradAscent()
-    trainer = UnlearningTrainer(
-        build(features), args, FORGET, RETAIN, rule=rule, forget_objective=forget_objective, retain_objective=NLL()
-    )
+    trainer = UnlearningTrainer(objects.pop("model"), args, FORGET, RETAIN, **objects)
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(engine: str, feature: str, folder: str, **overrides: Any) -> UnlearningTrainer:
+    trainer = make(engine, feature, folder, **overrides)
     trainer.train()
     return trainer
 
@@ -214,23 +225,29 @@ def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
     return (distance / moved).sqrt().item()
 
 
+def without_compiling() -> None:
+    """DeepSpeed over plain gloo, instead of minutes of g++."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(folder: str, names: str) -> None:
     if "zero" in names:
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo instead of minutes of g++
+        without_compiling()
     datasets.disable_progress_bars()
     errors = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for cell in names.split(";"):
         engine, feature = cell.split(":")
-        errors[cell] = error(engine, feature, train(engine, feature, folder))
+        trainer = train(engine, feature, folder)
+        errors[cell] = error(engine, feature, trainer)
         if PartialState().is_main_process:
             Path(folder, "errors.json").write_text(json.dumps(errors))
 
 
-def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str, float]:
-    """The errors of these cells, trained by several processes on this machine's CPU."""
+def torchrun(script: str, *arguments: str, processes: int = 2) -> None:
+    """Several processes on this machine's CPU."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -239,10 +256,15 @@ def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str
         "PYTHONPATH": str(Path(__file__).parent),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [__file__, str(folder), ";".join(cells)]
+    command += [script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the training processes failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"the training processes failed:\n{done.stderr[-6000:]}")
+
+
+def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str, float]:
+    """The errors of these cells."""
+    torchrun(__file__, str(folder), ";".join(cells), processes=processes)
     return json.loads(Path(folder, "errors.json").read_text())
 
 

@@ -40,7 +40,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """Raises `NotImplementedError` for a DeepSpeed version or configuration without an exact backend."""
+    """Raises for a DeepSpeed version or configuration without an exact backend, or that would save no model."""
     installed = Version(version("deepspeed"))
     if not TESTED[0] <= installed < TESTED[1]:
         raise NotImplementedError(
@@ -53,6 +53,11 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             value = value.get(part) if isinstance(value, dict) else None
         if value not in off:
             raise NotImplementedError(f"DeepSpeed's `{key}: {value}` is not supported: remove it from the config.")
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    if _stage(config) == 3 and not config["zero_optimization"].get(gather):
+        raise ValueError(
+            f"ZeRO-3 without `zero_optimization.{gather}: true` saves no model, only its partitions: set it."
+        )
     for kind in ("fp16", "bf16"):
         if _stage(config) == 0 and _is_on(config, kind):
             raise NotImplementedError(
