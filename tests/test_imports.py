@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "data": set(),
     "models": set(),
     "objectives": {"losses", "forward", "reference"},  # `Reference` is the type of an argument
+    "memory": {"forward", "objectives", "trainers"},  # `UnlearningConfig` is the type of an argument
     "evaluation": {"losses", "data", "metrics"},
     "callbacks": {"evaluation", "report"},
     "trainers": {"objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card"},

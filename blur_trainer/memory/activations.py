@@ -1,0 +1,90 @@
+"""What one objective's pass holds besides weights and gradients: when its backward pass begins, and when it ends.
+
+Backbone: what autograd saves, counted on the meta device (`meta.saved_activations`). Head and loss: copies of logits,
+each constant below measured (float32 and bfloat16 on a CPU, `benchmarks/memory.py`), explained by the code they are of.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from blur_trainer.forward import causal_lm, fused_head_obstacle
+from blur_trainer.memory.meta import Saved, saved_activations
+from blur_trainer.memory.weights import linears
+from blur_trainer.objectives import DPO, Objective
+
+if TYPE_CHECKING:
+    from blur_trainer.trainers.config import UnlearningConfig
+
+#: float32 copies of `(tokens, vocabulary)` at the height of `cross_entropy`: the saved log-softmax and two gradients
+_CROSS_ENTROPY = 3
+#: of `kl_loss`: two log-softmaxes, the divergence, two gradients; and two logits in the model's dtype
+_KL, _KL_LOGITS = 5, 2
+#: TRL's head: tokens and vocabulary of a tile. Triton works in the tile, torch's operations on a CPU make copies of it
+_TILE_TOKENS, _TILE_VOCABULARY, _CPU_TILES = 4096, 32768, 8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of activations when the backward pass of an objective begins, and while it ends."""
+
+    begins: int
+    ends: int
+
+
+def batch_tokens(args: "UnlearningConfig", config: Any) -> tuple[int, int]:
+    """Examples and tokens per example of the longest batch."""
+    lengths = [n for n in (args.max_length, getattr(config, "max_position_embeddings", None)) if n]
+    if not lengths:
+        raise ValueError("The model has no longest length: set `max_length`.")
+    return args.per_device_train_batch_size, min(lengths)
+
+
+def passes(args: "UnlearningConfig", model: PreTrainedModel | PeftModel, device: str) -> dict[str, Pass]:
+    """Of the forget and the retain objective. `model` on the meta device, in the dtype that it computes in."""
+    shape = batch_tokens(args, causal_lm(model).config.get_text_config())
+    saved = saved_activations(model, *shape)
+    objectives = {"forget": args.build_forget_objective(), "retain": args.build_retain_objective()}
+    wanted = device == "cuda" if args.fused_lm_head is None else args.fused_lm_head
+    fused = wanted and not fused_head_obstacle(model)
+    return {
+        role: _pass(
+            objective, saved, bool(args.activation_checkpointing), _head(objective, model, shape, fused, device)
+        )
+        for role, objective in objectives.items()
+    }
+
+
+def _pass(objective: Objective, saved: Saved, checkpointing: bool, head: int) -> Pass:
+    begins = _graphs(objective) * saved.total(checkpointing)
+    return Pass(begins + max(head, saved.one_layer() if checkpointing else 0), saved.one_layer())
+
+
+def _graphs(objective: Objective) -> int:
+    """How many forward passes one backward pass goes through: DPO's of the refusals and of the answers."""
+    return 2 if isinstance(objective, DPO) else 1
+
+
+def _head(objective: Objective, model: nn.Module, shape: tuple[int, int], fused: bool, device: str) -> int:
+    """From the last hidden states to the loss and back."""
+    head = causal_lm(model).get_output_embeddings()
+    vocabulary, width = head.weight.shape
+    tokens, itemsize = shape[0] * shape[1], head.weight.itemsize
+    if objective.needs_reference_logits:
+        return tokens * vocabulary * (4 * _KL + itemsize * _KL_LOGITS)
+    if not fused:  # of an earlier graph, the log-softmax is kept
+        return 4 * tokens * vocabulary * (_CROSS_ENTROPY + _graphs(objective) - 1)
+    tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * itemsize
+    if device == "cpu":  # pages that a small vocabulary leaves untouched are no memory
+        tile = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_VOCABULARY) * 4 * _CPU_TILES
+    # gradients are summed in float32 before they get the model's dtype
+    return tile + 4 * tokens * width + (4 * vocabulary * width if head.weight.requires_grad else 0)
+
+
+def autocast_copies(model: nn.Module, compute: torch.dtype) -> int:
+    """Under autocast every weight of a `Linear` is cast once per pass, and kept for the backward pass."""
+    return sum(m.weight.numel() * compute.itemsize for m in linears(model))

@@ -1,0 +1,148 @@
+"""What a training will need on each GPU, before any weight is loaded."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.training_args import OptimizerNames
+
+from blur_trainer.forward import causal_lm
+from blur_trainer.memory.activations import Pass, autocast_copies, passes
+from blur_trainer.memory.meta import build, load_config
+from blur_trainer.memory.weights import Held, held, sharding_of, weight_bytes
+
+if TYPE_CHECKING:
+    from blur_trainer.trainers.config import UnlearningConfig
+
+REFERENCES = ("none", "precomputed", "adapter off", "frozen copy")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per GPU at the highest point of an optimizer step. `str()` is a table in GiB.
+
+    `overlap` is negative: gradients come while activations go, so they are never all there at once.
+    """
+
+    parameters: int
+    gradients: int
+    forget_slot: int
+    optimizer: int
+    reference: int
+    activations: int
+    overlap: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        rows = {name.replace("_", " "): value for name, value in asdict(self).items()} | {"total": self.total}
+        return "\n".join(f"{name:12} {value / 2**30:9.2f} GiB" for name, value in rows.items())
+
+
+def estimate_memory(
+    model: str | PreTrainedConfig | PreTrainedModel | PeftModel,
+    args: "UnlearningConfig",
+    world_size: int = 1,
+    *,
+    peft_config: PeftConfig | None = None,
+    dtype: str | torch.dtype | None = None,
+    bits: Literal[4, 8] | None = None,
+    sharding: str | None = None,
+    reference: Literal["none", "precomputed", "adapter off", "frozen copy"] | None = None,
+    device: Literal["cuda", "cpu"] | None = None,
+) -> MemoryEstimate:
+    """Memory per GPU of training `model` with `args`, from the model's structure alone: no weights are loaded.
+
+    Not counted: the CUDA context (about half a GiB), fragmentation, DeepSpeed's communication buckets.
+
+    Args:
+        model: a configuration, a model (parameters that are frozen count as such), or a name or path.
+        args: batch size, `max_length`, checkpointing, optimizer, objectives and engine are read from it.
+        world_size: processes, one per GPU.
+        peft_config: as for the trainer.
+        dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else its configuration's.
+        bits: 4 or 8 for a base quantised by bitsandbytes. Default: as the model's configuration says.
+        sharding: `none`, `zero0` to `zero3`, `fsdp`, or with `_offload` behind it: the optimizer and the gradients,
+            under `zero3` and `fsdp` the parameters too, in the CPU's memory. Default: from `args`.
+        reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose.
+        device: `cpu` for a training there. Default: from `args.use_cpu`.
+    """
+    if reference not in (None, *REFERENCES):
+        raise ValueError(f"Unknown reference {reference!r}; accepted: {', '.join(REFERENCES)}.")
+    config = load_config(model)
+    stored = _dtype(model, config, args, dtype)
+    engine = sharding_of(args, sharding)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else stored
+    device = device or ("cpu" if args.use_cpu else "cuda")
+    built = build(model, config, stored, peft_config)
+    optim = OptimizerNames(args.optim).value
+    kept = held(built, engine, world_size, optim, bits or _bits(config), compute)
+    runs = passes(args, built if compute == stored else build(model, config, compute, peft_config), device)
+    casts = autocast_copies(built, compute) if compute != stored and not engine.casts else 0
+    copied = 0
+    if (reference or _reference(args, built)) == "frozen copy":
+        copied = sum(round(weight_bytes(p, None)) for p in built.parameters()) // (
+            world_size if engine.parameters else 1
+        )
+    return _highest(args, kept, runs, copied, casts, device)
+
+
+def _highest(
+    args: "UnlearningConfig", kept: Held, runs: dict[str, Pass], copied: int, casts: int, device: str
+) -> MemoryEstimate:
+    """The highest of the four phases: both passes, the combination, the optimizer's step."""
+    single_buffer = getattr(args, "single_gradient_buffer", False)
+    slot = 0 if single_buffer or getattr(args, "offload_forget_gradient", False) else kept.gradients
+    accumulates = args.gradient_accumulation_steps > 1
+
+    def height(role: str) -> int:
+        full = accumulates or (single_buffer and role == "retain")  # the gradient is there when activations are
+        begins = runs[role].begins + casts + (kept.gradients if full else 0)
+        return (slot if role == "retain" else 0) + max(begins, runs[role].ends + casts + kept.gradients)
+
+    # torch's AdamW without `fused` makes a copy of all gradients on a GPU; Adafactor a few of the largest one
+    temporary = {"adamw_torch": kept.gradients if device == "cuda" else kept.largest, "adafactor": 4 * kept.largest}
+    combination = kept.gradients + slot
+    step = kept.gradients + temporary.get(args.optim, 0)
+    activations = max(run.begins for run in runs.values()) + casts
+    highest = max(*(height(role) for role in runs), combination, step)
+    return MemoryEstimate(
+        parameters=kept.parameters,
+        gradients=kept.gradients + kept.buckets,
+        forget_slot=slot,
+        optimizer=kept.optimizer,
+        reference=copied,
+        activations=activations,
+        overlap=highest - (kept.gradients + slot + activations),
+    )
+
+
+def _dtype(model: Any, config: PreTrainedConfig, args: "UnlearningConfig", dtype: Any) -> torch.dtype:
+    if dtype is None and isinstance(model, nn.Module):
+        dtype = causal_lm(model).dtype
+    init: Any = args.model_init_kwargs or {}
+    dtype = dtype or init.get("dtype") or config.dtype or torch.float32
+    found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating point dtype such as `bfloat16`, got {dtype!r}.")
+    return found
+
+
+def _bits(config: PreTrainedConfig) -> int | None:
+    """bitsandbytes' width, from the configuration that a quantised checkpoint carries."""
+    quantisation = getattr(config, "quantization_config", None)
+    settings = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "to_dict", dict)()
+    return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+
+
+def _reference(args: "UnlearningConfig", model: nn.Module) -> str:
+    """As `trainers.setup.make_reference` chooses."""
+    forget, retain = args.build_forget_objective(), args.build_retain_objective()
+    if not retain.needs_reference and (args.precompute_ref_logps or not forget.needs_reference):
+        return "precomputed" if forget.needs_reference else "none"
+    return "adapter off" if isinstance(model, PeftModel) else "frozen copy"

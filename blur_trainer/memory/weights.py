@@ -1,0 +1,157 @@
+"""What stays on a GPU between steps: weights, gradients, the optimizer's state, each divided as the engine divides it.
+
+Sources: ZeRO's stages, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; 8-bit states with one float32 per block of
+256, Dettmers et al. 2022, arXiv 2110.02861; NF4 with one float32 per block of 64, Dettmers et al. 2023, arXiv
+2305.14314; Adafactor's row and column sums, Shazeer and Stern 2018, arXiv 1804.04235.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from blur_trainer.forward import causal_lm
+from blur_trainer.memory.meta import layers
+
+
+def _adam(shape: torch.Size, itemsize: int) -> float:
+    return 2 * itemsize * prod(shape)
+
+
+def _adam_8bit(shape: torch.Size, itemsize: int) -> float:
+    """bitsandbytes keeps tensors below 4096 elements in float32."""
+    return 2 * prod(shape) * (4 if prod(shape) < 4096 else 1 + 4 / 256)
+
+
+def _adafactor(shape: torch.Size, itemsize: int) -> float:
+    return 4 * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape))
+
+
+def _nothing(shape: torch.Size, itemsize: int) -> float:
+    """SGD without momentum; or paged: the state moves to the CPU's memory when the GPU's is full."""
+    return 0
+
+
+#: by the names of `TrainingArguments.optim`: bytes of state per parameter tensor
+OPTIMIZERS: dict[str, Callable[[torch.Size, int], float]] = {
+    "adamw_torch": _adam,
+    "adamw_torch_fused": _adam,
+    "adamw_8bit": _adam_8bit,
+    "adamw_bnb_8bit": _adam_8bit,
+    "paged_adamw": _nothing,
+    "paged_adamw_32bit": _nothing,
+    "paged_adamw_8bit": _nothing,
+    "adafactor": _adafactor,
+    "sgd": _nothing,
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What an engine divides among its processes, and what it keeps in the CPU's memory."""
+
+    parameters: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    #: a float32 copy of the trainable weights, which the optimizer updates
+    master: bool = False
+    #: the optimizer's state, and with it the finished gradients
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    #: the engine casts the weights itself; else autocast does, at every layer
+    casts: bool = False
+    #: DDP's buckets are a second copy of the gradients
+    buckets: bool = False
+
+
+SHARDINGS = {
+    "none": Sharding(buckets=True),
+    "zero0": Sharding(master=True, casts=True),
+    "zero1": Sharding(optimizer=True, master=True, casts=True),
+    "zero2": Sharding(gradients=True, optimizer=True, master=True, casts=True),
+    "zero3": Sharding(parameters=True, gradients=True, optimizer=True, master=True, casts=True),
+    "fsdp": Sharding(parameters=True, gradients=True, optimizer=True, casts=True),
+}
+
+
+def sharding_of(args: Any, name: str | None) -> Sharding:
+    """By name, else from `args`: DeepSpeed's configuration, FSDP, or none."""
+    if name is not None:
+        stage, offload = name.removesuffix("_offload"), name.endswith("_offload")
+        if stage not in SHARDINGS or (offload and not SHARDINGS[stage].optimizer):
+            raise ValueError(
+                f"Unknown sharding {name!r}; accepted: {', '.join(SHARDINGS)}, from zero1 on also with `_offload`."
+            )
+        return _offloaded(SHARDINGS[stage], optimizer=offload, parameters=offload)
+    engine = getattr(args, "hf_deepspeed_config", None)
+    if engine is None:
+        return SHARDINGS["fsdp" if getattr(args, "fsdp", None) else "none"]
+    zero = engine.config.get("zero_optimization", {})
+    devices = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("optimizer", "param")}
+    sharding = SHARDINGS[f"zero{zero.get('stage', 0)}"]
+    return _offloaded(sharding, optimizer=devices["optimizer"] != "none", parameters=devices["param"] != "none")
+
+
+def _offloaded(sharding: Sharding, optimizer: bool, parameters: bool) -> Sharding:
+    """Only stage 3 offloads parameters."""
+    return replace(sharding, offload_optimizer=optimizer, offload_parameters=parameters and sharding.parameters)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes per GPU between the phases of a step, and the largest pieces that phases work on."""
+
+    parameters: int
+    #: one copy, as the backend holds it
+    gradients: int
+    buckets: int
+    optimizer: int
+    #: what the largest parameter weighs in float32
+    largest: int
+
+
+def held(
+    model: nn.Module, sharding: Sharding, processes: int, optim: str, bits: int | None, gathered: torch.dtype
+) -> Held:
+    """Of the model on the meta device. `gathered`: the dtype in which shards are gathered."""
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"The state of optim={optim!r} is not known; accepted: {', '.join(OPTIMIZERS)}.")
+    quantised = {id(m.weight) for m in linears(model)} if bits else set()
+    share = {part: processes if getattr(sharding, part) else 1 for part in ("parameters", "gradients", "optimizer")}
+    parameters = sum(weight_bytes(p, bits if id(p) in quantised else None) for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    state = sum(OPTIMIZERS[optim](p.shape, 4 if sharding.master else p.element_size()) for p in trained)
+    master = sum(4 * p.numel() for p in trained) if sharding.master else 0
+    live = 0
+    if sharding.parameters and processes > 1:
+        units = [sum(p.numel() for p in unit.parameters()) for unit in layers(model)]
+        outside = sum(p.numel() for p in model.parameters()) - sum(units)
+        # gathered: embedding and head, the layer at work, its gradient, and the next layer on its way
+        live = gathered.itemsize * (outside + 3 * max(units, default=0))
+    return Held(
+        parameters=round((0 if sharding.offload_parameters else parameters / share["parameters"]) + live),
+        gradients=0 if sharding.offload_optimizer else round(gradients / share["gradients"]),
+        buckets=gradients if sharding.buckets and processes > 1 else 0,
+        optimizer=0 if sharding.offload_optimizer else round((state + master) / share["optimizer"]),
+        largest=max((4 * p.numel() for p in trained), default=0),
+    )
+
+
+def linears(model: nn.Module) -> Iterable[nn.Linear]:
+    """The layers that bitsandbytes quantises: all but the head, and no adapter."""
+    head = causal_lm(model).get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:
+            yield module
+
+
+def weight_bytes(parameter: nn.Parameter, bits: int | None) -> float:
+    if bits == 4:
+        return parameter.numel() * (0.5 + 4 / 64)
+    if bits == 8:
+        return parameter.numel() + 4 * parameter.shape[0]
+    return parameter.numel() * parameter.element_size()

@@ -1,0 +1,304 @@
+"""The estimate: counts against real models, optimizers and graphs; rows by arithmetic; one training measured."""
+
+import os
+import sys
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import VOCAB, tiny_llama
+from peft import LoraConfig, get_peft_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
+from transformers.optimization import Adafactor
+
+from blur_trainer.memory.estimate import MemoryEstimate, estimate_memory
+from blur_trainer.memory.meta import build, load_config, saved_activations
+from blur_trainer.memory.weights import OPTIMIZERS
+from blur_trainer.trainers.blur import BLURConfig
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+
+
+def arguments(**kwargs):
+    return BLURConfig("unused", **({"use_cpu": True, "report_to": "none", "max_length": 32} | kwargs))
+
+
+def estimate(model=None, *, args=None, **kwargs):
+    return estimate_memory(tiny_llama() if model is None else model, args or arguments(), **kwargs)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def rows(result):
+    return result.parameters, result.gradients, result.forget_slot, result.optimizer, result.reference
+
+
+# ---- counts, against the real thing ----
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_parameters_are_the_models_own(tie):
+    """AdamW, NPO, all in float32: 4 bytes each for weight, gradient, slot and copy, 8 for the moments."""
+    n = count(tiny_llama(tie=tie))
+    assert rows(estimate(tiny_llama(tie=tie))) == (4 * n, 4 * n, 4 * n, 8 * n, 4 * n)
+
+
+def really_saved(model, batch):
+    """Bytes that autograd saves of a real forward pass, parameters aside, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=batch["input_ids"], use_cache=False)
+    return sum(found.values())
+
+
+def gpt_neox():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, **sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_llama, gpt_neox])
+def test_activations_are_those_of_a_real_pass(make, dtype):
+    model = make().to(dtype).train()
+    batch = {"input_ids": torch.randint(3, VOCAB, (2, 48))}
+    built = build(model, load_config(model), dtype, None)
+    assert saved_activations(built, 2, 48).total(False) == pytest.approx(really_saved(model, batch), rel=0.1)
+
+
+def test_activations_by_layer():
+    saved = saved_activations(build(None, tiny_llama(layers=3).config, torch.float32, None), 2, 32)
+    assert saved.inputs == (2 * 32 * 16 * 4,) * 3  # (B, T, H) float32
+    # the first layer saves the rotary angles that all of them share
+    assert saved.inside[0] >= saved.inside[1] == saved.inside[2] > saved.inputs[0]
+    assert saved.total(checkpointing=True) == saved.outside + sum(saved.inputs)
+
+
+def test_optimizer_states():
+    """The functions of the table against the states that real optimizers hold after a step."""
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30,), (4, 5, 6))]
+    real = {
+        "adamw_torch": torch.optim.AdamW(parameters),
+        "adafactor": Adafactor(parameters, scale_parameter=False, relative_step=False, lr=1e-3),
+        "sgd": torch.optim.SGD(parameters),
+    }
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    for name, optimizer in real.items():
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        held = sum(4 * t.numel() for t in states if isinstance(t, torch.Tensor) and t.ndim)
+        assert sum(OPTIMIZERS[name](p.shape, 4) for p in parameters) == held, name
+
+
+def test_eight_bit_states():
+    """bitsandbytes, as documented: two bytes per element and two float32 per 256; float32 below 4096 elements."""
+    large, small = torch.Size((64, 256)), torch.Size((63, 65))
+    assert OPTIMIZERS["adamw_8bit"](large, 4) == 2 * 64 * 256 + 2 * 4 * 64
+    assert OPTIMIZERS["adamw_8bit"](small, 4) == 8 * prod(small)
+    assert OPTIMIZERS["paged_adamw_8bit"](large, 4) == 0
+
+
+# ---- rows ----
+
+
+def test_lora():
+    model = get_peft_model(tiny_llama(), LORA)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, expected = count(model), (4 * trained, 4 * trained, 8 * trained, 0)
+    for result in (estimate(peft_config=LORA), estimate(model)):
+        assert rows(result) == (4 * total, *expected)
+
+
+def test_lora_on_bfloat16_and_quantised():
+    """PEFT keeps the adapter in float32; bitsandbytes quantises the layers' linear weights, not embedding and head."""
+    model = tiny_llama()
+    adapter = sum(p.numel() for p in get_peft_model(tiny_llama(), LORA).parameters() if p.requires_grad)
+    linear = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    quantised, rest = sum(w.numel() for w in linear), count(model) - sum(w.numel() for w in linear)
+    of = {bits: estimate(peft_config=LORA, dtype="bfloat16", bits=bits).parameters for bits in (None, 4, 8)}
+    assert of[None] == 2 * count(model) + 4 * adapter
+    assert of[4] == round(2 * rest + quantised * (0.5 + 4 / 64)) + 4 * adapter
+    assert of[8] == 2 * rest + quantised + 4 * sum(w.shape[0] for w in linear) + 4 * adapter
+
+
+def test_frozen_parameters_of_a_model():
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    trained = count(model) - model.model.embed_tokens.weight.numel()
+    assert estimate(model).gradients == 4 * trained
+    assert all(p.device.type == "cpu" for p in model.parameters())  # untouched
+
+
+@pytest.mark.parametrize(
+    ("sharding", "parameters", "gradients", "optimizer"),
+    [
+        ("none", 1, 2, 8),  # DDP's buckets
+        ("zero0", 1, 1, 12),
+        ("zero1", 1, 1, 12 / 8),
+        ("zero2", 1, 1 / 8, 12 / 8),
+        ("zero3", 1 / 8, 1 / 8, 12 / 8),
+        ("fsdp", 1 / 8, 1 / 8, 8 / 8),
+        ("zero2_offload", 1, 0, 0),
+        ("zero3_offload", 0, 0, 0),
+    ],
+)
+def test_shares_of_eight_processes(sharding, parameters, gradients, optimizer):
+    """In units of the weights' bytes (optimizer: bytes per weight); what is gathered at work comes on top."""
+    n = count(tiny_llama())
+    result = estimate(world_size=8, sharding=sharding)
+    layer = count(tiny_llama().model.layers[0])
+    gathered = 4 * (n - 2 * layer + 3 * layer) if parameters < 1 else 0
+    assert result.parameters == pytest.approx(4 * n * parameters + gathered, abs=1)
+    assert result.gradients == pytest.approx(4 * n * gradients, abs=1)
+    slot = gradients / 2 if sharding == "none" else gradients  # buckets hold no slot
+    assert result.forget_slot == pytest.approx(4 * n * slot, abs=1)
+    assert result.optimizer == pytest.approx(n * optimizer, abs=1)
+
+
+def test_engine_from_arguments():
+    args = arguments()
+    args.fsdp = True
+    assert rows(estimate(args=args, world_size=4)) == rows(estimate(world_size=4, sharding="fsdp"))
+
+    args = arguments()
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    args.hf_deepspeed_config = SimpleNamespace(config=config)
+    result, plain = estimate(args=args, world_size=4), estimate(world_size=4, sharding="zero3")
+    assert result.optimizer == 0 and result.parameters == plain.parameters
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "lora", "kind"),
+    [
+        ({}, False, "frozen copy"),
+        ({"precompute_ref_logps": True}, False, "precomputed"),
+        ({"forget_objective": "grad_ascent"}, False, "none"),
+        ({"retain_objective": "kl", "precompute_ref_logps": True}, False, "frozen copy"),
+        ({}, True, "adapter off"),
+    ],
+)
+def test_reference_is_the_one_that_the_trainer_chooses(kwargs, lora, kind):
+    peft_config = LORA if lora else None
+    result = estimate(args=arguments(**kwargs), peft_config=peft_config)
+    assert result == estimate(args=arguments(**kwargs), peft_config=peft_config, reference=kind)
+    assert (result.reference > 0) is (kind == "frozen copy")
+
+
+@pytest.mark.parametrize("flag", ["offload_forget_gradient", "single_gradient_buffer"])
+def test_where_the_forget_slot_goes(flag):
+    """A gradient that is larger than the activations, as of real models: else the gradient buffer saves nothing."""
+    args = arguments(max_length=2, per_device_train_batch_size=1)
+    plain = estimate(args=args)
+    setattr(args, flag, True)
+    result = estimate(args=args)
+    assert result.forget_slot == 0
+    assert result.total < plain.total
+
+
+def test_activations_and_heads():
+    """Large vocabulary, deep model: checkpointing, the fused head and short batches each save; KL and DPO cost."""
+    config = LlamaConfig(
+        vocab_size=50000, hidden_size=64, intermediate_size=128, num_hidden_layers=12, num_attention_heads=2
+    )
+
+    def activations(**kwargs):
+        args = arguments(max_length=256, forget_objective="grad_ascent", **kwargs)
+        return estimate(config, args=args, device="cuda", reference="none").activations
+
+    plain = activations(fused_lm_head=False)
+    logits = 4 * 8 * 256 * 50000
+    assert plain > 3 * logits
+    assert activations() < plain / 2  # on a GPU fused by itself
+    assert activations() > activations(activation_checkpointing=True)
+    assert activations(retain_objective="kl") > plain
+    assert activations(per_device_train_batch_size=4, fused_lm_head=False) == pytest.approx(plain / 2, rel=0.01)
+    assert estimate(config, args=arguments(max_length=256, forget_objective="dpo")).activations > plain + logits
+
+
+def test_rows_add_up_and_print():
+    result = estimate()
+    assert isinstance(result, MemoryEstimate) and result.overlap <= 0
+    assert result.total == sum(rows(result)) + result.activations + result.overlap
+    lines = str(result).splitlines()
+    assert [line[:12].strip() for line in lines] == [
+        "parameters", "gradients", "forget slot", "optimizer", "reference", "activations", "overlap", "total",
+    ]  # fmt: skip
+    assert all(line.endswith(" GiB") for line in lines)
+
+
+def test_the_gradient_is_there_while_accumulating():
+    """With one micro-batch the gradient grows while activations go; with two it is there already."""
+    once = estimate(args=arguments(max_length=32))
+    twice = estimate(args=arguments(max_length=32, gradient_accumulation_steps=2))
+    assert twice.total - once.total == min(once.gradients, -once.overlap) and twice.overlap == 0
+
+
+def test_from_a_path_without_weights(tmp_path):
+    config = tiny_llama().config
+    config.save_pretrained(tmp_path)
+    assert estimate(str(tmp_path)) == estimate(config) == estimate(tiny_llama())
+    big = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    assert estimate(big, dtype="bfloat16").parameters == pytest.approx(141e9, rel=0.01)  # of 70 billion
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sharding": "zero4"}, "Unknown sharding 'zero4'; accepted: none, zero0"),
+        ({"sharding": "none_offload"}, "Unknown sharding"),
+        ({"reference": "adapter"}, "Unknown reference 'adapter'; accepted: none, precomputed"),
+        ({"dtype": "int8"}, "`dtype` must be a floating point dtype"),
+        ({"args": {"optim": "rmsprop"}}, "optim='rmsprop' is not known; accepted: adamw_torch"),
+    ],
+)
+def test_errors_say_what_is_accepted(kwargs, message):
+    if "args" in kwargs:
+        kwargs = kwargs | {"args": arguments(**kwargs["args"])}
+    with pytest.raises(ValueError, match=message):
+        estimate(**kwargs)
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match="must be a configuration, a model"):
+        estimate(42)
+
+
+# ---- measured ----
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_a_real_training_needs_what_is_estimated():
+    """One case of benchmarks/memory.py, in a process of its own."""
+    import memory
+
+    name = "float32, log-probs precomputed"
+    ratio = memory.measure_in_subprocess(name, "cpu") / memory.CASES[name].estimate("cpu").total
+    assert memory.LOW <= ratio <= memory.HIGH
+
+
+def test_the_page_has_the_table_of_the_command():
+    import memory
+
+    assert memory.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
