@@ -56,7 +56,7 @@ class MUSEEvaluation:
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward pass.
         progress (`bool`, *optional*, defaults to `True`):
-            Whether to show progress bars.
+            Whether to show progress bars (in the main process: of its share).
 
     Example:
 
@@ -128,7 +128,7 @@ class MUSEEvaluation:
         return columns
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """All metrics of one model, as a flat dict of floats."""
+        """All metrics of one model. Of several processes all must call it: each does its share, each gets everything."""
         self._records = {}
         values: dict[str, float] = {}
         for key in self.metric_keys:

@@ -1,4 +1,4 @@
-"""Model -> arrays: the only forward passes in evaluation."""
+"""Model -> arrays: the only forward passes in evaluation. Of several processes, all must call these functions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +44,8 @@ def answer_logps(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Unwrapped causal language model. It is scored in evaluation mode; each module's mode is restored.
+            Unwrapped causal language model, whole or as FSDP2 and ZeRO-3 hold it. It is scored in evaluation mode; each
+            module's mode is restored.
         examples (`Sequence[dict]`):
             `{"input_ids": list[int], "labels": list[int]}`, equally long, labels -100 where nothing is scored.
         pad_token_id (`int`):
@@ -99,7 +100,8 @@ def generate(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Unwrapped model with `generate`. It runs in evaluation mode; each module's mode is restored.
+            Unwrapped model with `generate`, whole or as FSDP2 and ZeRO-3 hold it. It runs in evaluation mode; each
+            module's mode is restored.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer. Special tokens are added to the prompts and skipped in the answers.
         prompts (`Sequence[str]`):

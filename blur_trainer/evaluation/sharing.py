@@ -68,9 +68,7 @@ def gathering_in_generate(model: nn.Module) -> Iterator[None]:
 
 def _rank_and_world() -> tuple[int, int]:
     # not accelerate's `PartialState`: asking it would start the process group, or fix the device of later trainers
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _from_all(found: list[Any], world: int) -> list[Any]:

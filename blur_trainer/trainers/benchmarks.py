@@ -21,6 +21,10 @@ class BenchmarksMixin(_Base):
 
     Their numbers are logged as `{prefix}_{name}_{key}`, reach the callbacks as an evaluation of their own, and are part
     of what `evaluate` returns: so `metric_for_best_model`, `load_best_model_at_end` and early stopping see them.
+
+    A benchmark is any callable from the model to numbers. It is called on every process, at the same step, with the
+    unwrapped model in evaluation mode, and must answer the same on each. Under FSDP2 and ZeRO-3 each process holds a
+    part of every parameter: then all processes must run equally many forward passes, of that model as a whole.
     """
 
     benchmarks: dict[str, Benchmark]
