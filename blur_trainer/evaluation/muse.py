@@ -128,7 +128,7 @@ class MUSEEvaluation:
         return columns
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """All metrics of one model. Of several processes all must call it: each does its share, each gets everything."""
+        """All metrics of one model. Of several processes all must call it; each does its share and gets everything."""
         self._records = {}
         values: dict[str, float] = {}
         for key in self.metric_keys:
