@@ -15,6 +15,7 @@ from blur_trainer.tables import format_table
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
+from blur_trainer.trainers.loading import loading_whole
 from blur_trainer.trainers.saving import refuse_used_directory
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
@@ -49,6 +50,7 @@ __all__ = [
     "format_table",
     "limit_documents",
     "load_muse",
+    "loading_whole",
     "memorise",
     "memorised",
     "muse_corpora",

@@ -83,14 +83,16 @@ def main():
         stages = [(name, bt.chunk_documents(texts["text"], tokenizer, args.max_length)) for name, texts in stages]
         retain = bt.chunk_documents(data["raw_retain"]["text"], tokenizer, args.max_length)
 
-    def load(name):
-        options = {
-            "device_map": {"": PartialState().device},
-            "dtype": model_args.dtype,
-            "attn_implementation": model_args.attn_implementation,
-            "quantization_config": get_quantization_config(model_args),
-        }
-        return AutoModelForCausalLM.from_pretrained(name, **(options | (args.model_init_kwargs or {})))
+    options = {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    } | (args.model_init_kwargs or {})
+
+    def load(name):  # to evaluate; the trainer loads by name what it trains, in parts where its engine shards
+        with bt.loading_whole(args):
+            device_map = {"": PartialState().device}
+            return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options})
 
     # 4. Evaluation. PrivLeak's zero is the retrained model: ours, or the published one
     settings = {"icl": not tiny, "progress": not tiny}  # solved examples only distract a tiny model
@@ -117,8 +119,8 @@ def main():
             else:
                 anew = model is None or script.scale  # `scal` starts at the target, `sust` where the last stage ended
                 trainer = bt.BLURTrainer(
-                    load(target) if anew else model,
-                    replace(args, output_dir=str(stage_folder), model_init_kwargs=None),
+                    target if anew else model,
+                    replace(args, output_dir=str(stage_folder), model_init_kwargs=options if anew else None),
                     forget,
                     retain,
                     processing_class=tokenizer,

@@ -86,7 +86,6 @@ def by_name(engine: str, folder: Path) -> None:
 
 def main(folder: Path, engines: list[str]) -> None:
     datasets.disable_progress_bars()
-    parity.without_compiling()
     for engine in engines:
         for part in (resumed, skipped, by_name):
             part(engine, folder)

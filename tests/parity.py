@@ -225,16 +225,7 @@ def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
     return (distance / moved).sqrt().item()
 
 
-def without_compiling() -> None:
-    """DeepSpeed over plain gloo, instead of minutes of g++."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def main(folder: str, names: str) -> None:
-    if "zero" in names:
-        without_compiling()
     datasets.disable_progress_bars()
     errors = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -251,7 +242,6 @@ def torchrun(script: str, *arguments: str, processes: int = 2) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(__file__).parent),
     }

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
+import deepspeed.ops
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -16,7 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
 from blur_trainer.gradients.backend import GradientBackend, Gradients
 
@@ -66,8 +67,14 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             )
 
 
+def communicate_by_gloo() -> None:
+    """CPU processes talk by plain gloo, instead of through shared memory by C++ that takes minutes to compile."""
+    ops: Any = deepspeed.ops
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def choose_deepspeed_backend(
-    accelerator: Accelerator, engine: nn.Module, offload_forget_gradient: bool = False
+    accelerator: Accelerator, engine: Any, offload_forget_gradient: bool = False
 ) -> "DeepSpeedBackend":
     """By the class of the engine's optimizer, exactly: what subclasses it keeps gradients elsewhere."""
     optimizer = engine.optimizer

@@ -14,12 +14,14 @@ holdout: 1.00 for the target, 0.39 and 0.44 for the retrained (8 against 8 artic
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -153,6 +155,18 @@ class _Progress(ProgressCallback):
         pass
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Each process trains for itself, whatever engine it was launched for: the model that one process makes."""
+    state = dict(PartialState().__dict__)
+    one = {"local_rank": "-1", "rank": "0", "world_size": "1"}
+    with patch_environment(**one, accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
+        try:
+            yield
+        finally:
+            PartialState().__dict__.update(state)
+
+
 def memorise(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -179,7 +193,7 @@ def memorise(
             AdamW (betas 0.9, 0.95; no weight decay), learning rate rising over the first 5 % of the steps and falling
             linearly to 0, gradient norm clipped at 1.
         batch_size (`int`, defaults to `8`):
-            Examples of similar length per step and device, so that few tokens are padding.
+            Examples of similar length per step, so that few tokens are padding.
         seed (`int`, defaults to `0`):
             Of the order of the examples; on one machine the result is the same every time.
         desc (`str`, defaults to `"memorising"`), disable_tqdm (`bool`, defaults to `False`):
@@ -196,7 +210,7 @@ def memorise(
         )
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token; set `tokenizer.pad_token = tokenizer.eos_token`.")
-    with tempfile.TemporaryDirectory() as folder:  # Trainer wants a folder even to write nothing
+    with tempfile.TemporaryDirectory() as folder, _alone():  # Trainer wants a folder even to write nothing
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -230,8 +244,8 @@ def memorised(
     """
     The path of a [`tiny_llama`] that knows `dataset` by heart, with its tokenizer: made once, then kept in `folder`.
 
-    A folder that exists is taken as it is; an interrupted making leaves none. With several processes all of them train
-    and the main one writes.
+    A folder that exists is taken as it is; an interrupted making leaves none. Of several processes each trains, for
+    itself, and the main one writes.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
-from blur_trainer.trainers.cpu import check_cpu_engine, join_cpu_processes
+from blur_trainer.trainers.cpu import prepare_cpu_engine, join_cpu_processes
 
 #: which config fields are arguments of which rule
 _RULE_FIELDS = {
@@ -101,7 +101,7 @@ class UnlearningConfig(TrainingArguments):
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs"):
             setattr(self, name, _parse_dict(name, getattr(self, name)))
         self.remove_unused_columns = False  # batches are nested; the collator picks what objectives need
-        check_cpu_engine(self)
+        prepare_cpu_engine(self)
         super().__post_init__()
         join_cpu_processes(self)
         if self.max_skipped_steps < 1:

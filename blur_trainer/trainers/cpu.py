@@ -18,12 +18,17 @@ def engine_requested(args: TrainingArguments, engine: str) -> bool:
     return bool(getattr(args, engine)) or launched
 
 
-def check_cpu_engine(args: TrainingArguments) -> None:
+def prepare_cpu_engine(args: TrainingArguments) -> None:
+    """Before `args` sets up its devices."""
     if args.use_cpu and engine_requested(args, "deepspeed"):
         raise ValueError(
             "`use_cpu=True` makes accelerate overlook DeepSpeed: leave it out. Without an accelerator the CPU is used "
-            "anyway (with DS_ACCELERATOR=cpu in the environment)."
+            "anyway."
         )
+    if engine_requested(args, "deepspeed") and not torch.accelerator.is_available():
+        from blur_trainer.gradients.deepspeed import communicate_by_gloo
+
+        communicate_by_gloo()
 
 
 def join_cpu_processes(args: TrainingArguments) -> None:

@@ -1,0 +1,32 @@
+"""Loading beside an engine that shards: all weights on every process, for a model that is only evaluated."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils import patch_environment
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+
+@contextmanager
+def loading_whole(args: TrainingArguments) -> Iterator[None]:
+    """Inside, `from_pretrained` loads all weights on every process.
+
+    Otherwise ZeRO-3 partitions while loading, and FSDP's `cpu_ram_efficient_loading` fills the weights of the first
+    process only: right for the model that is trained (the trainer loads one given by name so), useless for one that is
+    evaluated beside it.
+
+    ```python
+    with loading_whole(args):
+        retrained = AutoModelForCausalLM.from_pretrained(name)
+    ```
+    """
+    plugin = args.deepspeed_plugin if is_deepspeed_zero3_enabled() else None
+    if plugin is not None:
+        unset_hf_deepspeed_config()
+    try:
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
+    finally:
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()
