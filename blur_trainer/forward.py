@@ -47,8 +47,8 @@ def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: 
     """Settles how `answer_logps` goes for this model; before any engine wraps it. Every other call is as before.
 
     `None` chooses by device: TRL's head is a Triton kernel on GPUs. On a CPU a forward and backward pass with it takes
-    1.2 to 2.1 times one with logits, and more memory too (490 instead of 307 MiB at vocabulary 8192, 2 x 512 tokens):
-    its tiles are several float32 copies there. `True` raises `ValueError` where the head does not suit.
+    1.2 to 1.8 times one with logits (`benchmarks/fused_head.py`), and more memory too: its tiles are several float32
+    copies there. `True` raises `ValueError` where the head does not suit.
     """
     wanted = device.type in ("cuda", "xpu") if fused is None else fused
     obstacle = fused_head_obstacle(model) if wanted else None
@@ -56,10 +56,11 @@ def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: 
         raise ValueError(f"`fused_lm_head=True`, but {obstacle}: leave it off.")
     if obstacle:
         logger.warning(f"Log-probabilities are computed from whole logits, without a fused LM head: {obstacle}.")
-    target = causal_lm(model)
-    if wanted and not obstacle and not hasattr(target, "use_fused_lm_head"):
+    target, suits = causal_lm(model), wanted and not obstacle
+    if suits and not hasattr(target, "use_fused_lm_head"):
         _add_fused_head(target)
-    target.use_fused_lm_head = wanted and not obstacle
+    if hasattr(target, "use_fused_lm_head") or suits:  # without a head there is nothing to switch
+        target.use_fused_lm_head = suits
 
 
 def _add_fused_head(model: Any) -> None:

@@ -285,8 +285,9 @@ def parser() -> TrlParser:
 def flags(parser: TrlParser) -> set[str]:
     """All that a page may name: of the example, of TRL's parser, of the benchmark, of the launcher."""
     launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser().format_help()
-    benchmark = "\n".join(re.findall(r'add_argument\((".*)', (ROOT / "benchmarks/step_cost.py").read_text()))
-    text = f"{parser.format_help()} {launcher} {benchmark} --config --help"
+    benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
+    text = f"{parser.format_help()} {launcher} {own} --config --help"
     return set(re.findall(r"--\w[\w-]*", text))
 
 

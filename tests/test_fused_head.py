@@ -182,12 +182,16 @@ def test_chosen_by_device():
 def test_chosen_again():
     """A second trainer on the same model decides anew, and patches once."""
     model = tiny_llama()
+    choose_head(model, False, CPU)
     choose_head(model, True, CPU)
+    with no_logits(model):
+        answer_logps(model, batch())
     patched = model.forward.__func__
     choose_head(model, False, CPU)
     with pytest.raises(AssertionError, match="logits were computed"), no_logits(model):
         answer_logps(model, batch())
     choose_head(model, True, CPU)
+    assert has_fused_head(model)
     assert model.forward.__func__ is patched
 
 

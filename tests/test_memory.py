@@ -302,3 +302,12 @@ def test_the_page_has_the_table_of_the_command():
     import memory
 
     assert memory.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_page_prints_what_its_example_prints():
+    """docs/scaling.md shows the output of its runnable block."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    code, shown = page.split("```python runnable\n")[1].split("```")[0], page.split("```text\n")[1].split("\n```")[0]
+    names = {}
+    exec(code, names)
+    assert str(names["estimate"]) == shown

@@ -1,0 +1,96 @@
+"""Log-probabilities with and without logits: forward and backward pass of one model on both ways, time and memory.
+
+    python benchmarks/fused_head.py                                 # this CPU, one thread, CPU seconds
+    python benchmarks/fused_head.py --device cuda --dtype bfloat16
+
+The result decides the default of `fused_lm_head`. Time is the median of the rounds, both ways in turn. Memory is the
+highest point of a pass, less what is held before it (CPU, Linux: resident memory, as in step_cost.py).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from step_cost import machine, resident
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from blur_trainer.forward import answer_logps, choose_head
+
+# vocabulary, batch size, tokens
+SHAPES = ((8192, 2, 64), (8192, 2, 512), (65536, 2, 256))
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def held(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
+
+
+def one_pass(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], device: str) -> tuple[float, int]:
+    """Seconds and bytes."""
+    model.zero_grad(set_to_none=True)
+    before = held(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark, see proc(5)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
+    answer_logps(model, batch).sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock() - start
+    return seconds, (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before
+
+
+def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> str:
+    vocabulary, batch_size, tokens = shape
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=320,
+        intermediate_size=853,
+        num_hidden_layers=8,
+        num_attention_heads=10,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    ids = torch.randint(3, vocabulary, (batch_size, tokens), device=options.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    results: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
+    for round_ in range(options.rounds + 1):
+        for fused in results:
+            choose_head(model, fused, model.device)
+            result = one_pass(model, batch, options.device)
+            if round_ > 0:
+                results[fused].append(result)
+    cells = []
+    for pairs in results.values():
+        seconds, peaks = zip(*pairs, strict=True)
+        cells.append(f"{1e3 * statistics.median(seconds):.0f}, {statistics.median(peaks) / 2**20:.0f}")
+    return f"| {vocabulary}, {batch_size} × {tokens} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    if options.device == "cpu" and not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)  # freed blocks go back at once
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    print(machine(options.device))
+    print("| vocabulary, tokens | logits: ms, MiB | fused: ms, MiB |\n|---|---|---|")
+    for shape in SHAPES:
+        print(compare(shape, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
