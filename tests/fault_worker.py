@@ -1,30 +1,49 @@
 """Trainings that are killed. One process imports everything and forks, so that a kill costs no import.
 
-    python tests/fault_worker.py kills FOLDER COUNT SEED [PROCESSES]   SIGKILL at random moments; prints what happened
-    python tests/fault_worker.py every FOLDER                          SIGKILL before every single change in the folder
-    python tests/fault_worker.py train FOLDER                          one training, alone or under torchrun
+python tests/fault_worker.py FOLDER MODE[:NUMBER...] ...    prints what happened, mode by mode, e.g.
+python tests/fault_worker.py /tmp/faults kills:100:0 kills:30:1:2 every
+
+kills:COUNT:SEED[:PROCESSES]   SIGKILL at random moments, to one of the processes, until COUNT have died
+every[:STEPS]                  SIGKILL before every single change that a training makes in its folder
+late                           SIGKILL to a process that saves later than the first
+replace                        SIGKILL before every single change of a save over an older model
+terminate[:PROCESSES]          SIGTERM to the last process
+agree                          two processes in a folder with newer checkpoints
+train                          one training in FOLDER/run, not forked: alone or under torchrun
+resume[:PROCESSES]             continues that training
 """
 
+import contextlib
+import gc
 import json
 import os
 import random
+import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from models import examples, tiny_llama
 from runs import settings
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.checkpoints import last_complete_checkpoint
+from blur_trainer.trainers.saving import staged
 
 FORGET, RETAIN = examples(7), examples(5, 1)
+tqdm.monitor_interval = 0  # its thread could hold a lock while we fork
 INTERRUPTED = 3  # the exit code after SIGTERM
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # and "open" for writing
 
@@ -48,6 +67,13 @@ def run(folder: Path, begins: Callable[[], None] = lambda: None, **config: Any) 
     return 0
 
 
+class Slow(TrainerCallback):
+    """Time for a signal to arrive."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(0.2)
+
+
 def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
     """`work` in a child, its exit code what `work` returns; the child's id."""
     child = os.fork()
@@ -60,9 +86,7 @@ def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
     code = 1
     try:
         code = work()
-    except BaseException:
-        import traceback
-
+    except BaseException:  # noqa: BLE001  nothing of the child may go on in the parent's code
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -82,16 +106,16 @@ def waited(child: int, seconds: float = 60.0) -> int | None:
 
 
 def kill(child: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 class Launch:
     """One training in `processes` forked processes, which tell through a pipe when training begins."""
 
-    def __init__(self, folder: Path, processes: int = 1, before: Callable[[int], None] = lambda rank: None):
+    def __init__(
+        self, folder: Path, processes: int = 1, before: Callable[[int], Any] = lambda rank: None, **config: Any
+    ):
         ready, told = os.pipe()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -103,12 +127,13 @@ class Launch:
 
             def work(rank: int = rank) -> int:
                 before(rank)
-                return run(folder, lambda: os.close(told), use_cpu=True)
+                return run(folder, lambda: os.close(told), **config)
 
             environment = ranks | network if processes > 1 else {}
             self.children.append(forked(work, folder.with_suffix(f".{rank}.log"), **environment))
         os.close(told)
-        os.read(ready, 1)  # ends when every process has closed it
+        if not select.select([ready], [], [], 60)[0]:  # readable when every process has closed it
+            raise AssertionError(f"no training begins, see {folder}.*.log")
         os.close(ready)
 
     def finished(self, seconds: float = 60.0) -> list[int | None]:
@@ -144,8 +169,8 @@ def outcome(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
     return (folder / "model.safetensors").read_bytes(), [entry for entry in history if "loss" in entry]
 
 
-def uninterrupted(folder: Path, processes: int = 1) -> tuple[Any, float]:
-    launch, start = Launch(folder, processes), time.monotonic()
+def uninterrupted(folder: Path, processes: int = 1, **config: Any) -> tuple[Any, float]:
+    launch, start = Launch(folder, processes, **config), time.monotonic()
     codes = launch.finished()
     if any(codes):
         raise AssertionError(f"exit codes {codes}: {folder.with_suffix('.0.log').read_text()[-3000:]}")
@@ -154,7 +179,6 @@ def uninterrupted(folder: Path, processes: int = 1) -> tuple[Any, float]:
 
 def kills(folder: Path, count: int, seed: int, processes: int = 1) -> dict[str, Any]:
     """Trainings killed again and again until they end; each must end where the uninterrupted one does."""
-    folder.mkdir(parents=True, exist_ok=True)
     expected, seconds = uninterrupted(folder / "whole", processes)
     dice = random.Random(seed)
     told = {"kills": 0, "trainings": 0, "during a save": 0, "before the first checkpoint": 0, "lost": 0}
@@ -162,7 +186,7 @@ def kills(folder: Path, count: int, seed: int, processes: int = 1) -> dict[str, 
         current, step = folder / f"run-{told['trainings']}", 0
         while True:
             launch = Launch(current, processes)
-            time.sleep(dice.uniform(0, 0.7 * seconds))
+            time.sleep(dice.uniform(0, 0.5 * seconds))
             codes = launch.killed(dice.randrange(processes))
             if -signal.SIGKILL in codes:
                 told["kills"] += 1
@@ -184,8 +208,8 @@ def changes(folder: Path, kill_at: int | None) -> list[str]:
     seen: list[str] = []
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event in CHANGES or (event == "open" and len(arguments) > 2 and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if writes and str(folder) in str(arguments[0]):
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or opened) and str(folder) in str(arguments[0]):
             if len(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen.append(f"{event} {Path(str(arguments[0])).relative_to(folder)}")
@@ -194,29 +218,164 @@ def changes(folder: Path, kill_at: int | None) -> list[str]:
     return seen
 
 
-def every(folder: Path) -> dict[str, Any]:
+def every(folder: Path, steps: int = 2) -> dict[str, Any]:
     """One training per change that it makes to the folder, killed right before it, then continued to the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    expected, _ = uninterrupted(folder / "whole")
+    config = {"max_steps": steps}
+    expected, _ = uninterrupted(folder / "whole", **config)
     told = {"kills": 0, "lost": 0}
     while True:
         current = folder / f"run-{told['kills']}"
-        codes = Launch(current, before=lambda rank: changes(current, told["kills"]) and None).finished()
+        launch = Launch(current, before=lambda rank: changes(current, told["kills"]), **config)  # noqa: B023
+        codes = launch.finished()
         if codes == [0]:
             return told
         if codes != [-signal.SIGKILL]:
             raise AssertionError(f"exit codes {codes}, see {current}.*.log")
         told["kills"] += 1
-        told["lost"] += Launch(current).finished() != [0] or outcome(current) != expected
+        told["lost"] += Launch(current, **config).finished() != [0] or outcome(current) != expected
+
+
+def late(folder: Path) -> dict[str, Any]:
+    """The first process has written its `trainer_state.json`, the second not yet its part: no complete checkpoint."""
+    expected, _ = uninterrupted(folder / "whole", 2)
+    current = folder / "run"
+
+    def slow(rank: int) -> None:
+        save = torch.save
+
+        def later(content: Any, path: Any, *args: Any) -> None:
+            if rank == 1 and "checkpoint-3" in str(path):
+                time.sleep(60)
+            save(content, path, *args)
+
+        torch.save = later
+
+    launch = Launch(current, 2, before=slow)
+    while not (current / "checkpoint-3" / "trainer_state.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # whatever the first process does without waiting for the second
+    codes = launch.killed(1)
+    left = newest(current)
+    resumed = Launch(current, 2).finished()
+    return {"codes": codes, "complete": left, "resumed": resumed, "equal": outcome(current) == expected}
+
+
+def terminate(folder: Path, processes: int = 1) -> dict[str, Any]:
+    expected, _ = uninterrupted(folder / "whole", processes)
+    launch = Launch(folder / "run", processes, callbacks=[Slow()])
+    while not newest(folder / "run"):
+        time.sleep(0.01)
+    os.kill(launch.children[-1], signal.SIGTERM)
+    codes, left = launch.finished(), newest(folder / "run")
+    resumed = Launch(folder / "run", processes).finished()
+    return {"codes": codes, "complete": left, "resumed": resumed, "equal": outcome(folder / "run") == expected}
+
+
+def train(folder: Path) -> None:
+    """Until the process ends."""
+    (folder / f"process-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    code = run(folder / "run", callbacks=[Slow()])
+    PartialState().wait_for_everyone()
+    os._exit(code)  # see tests/ddp_worker.py
+
+
+def resume(folder: Path, processes: int = 2) -> dict[str, Any]:
+    expected, _ = uninterrupted(folder / "whole", processes)
+    left = newest(folder / "run")
+    codes = Launch(folder / "run", processes).finished()
+    return {"complete": left, "codes": codes, "equal": outcome(folder / "run") == expected}
+
+
+def agree(folder: Path) -> dict[str, Any]:
+    """What only the first process sees is an error on all of them, at once."""
+    uninterrupted(folder / "run", 2)
+    start = time.monotonic()
+
+    def forget(rank: int) -> None:
+        global run
+        run = lambda folder, begins, **config: (begins(), make(folder).train())[0] or 0  # noqa: E731
+
+    codes = Launch(folder / "run", 2, before=forget).finished()
+    logs = [(folder / f"run.{rank}.log").read_text() for rank in (0, 1)]
+    return {"codes": codes, "told": ["already holds a run" in log for log in logs], "seconds": time.monotonic() - start}
+
+
+OUTCOMES = ("neither", "old", "new")
+MODELS = {"whole": "50GB", "sharded": "8KB"}
+
+
+def replace(folder: Path) -> dict[str, Any]:
+    """Killed before each change that a save makes: the folder must load the old or the new weights, never a mixture."""
+    told: dict[str, Any] = {"kills": 0, "neither": 0, "old": 0, "new": 0, "left over": []}
+
+    def loaded() -> str:
+        return OUTCOMES[waited(forked(lambda: load(folder / "model"), folder / "log")) or 0]
+
+    for old_size in MODELS.values():
+        for new_size in MODELS.values():
+            target = folder / "model"
+            for kill_at in range(1000):
+                shutil.rmtree(target, ignore_errors=True)
+                tiny_llama(1).save_pretrained(target, max_shard_size=old_size)
+                child = forked(lambda: save(target, new_size, kill_at), folder / "log")  # noqa: B023
+                code = waited(child)
+                told[loaded()] += 1
+                if code == 0:
+                    break
+                if code != -signal.SIGKILL:
+                    raise AssertionError((folder / "log").read_text())
+                told["kills"] += 1
+                save(target, new_size)
+                if loaded() != "new":
+                    told["neither"] += 1
+                weights = sorted(path.name for path in target.iterdir() if "safetensors" in path.name)
+                told["left over"] += [name for name in weights if name not in used(target)]
+    return told
+
+
+def save(target: Path, size: str, kill_at: int | None = None) -> int:
+    if kill_at is not None:
+        changes(target, kill_at)
+    with staged(str(target), writes=True) as staging:
+        tiny_llama(2).save_pretrained(staging, max_shard_size=size)
+    return 0
+
+
+def used(target: Path) -> set[str]:
+    index = target / "model.safetensors.index.json"
+    return (
+        {index.name, *json.loads(index.read_text())["weight_map"].values()} if index.exists() else {"model.safetensors"}
+    )
+
+
+def load(target: Path) -> int:
+    """0 where these are no weights that were ever saved there, 1 for the old, 2 for the new ones."""
+    weights = AutoModelForCausalLM.from_pretrained(target).state_dict()
+    for seed in (1, 2):
+        if all(torch.equal(value, weights[key]) for key, value in tiny_llama(seed).state_dict().items()):
+            return seed
+    return 0
+
+
+MODES: tuple[Callable[..., Any], ...] = (kills, every, late, replace, terminate, agree, resume, train)
+
+
+def warm_up() -> None:
+    """What is imported and built on first use, once instead of in every child."""
+    with tempfile.TemporaryDirectory() as folder:
+        extract_model_from_parallel(tiny_llama()).save_pretrained(folder)
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, where, *numbers = sys.argv[1:]
-    if what == "train":
-        from accelerate import PartialState
-
-        left = run(Path(where))
-        PartialState().wait_for_everyone()
-        os._exit(left)
-    print(json.dumps(kills(Path(where), *map(int, numbers)) if what == "kills" else every(Path(where))))
+    warm_up()
+    told = {}
+    for request in sys.argv[2:]:
+        mode, *numbers = request.split(":")
+        function = next(function for function in MODES if function.__name__ == mode)
+        place = Path(sys.argv[1]) / ("" if function in (resume, train) else request.replace(":", "-"))
+        place.mkdir(parents=True, exist_ok=True)
+        told[request] = function(place, *map(int, numbers))
+    sys.stdout.write(json.dumps(told) + "\n")
