@@ -16,6 +16,7 @@ from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
 from blur_trainer.trainers.loading import loading_whole
+from blur_trainer.trainers.merging import merge_and_save
 from blur_trainer.trainers.saving import refuse_used_directory
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
@@ -53,6 +54,7 @@ __all__ = [
     "loading_whole",
     "memorise",
     "memorised",
+    "merge_and_save",
     "muse_corpora",
     "muse_stages",
     "refuse_used_directory",
