@@ -1,6 +1,7 @@
 """The estimate: counts against real models, optimizers and graphs; rows by arithmetic; one training measured."""
 
 import os
+import runpy
 import sys
 from math import prod
 from pathlib import Path
@@ -304,10 +305,10 @@ def test_the_page_has_the_table_of_the_command():
     assert memory.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
-def test_the_page_prints_what_its_example_prints():
+def test_the_page_prints_what_its_example_prints(tmp_path):
     """docs/scaling.md shows the output of its runnable block."""
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     code, shown = page.split("```python runnable\n")[1].split("```")[0], page.split("```text\n")[1].split("\n```")[0]
-    names = {}
-    exec(code, names)
-    assert str(names["estimate"]) == shown
+    script = tmp_path / "page.py"
+    script.write_text(code, encoding="utf-8")
+    assert str(runpy.run_path(str(script))["estimate"]) == shown
