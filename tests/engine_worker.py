@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blur_trainer.objectives import KL, NPO, GradAscent
 
-ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
+ENGINES = ["ddp", "fsdp2", "fsdp2_lean", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
 HALF = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", "save_total_limit": 2}
 
 

@@ -464,3 +464,67 @@ def test_settings_that_would_give_a_wrong_gradient(wrong, word):
         check_engine(Engine(), arguments(**wrong))
     assert "\n" not in str(raised.value)
     check_engine(Engine(), arguments())
+
+
+def test_fsdp_with_cpu_offload_is_refused():
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    engine = Engine()
+    engine.distributed_type, engine.is_fsdp2 = DistributedType.FSDP, True
+    engine.state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=CPUOffloadPolicy(pin_memory=False)))
+    with pytest.raises(NotImplementedError, match="zero3_offload"):
+        check_engine(engine, arguments())
+
+
+def zero(stage=2, **config):
+    gather = {"stage3_gather_16bit_weights_on_model_save": True}
+    return {"zero_optimization": {"stage": stage, **gather, **config.pop("zero_optimization", {})}, **config}
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (zero(zero_optimization={"offload_optimizer": {"device": "nvme"}}), "offload_optimizer.device: nvme"),
+        (zero(3, zero_optimization={"offload_param": {"device": "nvme"}}), "offload_param.device: nvme"),
+        (zero(zero_optimization={"zenflow": {"topk_ratio": 0.1}}), "zenflow"),
+        (zero(zero_optimization={"zero_quantized_gradients": True}), "zero_quantized_gradients"),
+        (zero(3, zero_optimization={"zero_hpz_partition_size": 8}), "zero_hpz_partition_size: 8"),
+        (zero(3, zero_optimization={"mics_shard_size": 4}), "mics_shard_size: 4"),
+        (zero(torch_autocast={"enabled": True}), "torch_autocast.enabled"),
+        (zero(compile={"deepcompile": True}), "deepcompile"),
+        (zero(0, fp16={"enabled": True}), "ZeRO 0 with fp16"),
+        (zero(0, bf16={"enabled": True}), "ZeRO 0 with bf16"),
+        (zero(managed_gradient_accumulation=False), "managed_gradient_accumulation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_deepspeed_settings_that_no_test_covers_are_refused_by_name(config, word):
+    from blur_trainer.gradients.deepspeed import check_deepspeed
+
+    with pytest.raises(NotImplementedError, match=word) as raised:
+        check_deepspeed(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_plain_deepspeed_settings_are_taken(stage):
+    from blur_trainer.gradients.deepspeed import check_deepspeed
+
+    offload = {"offload_optimizer": {"device": "cpu"}} if stage else {}
+    check_deepspeed(zero(stage, zero_optimization=offload, bf16={"enabled": bool(stage)}))
+
+
+def test_zero_3_that_would_save_no_model_is_refused():
+    from blur_trainer.gradients.deepspeed import check_deepspeed
+
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save"):
+        check_deepspeed({"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0"])
+def test_a_deepspeed_version_that_no_test_ran_with_is_refused(version, monkeypatch):
+    from blur_trainer.gradients import deepspeed
+
+    monkeypatch.setattr(deepspeed, "version", lambda name: version)
+    with pytest.raises(NotImplementedError, match=version):
+        deepspeed.check_deepspeed(zero())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from blur_trainer.gradients.backend import GradientBackend
@@ -48,6 +49,11 @@ def check_engine(accelerator: Accelerator, args: "TrainingArguments") -> None:
             raise NotImplementedError(
                 "FSDP version 1 is not supported, version 2 is: set `fsdp_version: 2` in the file of `accelerate "
                 'launch`, or `fsdp_config={"version": 2, ...}`.'
+            )
+        if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            raise NotImplementedError(
+                "FSDP2 with CPU offload is not supported (its tests would need a GPU): leave it off, or use ZeRO-3 "
+                "with `offload_param` and `offload_optimizer` (ds_configs/zero3_offload.json)."
             )
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         from blur_trainer.gradients.deepspeed import check_deepspeed  # the package is an extra

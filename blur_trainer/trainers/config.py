@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
-from blur_trainer.trainers.cpu import prepare_cpu_engine, join_cpu_processes
+from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 
 #: which config fields are arguments of which rule
 _RULE_FIELDS = {

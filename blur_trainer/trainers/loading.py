@@ -1,9 +1,10 @@
-"""Loading beside an engine that shards: all weights on every process, for a model that is only evaluated."""
+"""Whole weights beside an engine that shards: to load a model that is only evaluated, to save one for others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.utils import patch_environment
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, patch_environment
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -30,3 +31,21 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     finally:
         if plugin is not None:
             plugin.set_deepspeed_weakref()
+
+
+@contextmanager
+def whole_state(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, FSDP saves a model that `from_pretrained` reads, also where its checkpoints are sharded.
+
+    Trainer's `save_model` writes nothing then.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(before)

@@ -25,6 +25,7 @@ from blur_trainer.trainers.benchmarks import Benchmark, BenchmarksMixin
 from blur_trainer.trainers.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.loading import whole_state
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.step_log import StepLog
 
@@ -226,7 +227,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             return super().save_model(output_dir, _internal_call=True)
         output_dir = output_dir or self.output_dir
-        with saving.staged(output_dir, writes=self.args.should_save) as staging:
+        with saving.staged(output_dir, writes=self.args.should_save) as staging, whole_state(self.accelerator):
             super().save_model(staging, _internal_call=True)
         self.create_model_card(output_dir=output_dir)
         if self.args.push_to_hub and not _internal_call:
