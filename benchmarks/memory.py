@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig
 from step_cost import machine, resident
 from stepping import VOCAB, rows
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from transformers.utils import logging
 
 from blur_trainer.memory.estimate import MemoryEstimate, estimate_memory
@@ -102,6 +102,7 @@ CASES = {
     "float32, KL": Case(llama(384, 4), {"retain_objective": "kl"}, length=512),
     "float32, accumulation 2": Case(llama(512, 4), KNOWN | {"gradient_accumulation_steps": 2}),
     "float32, Adafactor": Case(llama(512, 6), KNOWN | {"optim": "adafactor"}, length=64),
+    "float32, 8-bit Adam": Case(llama(512, 6), KNOWN | {"optim": "adamw_8bit"}),
     "bfloat16, reference copied": Case(llama(768, 6), dtype="bfloat16"),
     "autocast to bfloat16": Case(llama(512, 6), KNOWN | {"bf16": True}, length=512),
     "LoRA, float32": Case(llama(768, 6), lora=True),
@@ -152,7 +153,7 @@ def run(case: Case, device: str) -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device(device):
-            model = LlamaForCausalLM._from_config(case.config, dtype=getattr(torch, case.dtype))
+            model = AutoModelForCausalLM.from_config(case.config, dtype=getattr(torch, case.dtype))
         peak = Peak(device)
         data = [rows(case.length, seed=seed) for seed in (1, 2)]
         arguments = case.arguments(device, folder)

@@ -3,15 +3,22 @@
 import os
 import runpy
 import sys
-from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import VOCAB, tiny_llama
+from models import VOCAB, examples, tiny_llama
 from peft import LoraConfig, get_peft_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
+from runs import settings, train
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.optimization import Adafactor
 
 from blur_trainer.memory.estimate import MemoryEstimate, estimate_memory
@@ -107,11 +114,35 @@ def test_optimizer_states():
 
 
 def test_eight_bit_states():
-    """bitsandbytes, as documented: two bytes per element and two float32 per 256; float32 below 4096 elements."""
-    large, small = torch.Size((64, 256)), torch.Size((63, 65))
-    assert OPTIMIZERS["adamw_8bit"](large, 4) == 2 * 64 * 256 + 2 * 4 * 64
-    assert OPTIMIZERS["adamw_8bit"](small, 4) == 8 * prod(small)
-    assert OPTIMIZERS["paged_adamw_8bit"](large, 4) == 0
+    """Against bitsandbytes: two bytes per element and two float32 per 256; float32 below 4096 elements."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 256), (63, 65))]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in parameters:
+        tensors = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        # the code books are shared by all parameters
+        held = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.startswith("qmap"))
+        assert OPTIMIZERS["adamw_8bit"](parameter.shape, 4) == held
+    assert OPTIMIZERS["paged_adamw_8bit"](parameters[0].shape, 4) == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bit_optimizers_train(optim, tmp_path):
+    """BLUR's update through 8-bit Adam goes where that of AdamW goes."""
+    pytest.importorskip("bitsandbytes")
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 96, "dtype": None})
+    updates = []
+    for name in ("adamw_torch", optim):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        before = model.lm_head.weight.detach().clone()
+        trainer = train(settings(tmp_path / name, optim=name), examples(4), examples(4, seed=5), model=model)
+        updates.append((model.lm_head.weight.detach() - before).flatten())
+    assert trainer.optimizer.state[model.lm_head.weight]["state1"].dtype == torch.uint8
+    assert torch.cosine_similarity(*updates, dim=0) > 0.99
 
 
 # ---- rows ----
@@ -135,6 +166,22 @@ def test_lora_on_bfloat16_and_quantised():
     assert of[None] == 2 * count(model) + 4 * adapter
     assert of[4] == round(2 * rest + quantised * (0.5 + 4 / 64)) + 4 * adapter
     assert of[8] == 2 * rest + quantised + 4 * sum(w.shape[0] for w in linear) + 4 * adapter
+
+
+def test_a_quantised_model_weighs_what_is_said(tmp_path):
+    """bitsandbytes' NF4, the width a multiple of its blocks; the bits are read from the model's configuration."""
+    pytest.importorskip("bitsandbytes")
+    LlamaForCausalLM(
+        LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 64, "dtype": None})
+    ).save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, dtype=torch.bfloat16)
+    held = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        held += parameter.numel() * parameter.element_size() + (4 * state.absmax.numel() if state is not None else 0)
+    estimated = estimate(model, peft_config=LORA).parameters - estimate(model, peft_config=LORA).gradients
+    assert estimated == held
 
 
 def test_frozen_parameters_of_a_model():
