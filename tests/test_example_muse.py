@@ -31,6 +31,7 @@ FILES = {
     "generation_config.json",
     "metrics.json",
     "model.safetensors",
+    "reference_logps.safetensors",
     "report.html",
     "tokenizer.json",
     "tokenizer_config.json",

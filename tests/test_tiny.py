@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blur_trainer.models import tiny
-from blur_trainer.models.tiny import MIN_VOCAB_SIZE, memorise, memorised, tiny_llama, train_tokenizer
+from blur_trainer.models import memorising
+from blur_trainer.models.memorising import memorise, memorised
+from blur_trainer.models.tiny import MIN_VOCAB_SIZE, tiny_llama, train_tokenizer
 
 SENTENCES = (
     "Question: Where was Ada Holbeck born?\nAnswer: Larkford",
@@ -262,9 +263,11 @@ def short(monkeypatch):
         calls.append(kwargs)
         return memorise(model, tokenizer, dataset, **(kwargs | {"num_train_epochs": 2, "disable_tqdm": True}))
 
-    monkeypatch.setattr(tiny, "memorise", memorise_shortly)
+    monkeypatch.setattr(memorising, "memorise", memorise_shortly)
     monkeypatch.setattr(
-        tiny, "tiny_llama", lambda tokenizer, seed=0: tiny_llama(tokenizer, hidden_size=32, num_layers=1, seed=seed)
+        memorising,
+        "tiny_llama",
+        lambda tokenizer, seed=0: tiny_llama(tokenizer, hidden_size=32, num_layers=1, seed=seed),
     )
     return calls
 
@@ -286,8 +289,8 @@ def test_memorised_makes_a_model_once_and_keeps_it(tokenizer, tmp_path, short):
 def test_memorised_is_what_memorise_gives(tokenizer, tmp_path, short):
     data = tokenise(tokenizer)
     kept = AutoModelForCausalLM.from_pretrained(memorised(tmp_path / "target", tokenizer, data, seed=3))
-    model = tiny.memorise(tiny.tiny_llama(tokenizer, seed=3), tokenizer, data, seed=3)
-    start = tiny.tiny_llama(tokenizer, seed=3)
+    model = memorising.memorise(memorising.tiny_llama(tokenizer, seed=3), tokenizer, data, seed=3)
+    start = memorising.tiny_llama(tokenizer, seed=3)
     for a, b, c in zip(kept.parameters(), model.parameters(), start.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c) or a.ndim == 1
@@ -313,7 +316,9 @@ def test_an_interrupted_making_leaves_no_model(tokenizer, tmp_path, short, monke
 
     with monkeypatch.context() as patch:
         # the tokenizer is saved after the weights: the worst moment
-        patch.setattr(*((tiny, "memorise") if when == "training" else (type(tokenizer), "save_pretrained")), interrupt)
+        patch.setattr(
+            *((memorising, "memorise") if when == "training" else (type(tokenizer), "save_pretrained")), interrupt
+        )
         with pytest.raises(KeyboardInterrupt):
             memorised(folder, tokenizer, tokenise(tokenizer))
     assert not folder.exists()
