@@ -316,6 +316,7 @@ def test_from_a_path_without_weights(tmp_path):
     [
         ({"sharding": "zero4"}, "Unknown sharding 'zero4'; accepted: none, zero0"),
         ({"sharding": "none_offload"}, "Unknown sharding"),
+        ({"sharding": "fsdp_offload"}, "zero1 to zero3 also with `_offload`"),  # refused by the backend
         ({"reference": "adapter"}, "Unknown reference 'adapter'; accepted: none, precomputed"),
         ({"dtype": "int8"}, "`dtype` must be a floating point dtype"),
         ({"args": {"optim": "rmsprop"}}, "optim='rmsprop' is not known; accepted: adamw_torch"),

@@ -67,8 +67,8 @@ def estimate_memory(
         peft_config: as for the trainer.
         dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else its configuration's.
         bits: 4 or 8 for a base quantised by bitsandbytes. Default: as the model's configuration says.
-        sharding: `none`, `zero0` to `zero3`, `fsdp`, or with `_offload` behind it: the optimizer and the gradients,
-            under `zero3` and `fsdp` the parameters too, in the CPU's memory. Default: from `args`.
+        sharding: `none`, `zero0` to `zero3`, `fsdp`, or `zero1_offload` to `zero3_offload`: the optimizer and the
+            gradients, under stage 3 the parameters too, in the CPU's memory. Default: from `args`.
         reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose.
         device: `cpu` for a training there. Default: from `args.use_cpu`.
     """

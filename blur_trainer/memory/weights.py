@@ -81,9 +81,9 @@ def sharding_of(args: Any, name: str | None) -> Sharding:
     """By name, else from `args`: DeepSpeed's configuration, FSDP, or none."""
     if name is not None:
         stage, offload = name.removesuffix("_offload"), name.endswith("_offload")
-        if stage not in SHARDINGS or (offload and not SHARDINGS[stage].optimizer):
+        if stage not in SHARDINGS or (offload and stage not in ("zero1", "zero2", "zero3")):
             raise ValueError(
-                f"Unknown sharding {name!r}; accepted: {', '.join(SHARDINGS)}, from zero1 on also with `_offload`."
+                f"Unknown sharding {name!r}; accepted: {', '.join(SHARDINGS)}, zero1 to zero3 also with `_offload`."
             )
         return _offloaded(SHARDINGS[stage], optimizer=offload, parameters=offload)
     engine = getattr(args, "hf_deepspeed_config", None)
