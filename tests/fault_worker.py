@@ -14,6 +14,7 @@ resume[:PROCESSES]             continues that training
 """
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -43,7 +45,8 @@ from blur_trainer.trainers.checkpoints import last_complete_checkpoint
 from blur_trainer.trainers.saving import staged
 
 FORGET, RETAIN = examples(7), examples(5, 1)
-tqdm.monitor_interval = 0  # its thread could hold a lock while we fork
+tqdm.set_lock(threading.RLock())  # the default one is shared by all forks: a killed child would keep it
+tqdm.monitor_interval = 0  # no thread that holds it while we fork
 INTERRUPTED = 3  # the exit code after SIGTERM
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # and "open" for writing
 
@@ -83,6 +86,7 @@ def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(30)  # into the log, if it hangs
     code = 1
     try:
         code = work()

@@ -208,6 +208,19 @@ def test_true_means_the_newest(interrupted):
     assert _resume(*interrupted) == 4
 
 
+@pytest.mark.parametrize("max_steps", [3, 4, 6])
+def test_a_finished_training_is_not_continued(max_steps, tmp_path):
+    """In the middle of an epoch, Trainer alone would take one step more."""
+    run = Run({"max_steps": max_steps, "lr_scheduler_type": "constant"})
+    whole = run.start(tmp_path, save_strategy="steps", save_steps=1)
+    whole.train()
+    again = run.start(tmp_path, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == max_steps and training_logs(again) == training_logs(whole)
+    assert distance(_trainable(whole), _trainable(again)) == 0
+    assert not (tmp_path / f"checkpoint-{max_steps + 1}").exists()
+
+
 @pytest.mark.parametrize("number", [10, 100])
 def test_newest_by_number_not_by_name(interrupted, number, tmp_path):
     """checkpoint-4 comes after checkpoint-10 in the alphabet."""

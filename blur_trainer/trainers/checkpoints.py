@@ -191,6 +191,8 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         self._args, self._limit, args.save_total_limit = args, args.save_total_limit, None
         self._size, self._parts = 0, (kwargs["model"], kwargs["optimizer"])
+        if state.global_step >= state.max_steps:  # continued after its end
+            control.should_training_stop = True
         if args.save_strategy != "no":
             folder, needed = Path(str(args.output_dir)), _saved_bytes(*self._parts)
             saving.agreed(lambda: saving.check_space(folder, needed), args.should_save)

@@ -129,6 +129,8 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Mapping[str, Batch]], dict[str, Tensor] | None]:
         """The accumulation window, and per role the items that all processes have in it: the divisor of its loss."""
+        if self.control.should_training_stop:  # resumed from the last step: Trainer would go one further
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = []
         if not batches:
