@@ -165,8 +165,8 @@ def newest(folder: Path) -> int:
 
 def outcome(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
     """The final weights, byte by byte, and the log, without what depends on the clock."""
-    (checkpoint,) = folder.glob("checkpoint-*")
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    checkpoint = last_complete_checkpoint(str(folder))  # a kill before the last rotation leaves an older one too
+    history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
     leftovers = [path.name for path in folder.iterdir() if path.name.startswith(".")]
     if leftovers:
         raise AssertionError(f"left behind: {leftovers}")

@@ -1,8 +1,10 @@
 """Real processes killed while they train and save: the directory they leave continues to the uninterrupted result."""
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,8 +12,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fault_worker import make
+from runs import distance, weights
+from transformers import TrainerCallback
+
+from blur_trainer.trainers.checkpoints import last_complete_checkpoint
 
 HERE = Path(__file__).parent
 WORKER = HERE / "fault_worker.py"
@@ -48,7 +56,8 @@ def told(memory):
 def test_killed_at_random_moments_nothing_is_lost(told, request_):
     found = told[request_]
     assert found["kills"] >= int(request_.split(":")[1]) and found["lost"] == 0
-    assert found["trainings"] >= 1 and found["during a save"] >= 1, "the kills missed what they were for"
+    assert found["trainings"] >= 1
+    assert told[REQUESTS[0]]["during a save"] >= 1, "the kills missed what they were for"
 
 
 def test_killed_before_every_change_in_the_folder(told):
@@ -81,6 +90,139 @@ def test_sigterm_saves_and_stops(told, processes):
 def test_an_error_of_the_first_process_is_one_of_all(told):
     assert told["agree"]["codes"] == [1, 1] and told["agree"]["told"] == [True, True]
     assert told["agree"]["seconds"] < 30, "they did not wait for each other"
+
+
+# ---- a disk that takes no more ----
+
+
+class AtSave(TrainerCallback):
+    """From step 3 on no file may become larger than `size` bytes: the save of that step breaks off in the middle."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextlib.contextmanager
+def file_size_restored():
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", [0, 4_000, 30_000], ids=["nothing", "part of the weights", "part of the optimizer"])
+def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint(tmp_path, size):
+    whole = make(tmp_path / "whole")
+    whole.train()
+    trainer = make(tmp_path / "run", callbacks=[AtSave(size)])
+    with file_size_restored(), pytest.raises(OSError, match=r"checkpoint-3.*untouched.*resume_from_checkpoint"):
+        trainer.train()
+    assert last_complete_checkpoint(str(tmp_path / "run")).endswith("checkpoint-2")
+    assert trainer.args.save_total_limit == 1 and trainer.state.global_step == 3
+    resumed = make(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert distance(weights(whole.model), weights(resumed.model)) == 0
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_steps=4, save_total_limit=None)
+    free = iter([10**12, 10**12, 100])  # before training, at the first save, at the second
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with pytest.raises(
+        OSError, match=r"takes about [\d,]+ bytes and 100 are free.*Make room.*resume_from_checkpoint"
+    ) as e:
+        trainer.train()
+    assert e.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    make(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_is_said_before_training(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="100 are free"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_an_unwritable_directory_is_said_before_training(tmp_path, monkeypatch, resume):
+    trainer = make(tmp_path / "run")
+
+    def refuse(**kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", kwargs["dir"])
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"cannot be written .*Permission denied.*Pass another `output_dir`"):
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 0 and contents(tmp_path) == {}
+
+
+def test_the_final_model_survives_a_save_that_breaks_off(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    before = contents(tmp_path)
+    with file_size_restored(), pytest.raises(OSError, match=r"What was saved before is untouched.*make room"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        trainer.save_model()
+    assert contents(tmp_path) == before
+
+
+# ---- what can be resumed ----
+
+
+def test_a_model_only_checkpoint_is_refused_by_name(tmp_path):
+    make(tmp_path, max_steps=2, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"no optimizer state \(`save_only_model=True`\)"):
+        make(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_lost_a_file_is_refused_by_name(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"has been changed.*'optimizer.pt' is missing"):
+        make(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_manifest_is_of_a_plain_trainer_and_resumed(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "blur_checkpoint.json").unlink()
+    trainer = make(tmp_path, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.log_history[0]["step"] == 1 and trainer.state.global_step == 4
+
+
+def test_everything_is_on_disk_before_the_manifest_is_closed(tmp_path, monkeypatch):
+    flushed, fsync, replace = set(), os.fsync, os.replace
+
+    def remember(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(source, target):
+        if Path(target).name == "blur_checkpoint.json" and json.loads(Path(source).read_text())["files"]:
+            names = [path for path in Path(target).parent.rglob("*") if path != Path(target)]
+            assert len(names) > 5 and all(path.stat().st_ino in flushed for path in names)
+            flushed.add("closed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(os, "replace", check)
+    make(tmp_path, max_steps=1).train()
+    assert "closed" in flushed
 
 
 # ---- under torchrun ----

@@ -149,8 +149,11 @@ def _begin(path: Path, needed: int) -> None:
             os.rename(path, path.with_name(_PREVIOUS + path.name))
         else:
             _remove(path)
-    path.mkdir()
-    saving.write_durably(path / MANIFEST_NAME, json.dumps({"files": None}))
+    try:
+        path.mkdir()
+        saving.write_durably(path / MANIFEST_NAME, json.dumps({"files": None}))
+    except OSError as error:
+        raise saving.failed(path, error) from error
 
 
 def _finish(path: Path) -> int:
