@@ -49,6 +49,7 @@ def zero(stage: int, *offload: str, **config: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "initial_scale_power": 10},
             "zero_optimization": optimization,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -94,17 +95,19 @@ FEATURES: dict[str, dict[str, Any]] = {
     "lora": {"rule": "sum", "lora": True},
     "bf16": {"rule": "sum", "bf16": True},
     "fused head": {"rule": "sum", "fused_lm_head": True},
+    "compiled": {"rule": "sum", "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "fp16": {"rule": "sum", "fp16": True},
     "NPO": {"rule": "sum", "npo": True},
     "NPO, kept logps": {"rule": "sum", "npo": True, "precompute_ref_logps": True},
     "NPO, lora": {"rule": "sum", "npo": True, "lora": True, "fresh": True},
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
-#: bf16 has three digits, and Adam divides by what is left of small gradients (a lost gradient would be an error near 1)
-TOLERANCE = {"mgda": 5e-5, "bf16": 0.15}
+#: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients (a lost gradient would be an error near 1)
+TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
-#: what accelerate or DeepSpeed cannot do: refused by name, or the same as another cell
+#: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
-LEFT_OUT = {("zero0", "bf16")} | {(e, f) for e, features in ONLY.items() for f in FEATURES if f not in features}
+LEFT_OUT = {("zero0", "bf16"), ("zero0", "fp16"), ("ddp", "fp16"), ("fsdp2", "fp16")} | {(e, f) for e, features in ONLY.items() for f in FEATURES if f not in features}
 CELLS = [f"{engine}:{feature}" for engine in ENGINES for feature in FEATURES if (engine, feature) not in LEFT_OUT]
 
 
@@ -212,7 +215,7 @@ def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
     """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights."""
     start, want = literal(FEATURES[feature])
     got = {
-        name.removeprefix("module."): whole(p, engine)
+        name.removeprefix("_orig_mod.").removeprefix("module."): whole(p, engine)
         for name, p in trainer.model_wrapped.named_parameters()
         if p.requires_grad
     }

@@ -37,7 +37,9 @@ class GradientBackend:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.slots: dict[str, Gradients] = {}
         # DDP can make `.grad` a view of its communication bucket, which the next pass overwrites: then copy
-        self._grads_are_views = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
+        self._grads_are_views = any(
+            isinstance(module, DistributedDataParallel) and module.gradient_as_bucket_view for module in model.modules()
+        )
 
     # ---- the life of a gradient ----
 
