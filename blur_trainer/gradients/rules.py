@@ -2,13 +2,14 @@
 
 `G = [[<g_f,g_f>, <g_f,g_r>], [<g_r,g_f>, <g_r,g_r>]]`, and the optimizer receives `d = w[0] g_f + w[1] g_r`.
 A rule is any callable `(2, 2) -> (2,)`: the protocol of TorchJD's `Weighting`, whose published rules run here as they
-are. NaN and inf pass through: who holds the gradients decides what to do about them.
+are. NaN and inf pass through: who holds the gradients decides what to do about them. A rule whose attribute
+`needs_retain_norm` is there and False never reads `G[1,1]`, which a training with one gradient buffer does not have.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Sum:
 
     forget_weight: float = 1.0
     retain_weight: float = 1.0
+    needs_retain_norm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("forget_weight", "retain_weight"):
@@ -70,6 +72,10 @@ class BLUR:
         for name in ("gamma", "alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"BLUR: `{name}` must be finite and >= 0, got {getattr(self, name)}.")
+
+    @property
+    def needs_retain_norm(self) -> bool:
+        return self.lower_level == "retain"
 
     def __call__(self, gramian: Tensor) -> Tensor:
         lower, upper = (FORGET, RETAIN) if self.lower_level == "forget" else (RETAIN, FORGET)

@@ -37,6 +37,8 @@ class UnlearningConfig(TrainingArguments):
             numbers, less memory. `None`: on GPUs where the model suits (on a CPU it is slower). `kl` needs logits.
         offload_forget_gradient: keep this process's forget gradient in the CPU's memory while the retain gradient is
             computed: one gradient copy less on the GPU, exact, two copies over the bus per step.
+        single_gradient_buffer: keep no second gradient at all: the rule's inner product comes from forward-mode
+            differentiation. One process or DDP, the rules `sum` and `blur` with `lower_level="forget"`; more time.
         max_length: longest example in tokens. `text` is cut into chunks of it, other formats are truncated from the
             right. `None`: the model's context length.
         drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
@@ -76,6 +78,9 @@ class UnlearningConfig(TrainingArguments):
     )
     offload_forget_gradient: bool = field(
         default=False, metadata={"help": "Keep the forget gradient in the CPU's memory during the retain pass."}
+    )
+    single_gradient_buffer: bool = field(
+        default=False, metadata={"help": "Keep one gradient, not two: less memory, more time (one process, DDP)."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longest example in tokens."})
     drop_empty: bool = field(

@@ -27,14 +27,18 @@ class StepLog:
         self._warned_of_zero: set[str] = set()
 
     def record(self, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor) -> None:
-        """A finite step: `losses` by role, the `(2, 2)` Gramian and the `(2,)` weights in the same order."""
+        """A finite step: `losses` by role, the `(2, 2)` Gramian and the `(2,)` weights in the same order.
+
+        NaN in the Gramian is a number that this step did not need (`trainers.single_buffer`).
+        """
         self._skipped_in_a_row = 0
         norms = gramian.diagonal().sqrt()
         for index, role in enumerate(losses):
             self._values[f"loss/{role}"].append(losses[role])
-            self._values[f"grad/{role}_norm"].append(norms[index])
             self._values[f"grad/weight_{role}"].append(weights[index])
-        if len(losses) == 2:
+            if not norms[index].isnan():
+                self._values[f"grad/{role}_norm"].append(norms[index])
+        if len(losses) == 2 and not norms.isnan().any():
             product = norms.prod()
             self._values["grad/cosine"].append(gramian[0, 1] / product if product > 0 else torch.zeros(()))
         for role, norm in zip(losses, norms, strict=False):

@@ -27,6 +27,8 @@ from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.loading import whole_state
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
+from blur_trainer.trainers.single_buffer import check_model, check_settings, one_buffer_step
+from blur_trainer.trainers.step import two_slot_step
 from blur_trainer.trainers.step_log import StepLog
 
 
@@ -87,6 +89,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             setup.check_retain_free(self.rule)
             del self.objectives["retain"]
         setup.check_objectives(self.objectives, args.precompute_ref_logps)
+        check_settings(args, self.rule, self.objectives)
         set_seed(args.seed)  # adapters are drawn before Trainer seeds
         source = (model, args.model_init_kwargs)
         model = setup.load_model(model, args, peft_config)
@@ -110,6 +113,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator, args)
+        check_model(self)
         self._settle_reference(ref_model)
         self._backend: GradientBackend | None = None
         self._window: list[dict[str, Any]] = []
@@ -157,44 +161,12 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         if self._backend is None or self._backend.model is not model:
             self._backend = choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
         window, self._window = self._window, []
-        counts = num_items_in_batch or {}
-        losses = {role: self._objective_pass(self._backend, role, window, counts[role]) for role in self.objectives}
+        step = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
+        loss = step(self, self._backend, window, num_items_in_batch or {})
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        return self._combine(self._backend, losses)
-
-    def _objective_pass(
-        self, backend: GradientBackend, role: str, window: list[dict[str, Any]], num_items: Tensor
-    ) -> Tensor:
-        """One objective over the window: its loss (this process's share), its gradient in the backend's slot."""
-        total = torch.zeros((), device=self.args.device)
-        for index, batch in enumerate(window):
-            with backend.accumulate(last=index == len(window) - 1):
-                with self.compute_loss_context_manager():
-                    loss = self.objectives[role](backend.model, batch[role], self.reference, num_items)
-                    # `num_items` counts all processes, and DDP averages over them: undo the average
-                    loss = loss * self.accelerator.num_processes
-                backend.backward(loss)
-            total += loss.detach()
-        backend.take(role)
-        return total
-
-    def _combine(self, backend: GradientBackend, losses: Mapping[str, Tensor]) -> Tensor:
-        gramian = backend.gramian()
-        weights = self.rule(gramian)
-        finite = bool(gramian.isfinite().all() and weights.isfinite().all())
-        # a loss scaler skips the step itself and lowers its scale: NaN must reach it, also where only the norm is inf
-        if finite or backend.skips_overflow:
-            backend.write(weights if finite else weights * torch.nan)
-        else:
-            backend.discard()
-        if not finite:
-            self.step_log.record_skip(gramian, self.state.global_step + 1)
-            return torch.zeros((), device=self.args.device)
-        self.step_log.record(losses, gramian, weights)
-        weighted = [weight * losses[role] for role, weight in zip(losses, weights.tolist(), strict=False)]
-        return torch.stack(weighted).sum()
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to each training log what the steps since the last one were like."""

@@ -1,0 +1,41 @@
+"""An inner product with a gradient that is never made: the derivative of a loss along a direction of the weights.
+
+`<d loss / d w, t>` is the derivative of `loss(w + e t)` at `e = 0`. Forward-mode differentiation carries it along with
+the loss in one pass without a graph, so that one layer's activations are alive at a time, of any depth of model.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class _Along(nn.Module):
+    """`model`, its parameters moving along `tangents` (by name); a tied parameter has one name and moves everywhere."""
+
+    def __init__(self, model: nn.Module, tangents: Mapping[str, Tensor]):
+        super().__init__()
+        parameters = dict(model.named_parameters())
+        duals = {name: forward_ad.make_dual(parameters[name], tangent) for name, tangent in tangents.items()}
+        # not a submodule: who looks inside for a fused LM head, which has no forward mode, is to find none
+        self.call = partial(functional_call, model, duals)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.call(args, kwargs)
+
+
+def directional_derivative(
+    model: nn.Module, tangents: Mapping[str, Tensor], loss: Callable[[nn.Module], Tensor]
+) -> Tensor:
+    """`sum_name <d loss(model) / d parameter, tangents[name]>`, 0-d; nothing is copied, `.grad` may be the tangents.
+
+    Scaled dot product attention runs as its plain formula, the only form of it with a forward mode. Other kernels
+    without one raise torch's `NotImplementedError`.
+    """
+    with forward_ad.dual_level(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        value, derivative = forward_ad.unpack_dual(loss(_Along(model, tangents)))
+        return torch.zeros_like(value) if derivative is None else derivative

@@ -1,0 +1,139 @@
+"""The step with one gradient buffer: `.grad` holds the forget gradient, then the combination, and there is no slot.
+
+    forget pass                   .grad = g_f
+    forward mode, retain loss     <g_f, g_r>, along `.grad`: g_r itself is not made
+    rule                          w, of a rule that does not ask for ||g_r||
+    scale, retain pass            .grad = w_f g_f + w_r g_r, the retain loss weighted before its backward pass
+
+Exact under DDP without further ado: what its last reduction averages is equal on all processes (`w_f g_f`, reduced
+already) plus each one's share of `w_r g_r`. `||g_r||`, for the log, follows from the norm of the combination.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from blur_trainer.forward import forward
+from blur_trainer.gradients.backend import GradientBackend, inner_products
+from blur_trainer.gradients.forward_mode import directional_derivative
+from blur_trainer.gradients.rules import Rule
+from blur_trainer.reference import evaluating
+from blur_trainer.trainers.step import Window, objective_pass, record
+
+if TYPE_CHECKING:
+    from blur_trainer.trainers.config import UnlearningConfig
+    from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+
+def check_settings(args: "UnlearningConfig", rule: Rule, roles: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, by name, for what a single gradient buffer cannot do; before any model is loaded."""
+    if not args.single_gradient_buffer:
+        return
+    checkpointing: Any = args.activation_checkpointing_kwargs or {}
+    obstacles: list[tuple[bool, str]] = [
+        (
+            getattr(rule, "needs_retain_norm", True),
+            f"the rule {rule} reads the norm of the retain gradient: choose `sum`, or `blur` with "
+            "`lower_level='forget'` (a rule of your own says `needs_retain_norm = False`)",
+        ),
+        ("retain" not in roles, "there is no retain dataset, and so only one gradient: leave it off"),
+        (args.offload_forget_gradient, "`offload_forget_gradient=True` keeps a second one: choose one of both"),
+        (args.fp16, "`fp16=True` scales the loss, and scaled gradients overflow in its forward mode: use `bf16=True`"),
+        (
+            bool(args.activation_checkpointing) and checkpointing.get("use_reentrant", False),
+            "reentrant checkpointing has no forward mode: "
+            "set `activation_checkpointing_kwargs={'use_reentrant': False}`",
+        ),
+    ]
+    for present, obstacle in obstacles:
+        if present:
+            raise ValueError(f"`single_gradient_buffer=True`, but {obstacle}.")
+
+
+def check_model(trainer: "UnlearningTrainer") -> None:
+    """Raises `NotImplementedError` where the engine shards, or one of the model's kernels has no forward mode."""
+    if not trainer.args.single_gradient_buffer:
+        return
+    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise NotImplementedError(
+            "`single_gradient_buffer=True` runs on one process and DDP, not under FSDP or DeepSpeed, where each "
+            "process holds its shard of the gradients only: leave it off, or set `offload_forget_gradient=True`."
+        )
+    model: Any = trainer.model
+    ids = torch.tensor([[0, 1]], device=trainer.args.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tangents = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        with evaluating(model):  # no dropout, which would draw random numbers
+            directional_derivative(model, tangents, lambda m: forward(m, batch).sum())
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            "`single_gradient_buffer=True` needs forward-mode differentiation of the model, which one of its kernels "
+            "does not have: load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or "
+            f"8-bit weights, or leave the option off. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def one_buffer_step(
+    trainer: "UnlearningTrainer", backend: GradientBackend, window: Window, counts: Mapping[str, Tensor]
+) -> Tensor:
+    """Both passes over the window; `.grad` is the combination, or empty where it is not finite."""
+    losses = {"forget": objective_pass(trainer, backend, "forget", window, counts["forget"])}
+    gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    gramian[0, 0] = _squared_norm(backend)
+    weights = trainer.rule(gramian)
+    if gramian[0, 0].isfinite() and not weights.isfinite().all():  # a fixed sum does not ask for the inner product
+        gramian[0, 1] = gramian[1, 0] = _inner_product(trainer, backend, window, counts["retain"])
+        weights = trainer.rule(gramian)
+    # NaN in the inner product is one that was not asked for, or in the weights too; a clamp may hide inf
+    finite = bool(gramian[0, 0].isfinite() and weights.isfinite().all() and not gramian[0, 1].isinf())
+    if finite:
+        forget_weight, retain_weight = weights.tolist()
+        gradients = _gradients(backend)
+        if gradients:  # foreach refuses empty lists
+            torch._foreach_mul_(gradients, forget_weight)
+        losses["retain"] = objective_pass(trainer, backend, "retain", window, counts["retain"], retain_weight)
+        combined = _squared_norm(backend)  # finite only where the retain gradient is
+        finite = bool(combined.isfinite())
+        gramian[1, 1] = _retain_norm(combined, gramian, weights)
+    if not finite:
+        backend.discard()
+    return record(trainer, losses, gramian, weights, finite)
+
+
+def _gradients(backend: GradientBackend) -> list[Tensor]:
+    return [p.grad for p in backend.parameters if p.grad is not None]
+
+
+def _squared_norm(backend: GradientBackend) -> Tensor:
+    """0-d float64 on the CPU, the same on every process."""
+    gradients = _gradients(backend)
+    return inner_products(gradients, [None] * len(gradients))[0]
+
+
+def _retain_norm(combined: Tensor, gramian: Tensor, weights: Tensor) -> Tensor:
+    """`||g_r||^2` from `||w_f g_f + w_r g_r||^2`, for the log; NaN where it is lost in the rounding of the rest."""
+    forget, retain = weights
+    known = torch.stack([forget**2 * gramian[0, 0], 2 * forget * retain * gramian[0, 1]])
+    rest = combined - known.sum()
+    return torch.where(rest > 1e-4 * known.abs().max(), rest / retain**2, torch.nan)
+
+
+def _inner_product(trainer: "UnlearningTrainer", backend: GradientBackend, window: Window, num_items: Tensor) -> Tensor:
+    """`<g_f, g_r>`, `g_f` in `.grad`, of all processes. Their model is read beneath DDP: nothing is to be reduced."""
+    model = trainer.accelerator.unwrap_model(backend.model, keep_torch_compile=False)
+    tangents = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    objective, device = trainer.objectives["retain"], trainer.args.device
+    total = torch.zeros((), device=device)
+    # the retain pass then draws the same dropout masks
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        for batch in window:
+            with trainer.compute_loss_context_manager():
+                loss = partial(objective, batch=batch["retain"], reference=trainer.reference, num_items=num_items)
+                total += directional_derivative(model, tangents, loss)
+    return trainer.accelerator.reduce(total, "sum").cpu().double()
