@@ -100,15 +100,23 @@ FEATURES: dict[str, dict[str, Any]] = {
     "NPO": {"rule": "sum", "npo": True},
     "NPO, kept logps": {"rule": "sum", "npo": True, "precompute_ref_logps": True},
     "NPO, lora": {"rule": "sum", "npo": True, "lora": True, "fresh": True},
+    "one buffer": {"accumulation": 2, "single_gradient_buffer": True},
+    "one buffer, sum": {"rule": "sum", "tie": True, "max_grad_norm": 0.3, "single_gradient_buffer": True},
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
-#: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients (a lost gradient would be an error near 1)
+#: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients. (A lost gradient: near 1.)
 TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
-LEFT_OUT = {("zero0", "bf16"), ("zero0", "fp16"), ("ddp", "fp16"), ("fsdp2", "fp16")} | {(e, f) for e, features in ONLY.items() for f in FEATURES if f not in features}
-CELLS = [f"{engine}:{feature}" for engine in ENGINES for feature in FEATURES if (engine, feature) not in LEFT_OUT]
+NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
+CELLS = [
+    f"{engine}:{feature}"
+    for engine in ENGINES
+    for feature in FEATURES
+    if feature in ONLY.get(engine, FEATURES) and feature not in NOT.get(engine, ())
+    if engine == "ddp" or "single_gradient_buffer" not in FEATURES[feature]
+]
 
 
 def build(features: dict[str, Any]) -> nn.Module:
