@@ -9,6 +9,7 @@ from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.results import Results
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Rule, Sum
 from blur_trainer.models.memorising import memorise, memorised
+from blur_trainer.memory.estimate import MemoryEstimate, estimate_memory
 from blur_trainer.models.tiny import tiny_llama, train_tokenizer
 from blur_trainer.objectives import DPO, IDK, KL, NLL, NPO, GradAscent, Objective, SimNPO
 from blur_trainer.report import write_report
@@ -37,6 +38,7 @@ __all__ = [
     "GradDiffConfig",
     "GradDiffTrainer",
     "MUSEEvaluation",
+    "MemoryEstimate",
     "Objective",
     "PCGrad",
     "ProgressBarCallback",
@@ -49,6 +51,7 @@ __all__ = [
     "UnlearningTrainer",
     "__version__",
     "chunk_documents",
+    "estimate_memory",
     "format_table",
     "limit_documents",
     "load_muse",

@@ -7,7 +7,7 @@ import os
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 from torch import distributed
 from transformers import TrainingArguments
 
@@ -20,12 +20,16 @@ def engine_requested(args: TrainingArguments, engine: str) -> bool:
 
 def prepare_cpu_engine(args: TrainingArguments) -> None:
     """Before `args` sets up its devices."""
-    if args.use_cpu and engine_requested(args, "deepspeed"):
+    if not engine_requested(args, "deepspeed"):
+        return
+    if not is_deepspeed_available():
+        raise ImportError("DeepSpeed was asked for and is not installed: pip install 'blur_trainer[deepspeed]'.")
+    if args.use_cpu:
         raise ValueError(
             "`use_cpu=True` makes accelerate overlook DeepSpeed: leave it out. Without an accelerator the CPU is used "
             "anyway."
         )
-    if engine_requested(args, "deepspeed") and not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
         from blur_trainer.gradients.deepspeed import communicate_by_gloo
 
         communicate_by_gloo()
