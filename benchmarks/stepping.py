@@ -1,4 +1,4 @@
-"""Real trainers, driven one optimizer step at a time: the variants that `step_cost.py` compares."""
+"""Real trainers, driven one optimizer step at a time: what `step_cost.py` and `engines.py` compare."""
 
 import argparse
 import time
@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.integrations.deepspeed import deepspeed_init
 
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
+from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
 
 VOCAB = 8192
 SIZES = {"2M": (96, 4), "15M": (320, 8), "60M": (640, 10), "350M": (1536, 12), "1B": (2048, 20)}  # width, layers
 STOCK, PASSES = "two stock steps", "two stock passes, one step"
 GRAD_DIFF, BLUR_GA = "GradDiff (ascent + NLL, sum)", "BLUR (ascent + NLL)"
+ONE_BUFFER = "BLUR (ascent + NLL), one buffer"
 BLUR_NPO, BLUR_NPO_LIVE = "BLUR-NPO, log-probs precomputed", "BLUR-NPO, frozen reference copy"
-VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, BLUR_NPO, BLUR_NPO_LIVE)
+VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, ONE_BUFFER, BLUR_NPO, BLUR_NPO_LIVE)
 ROWS = 64
 
 
@@ -43,15 +46,17 @@ def rows(length: int, seed: int, **columns: float) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row, **columns} for row in ids]
 
 
-def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: str) -> Trainer:
+def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: str, **engine: Any) -> Trainer:
+    """`engine`: arguments that choose FSDP or DeepSpeed."""
     arguments: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": options.batch_size,
-        "use_cpu": options.device == "cpu",
+        "use_cpu": options.device == "cpu" and not engine,  # with it, accelerate overlooks DeepSpeed
         "dataloader_pin_memory": options.device == "cuda",
         "report_to": "none",
         "disable_tqdm": True,
         "learning_rate": 1e-5,
+        **engine,
     }
     model = build_model(size)
     if variant in (STOCK, PASSES):
@@ -59,7 +64,7 @@ def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: 
         both = Dataset.from_list(rows(options.length, seed=1) + rows(options.length, seed=2))
         return Trainer(
             model,
-            TrainingArguments(**arguments, remove_unused_columns=False),
+            UnlearningConfig(**arguments),  # for a plain Trainer: with it, accelerate counts CPU processes
             train_dataset=both,
             data_collator=UnlearningCollator(pad_token_id=0),
         )
@@ -70,18 +75,21 @@ def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: 
     }
     if variant == GRAD_DIFF:
         return GradDiffTrainer(model, GradDiffConfig(**arguments), **datasets)
-    objective = "grad_ascent" if variant == BLUR_GA else "npo"
-    config = BLURConfig(**arguments, forget_objective=objective, precompute_ref_logps=variant == BLUR_NPO)
+    objective = "grad_ascent" if variant in (BLUR_GA, ONE_BUFFER) else "npo"
+    arguments |= {"precompute_ref_logps": variant == BLUR_NPO, "single_gradient_buffer": variant == ONE_BUFFER}
+    config = BLURConfig(**arguments, forget_objective=objective)
     return BLURTrainer(model, config, **datasets)
 
 
 class Steps:
     """A trainer, stopped between two optimizer steps: `__call__` does the work of one forget and one retain batch."""
 
-    def __init__(self, variant: str, size: str, options: argparse.Namespace, folder: str):
-        self.trainer = trainer = build_trainer(variant, size, options, folder)
+    def __init__(self, variant: str, size: str, options: argparse.Namespace, folder: str, **engine: Any):
+        self.trainer = trainer = build_trainer(variant, size, options, folder, **engine)
+        if trainer.is_deepspeed_enabled:
+            trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=1_000_000)
         trainer.create_optimizer_and_scheduler(num_training_steps=1_000_000)
-        trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.micro_batches = 2 if variant == PASSES else 1
         self.optimizer_steps = 2 if variant == STOCK else 1
         self.batches = self._endless()
@@ -104,7 +112,7 @@ class Steps:
 
     def _optimizer_step(self) -> None:
         """The body of `Trainer`'s loop over update steps, without callbacks and logging."""
-        trainer, model = self.trainer, self.trainer.model
+        trainer, model = self.trainer, self.model
         window, num_items = trainer.get_batch_samples(self.batches, self.micro_batches, trainer.args.device)
         for batch in window:
             loss = trainer.training_step(model, batch, num_items)
