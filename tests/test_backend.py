@@ -528,3 +528,31 @@ def test_a_deepspeed_version_that_no_test_ran_with_is_refused(version, monkeypat
     monkeypatch.setattr(deepspeed, "version", lambda name: version)
     with pytest.raises(NotImplementedError, match=version):
         deepspeed.check_deepspeed(zero())
+
+
+def test_an_offloaded_forget_gradient_leaves_the_device_and_changes_nothing(monkeypatch):
+    """Without a GPU, `to the host` is a copy here: what it is used for must be the same."""
+    from blur_trainer.gradients import backend as module
+
+    moved = []
+    monkeypatch.setattr(module, "_to_host", lambda gradient: moved.append(gradient) or gradient.clone())
+    plain, offloaded = (GradientBackend(Engine(), network(), offload_forget_gradient=o) for o in (False, True))
+    for backend in (plain, offloaded):
+        both_passes(backend)
+        assert len(moved) == (3 if backend is offloaded else 0)  # of the forget pass alone
+    assert torch.equal(plain.gramian(), offloaded.gramian())
+    for backend in (plain, offloaded):
+        backend.write(torch.tensor([0.3, 2.0]))
+    for a, b in zip(plain.parameters, offloaded.parameters, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to offload from")
+def test_on_a_gpu_the_slot_is_in_page_locked_memory():
+    model = network().cuda()
+    backend = GradientBackend(Engine(), model, offload_forget_gradient=True)
+    both_passes(backend, X.cuda())
+    assert all(g.is_cpu and g.is_pinned() for g in backend.slots["forget"])
+    backend.gramian()
+    backend.write(torch.tensor([0.3, 2.0]))
+    assert all(p.grad.is_cuda for p in model.parameters())
