@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import reference
 import test_step
 import torch
+from accelerate.utils import DistributedType
 from models import collate, examples, tiny_llama
 from peft import LoraConfig, get_peft_model
 from runs import distance, settings, train, training_logs, weights
@@ -146,7 +148,8 @@ def test_bf16_autocast(tmp_path):
 
 def test_the_log_is_that_of_two_buffers(tmp_path):
     """`||g_r||` and the cosine too: they follow from the norm of the combination."""
-    one, two = (training_logs(ours(tiny_llama(0), tmp_path / str(on), BLUR(gamma=0.5), on)) for on in (True, False))
+    rule = BLUR(gamma=0.5, alpha=2.0)
+    one, two = (training_logs(ours(tiny_llama(0), tmp_path / str(on), rule, on)) for on in (True, False))
     assert len(one) == len(two) == 3
     for got, want in zip(one, two, strict=True):
         assert got.keys() == want.keys() and "grad/cosine" in got
@@ -281,6 +284,14 @@ def test_refused_without_a_retain_dataset(tmp_path):
     args = settings(tmp_path, single_gradient_buffer=True)
     with pytest.raises(ValueError, match="only one gradient"):
         UnlearningTrainer(tiny_llama(), args, FORGET, rule=Sum(retain_weight=0.0))
+
+
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_refused_where_the_engine_shards(engine):
+    args = SimpleNamespace(single_gradient_buffer=True)
+    trainer = SimpleNamespace(args=args, accelerator=SimpleNamespace(distributed_type=engine))
+    with pytest.raises(NotImplementedError, match="DDP, not under FSDP or DeepSpeed"):
+        single_buffer.check_model(trainer)
 
 
 def test_refused_for_a_model_without_forward_mode(tmp_path):
