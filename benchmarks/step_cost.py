@@ -28,10 +28,10 @@ from typing import Any
 
 import datasets
 import torch
-from stepping import BLUR_GA, BLUR_NPO, GRAD_DIFF, SIZES, STOCK, VARIANTS, Steps, build_model
+from stepping import BLUR_GA, BLUR_NPO, GRAD_DIFF, ONE_BUFFER, PASSES, SIZES, STOCK, VARIANTS, Steps, build_model
 from transformers.utils import logging
 
-MEMORY_VARIANTS = (STOCK, GRAD_DIFF, BLUR_GA, BLUR_NPO)
+MEMORY_VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, ONE_BUFFER, BLUR_NPO)
 
 
 def time_size(size: str, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -141,12 +141,17 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
     def column(variant: str, key: str) -> list[float | None]:
         return [r["variants"][variant][key] for r in results]
 
+    # stock accumulation, too, has a whole gradient beside the activations of its second pass
+    pairs = zip(*(column(variant, "extra_gradient_copies") for variant in (ONE_BUFFER, PASSES)), strict=True)
+    over_accumulation = [None if one is None or stock is None else one - stock for one, stock in pairs]
     noise = 0.02  # resident memory comes in pages, and the interpreter allocates too
     return [
         line("time, BLUR / two stock steps", column(BLUR_GA, "over_stock"), 1.05),
         line("time, BLUR-NPO precomputed / two stock steps", column(BLUR_NPO, "over_stock"), 1.05),
         line("time, NPO precomputed / gradient ascent", [r["npo_over_ascent"][0] for r in results], 1.05),
         line("memory, BLUR over stock in gradient copies", column(BLUR_GA, "extra_gradient_copies"), 1.0, noise),
+        line("time, one buffer / two stock steps", column(ONE_BUFFER, "over_stock"), 1.8),
+        line("memory, one buffer over stock accumulation, copies", over_accumulation, 0.0, noise),
         line("memory, BLUR-NPO precomputed over stock, copies", column(BLUR_NPO, "extra_gradient_copies"), 1.0, noise),
     ]
 
