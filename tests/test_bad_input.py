@@ -401,10 +401,13 @@ def test_other_files_in_output_dir_are_no_run(attempt, out):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_training_twice_with_one_trainer_is_allowed(attempt):
-    trainer = attempt(config={"max_steps": 1, "save_strategy": "steps", "save_steps": 1})
+def test_training_twice_with_one_trainer_is_allowed_where_nothing_is_overwritten(attempt, out):
+    trainer = attempt(config={"max_steps": 1, "save_strategy": "no"})
     trainer.train()
     trainer.train()
+    trainer.args.save_strategy = "epoch"
+    trainer.train()
+    refuse(ValueError, [str(out), "checkpoint-1"], out, trainer.train)
 
 
 @pytest.mark.parametrize("given", [True, "missing"])

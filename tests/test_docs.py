@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -285,6 +286,8 @@ def parser() -> TrlParser:
 def flags(parser: TrlParser) -> set[str]:
     """All that a page may name: of the example, of TRL's parser, of the benchmark, of the launcher."""
     launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser().format_help()
+    for module in ("accelerate.commands.launch", "deepspeed.launcher.runner"):  # whose help hides some
+        launcher += Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
     text = f"{parser.format_help()} {launcher} {own} --config --help"
@@ -305,7 +308,7 @@ def commands(page: str) -> Iterator[list[str]]:
     shell += [block.text for block in split(page)[0] if not block.info]
     for text in [*shell, *(span for span in in_backticks(page) if "run_muse.py " in span)]:
         for line in text.replace("\\\n", " ").split("\n"):
-            if re.match(r"\s*(accelerate|python|torchrun)\s", line):
+            if re.match(r"\s*(accelerate|deepspeed|python|torchrun)\s", line):
                 yield shlex.split(line, comments=True)
 
 

@@ -222,7 +222,8 @@ def trainings(monkeypatch):
 
     class Spy(bt.BLURTrainer):
         def __init__(self, model, args, forget, retain, **kwargs):
-            seen.append(Training(model, weights(model), list(forget["text"]), Path(args.output_dir), self))
+            given = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+            seen.append(Training(model, weights(given), list(forget["text"]), Path(args.output_dir), self))
             super().__init__(model, args, forget, retain, **kwargs)
 
     monkeypatch.setattr(bt, "BLURTrainer", Spy)
