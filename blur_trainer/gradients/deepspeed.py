@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from packaging.version import Version
 from torch import Tensor
 
-from blur_trainer.gradients.backend import GradientBackend, Gradients
+from blur_trainer.gradients.backend import ROLES, GradientBackend, Gradients
 
 TESTED = (Version("0.19"), Version("0.20"))
 #: settings never run with two gradients, and the values of them that mean "off"
@@ -190,8 +190,9 @@ class Stage3(_Sharded):
         return [safe_get_local_grad(p).clone() for p in self.parameters]
 
     def _empty(self) -> None:
-        for parameter in self.parameters:
-            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+        if len(self.slots) < len(ROLES):  # with both taken, `_put` overwrites every partition and `write` empties it
+            for parameter in self.parameters:
+                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
         self.optimizer.zero_grad()
 
     def _put(self, gradients: Gradients) -> None:
