@@ -8,13 +8,16 @@ accelerate launch examples/run_muse.py --corpus news --model_name_or_path muse-b
 """
 
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import blur_trainer as bt
@@ -50,6 +53,9 @@ def main():
     parser.set_defaults(**(TINY if tiny else HUB))
     script, args, model_args = parser.parse_args_and_config()
     out = Path(args.output_dir)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls old names, at every step
+    if not PartialState().is_local_main_process:  # bars once, not once per process
+        datasets.disable_progress_bars(), logging.disable_progress_bar()
     if script.sequence and script.scale:
         raise ValueError("--sequence and --scale are two protocols: pass one of them.")
     if not args.resume_from_checkpoint:
