@@ -8,8 +8,8 @@ from blur_trainer.data.synthetic import muse_corpora, training_texts
 from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.results import Results
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Rule, Sum
-from blur_trainer.models.memorising import memorise, memorised
 from blur_trainer.memory.estimate import MemoryEstimate, estimate_memory
+from blur_trainer.models.memorising import memorise, memorised
 from blur_trainer.models.tiny import tiny_llama, train_tokenizer
 from blur_trainer.objectives import DPO, IDK, KL, NLL, NPO, GradAscent, Objective, SimNPO
 from blur_trainer.report import write_report

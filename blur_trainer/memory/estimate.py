@@ -96,8 +96,8 @@ def _highest(
     args: "UnlearningConfig", kept: Held, runs: dict[str, Pass], copied: int, casts: int, device: str
 ) -> MemoryEstimate:
     """The highest of the four phases: both passes, the combination, the optimizer's step."""
-    single_buffer = getattr(args, "single_gradient_buffer", False)
-    slot = 0 if single_buffer or getattr(args, "offload_forget_gradient", False) else kept.gradients
+    single_buffer = args.single_gradient_buffer
+    slot = 0 if single_buffer or args.offload_forget_gradient else kept.gradients
     accumulates = args.gradient_accumulation_steps > 1
 
     def height(role: str) -> int:
