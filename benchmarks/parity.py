@@ -25,6 +25,7 @@ def table(errors: dict[str, float], markdown: bool) -> str:
         values = [errors.get(f"{engine}:{feature}") for feature in features]
         rows.append([engine, *("-" if value is None else f"{value:.1e}" for value in values)])
     if markdown:
+        rows = [list(column) for column in zip(*rows, strict=True)]  # a page is higher than wide
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join("".join(f"{text:>{18 if i == 0 else 14}}" for i, text in enumerate(row)) for row in rows)
