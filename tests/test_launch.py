@@ -78,6 +78,10 @@ LINES = {
         f"{ZERO}_optim_states.pt",
         "global_step2/mp_rank_00_model_states.pt",
     },
+    "deepspeed --num_gpus 2 examples/run_muse.py --deepspeed ds_configs/zero3.json": {
+        f"{ZERO}_optim_states.pt",
+        f"{ZERO}_model_states.pt",
+    },
 }
 TRACES = set().union(*LINES.values())
 SHORT = "--max_documents 2 --max_steps 2 --eval_strategy no --no_baseline --save_strategy steps --save_steps 2"
