@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from blur_trainer.durable import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -106,5 +109,5 @@ class ReportCallback(TrainerCallback):
         from blur_trainer.report import write_report  # matplotlib is slow to import
 
         if state.is_world_process_zero:
-            state.save_to_json(f"{args.output_dir}/trainer_state.json")
+            write_durably(Path(str(args.output_dir), "trainer_state.json"), lambda file: state.save_to_json(str(file)))
             write_report(str(args.output_dir))

@@ -254,7 +254,8 @@ def test_torchrun(memory, how):
         log.seek(0)
         said = log.read().decode(errors="replace")
     assert code != 0, said[-2000:]
-    assert ("SIGTERM: finishing this step" in said) == how.startswith("SIGTERM")
+    if how.startswith("SIGTERM"):  # after a SIGKILL torchrun sends one to the other process, which may not see it
+        assert "SIGTERM: finishing this step" in said
     found = worker(folder, "resume")["resume"]
     assert found["complete"] < STEPS and found["codes"] == [0, 0] and found["equal"]
     shutil.rmtree(folder)

@@ -17,6 +17,7 @@ EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
 # What a part of the package may import beside itself and third parties. `report` is report.py with what it draws by.
 ARROWS: dict[str, set[str]] = {
     "losses": set(),
+    "durable": set(),
     "gradients": set(),
     "metrics": set(),
     "report": set(),
@@ -28,8 +29,10 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"losses", "forward", "reference"},  # `Reference` is the type of an argument
     "memory": {"forward", "objectives", "trainers"},  # `UnlearningConfig` is the type of an argument
     "evaluation": {"losses", "data", "metrics"},
-    "callbacks": {"evaluation", "report"},
-    "trainers": {"objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card"},
+    "callbacks": {"evaluation", "report", "durable"},
+    "trainers": {
+        *("objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card", "durable"),
+    },
 }
 ALIASES = {"figures": "report", "reading": "report", "tables": "report"}
 FREE = {"__init__", "_version"}  # public names and a number

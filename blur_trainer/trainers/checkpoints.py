@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from blur_trainer.durable import flush_tree, write_durably
 from blur_trainer.trainers import saving
 
 logger = logging.getLogger(__name__)
@@ -151,17 +150,21 @@ def _begin(path: Path, needed: int) -> None:
             _remove(path)
     try:
         path.mkdir()
-        saving.write_durably(path / MANIFEST_NAME, json.dumps({"files": None}))
+        _write_manifest(path, None)
     except OSError as error:
         raise saving.failed(path, error) from error
+
+
+def _write_manifest(path: Path, files: dict[str, int] | None) -> None:
+    write_durably(path / MANIFEST_NAME, lambda file: file.write_text(json.dumps({"files": files}, indent=1)))
 
 
 def _finish(path: Path) -> int:
     """Closes the manifest once everything in the folder is on disk; the bytes there."""
     files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     del files[MANIFEST_NAME]
-    saving.flush(path)
-    saving.write_durably(path / MANIFEST_NAME, json.dumps({"files": files}, indent=1))
+    flush_tree(path)
+    _write_manifest(path, files)
     shutil.rmtree(path.with_name(_PREVIOUS + path.name), ignore_errors=True)
     return sum(files.values())
 
@@ -197,12 +200,12 @@ class CheckpointCallback(TrainerCallback):
         if state.global_step >= state.max_steps:  # continued after its end
             control.should_training_stop = True
         if args.save_strategy != "no":
-            folder, needed = Path(str(args.output_dir)), _saved_bytes(*self._parts)
+            folder, needed = Path(str(args.output_dir)), saving.saved_bytes(*self._parts)
             saving.agreed(lambda: saving.check_space(folder, needed), args.should_save)
 
     def begin(self, path: Path, writes: bool) -> None:
         """Before Trainer writes into `path`: room is there, and no old file is."""
-        needed = self._size or _saved_bytes(*self._parts)
+        needed = self._size or saving.saved_bytes(*self._parts)
         saving.agreed(lambda: _begin(path, needed), writes)
         self._writing = path
 
@@ -237,13 +240,3 @@ class CheckpointCallback(TrainerCallback):
             if self._args is not None:
                 self._args.save_total_limit = self._limit
             self._args, self._writing, self._parts = None, None, (None, None)
-
-
-def _saved_bytes(model: nn.Module | None, optimizer: Any) -> int:
-    """What a checkpoint takes at least: of sharded weights this process sees only its part."""
-    parameters = [] if model is None else list(model.parameters())
-    if isinstance(model, PeftModel):
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    states = getattr(optimizer, "state", None) or {}
-    tensors = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *tensors))

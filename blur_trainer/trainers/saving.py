@@ -13,11 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import get_config_model_id
+
+from blur_trainer.durable import flush, flush_tree
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.unlearning import UnlearningTrainer
@@ -48,31 +53,6 @@ def refuse_used_directory(output_dir: str) -> None:
         )
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, and on disk when this returns."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text)
-    _flush_one(partial)
-    os.replace(partial, path)
-    _flush_one(path.parent)
-
-
-def flush(folder: Path) -> None:
-    """Everything in the folder, and that it is there, survives a power cut from now on."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # elsewhere a folder cannot be opened
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def agreed(act: Callable[[], T], acts: bool) -> T:
     """What the first process answers, on every process; what `act` raises on any that `acts`, on all of them."""
     answer: Any = None
@@ -100,6 +80,16 @@ def check_writable(output_dir: str) -> None:
             f"output_dir {output_dir!r} cannot be written ({error}). Nothing has been trained or changed. Pass another "
             "`output_dir`, or make room or give permission there."
         ) from error
+
+
+def saved_bytes(model: nn.Module | None, optimizer: Any) -> int:
+    """What a checkpoint takes at least: of sharded weights this process sees only its part."""
+    parameters = [] if model is None else list(model.parameters())
+    if isinstance(model, PeftModel):
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    states = getattr(optimizer, "state", None) or {}
+    tensors = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *tensors))
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -152,12 +142,12 @@ def _replace(staging: Path, target: Path) -> None:
     """
     (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty template: we write a card ourselves
     _rename_shards(staging, target)
-    flush(staging)
+    flush_tree(staging)
     new = {str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()}
     for name in sorted(new, key=lambda name: (name in _ENTRIES, name)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, target / name)
-    _flush_one(target)
+    flush(target)
     if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & new:
         shards = [path.name for path in target.iterdir() if _SHARD.fullmatch(path.name)]
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *shards):  # in this order: what leads there goes first

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from blur_trainer.callbacks import InterruptCallback, PairingCallback
 from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.durable import write_durably
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import Rule
@@ -206,6 +207,11 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         self.create_model_card(output_dir=output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """As `Trainer.save_state`, but whole or not at all: the file says that a training has ended."""
+        if self.is_world_process_zero():
+            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
         """Writes `README.md`; `info` overrides what `blur_trainer.model_card` is told, e.g. `metrics`."""
