@@ -4,8 +4,8 @@
     python benchmarks/parity.py --engines fsdp2 zero3 --features sum lora
     python benchmarks/parity.py --markdown             # the table of docs/distributed.md
 
-A cell is `||w - w_ref|| / ||w_ref - w_start||` after three AdamW steps, `w_ref` from the literal single-process training
-of tests/reference.py: no Trainer, no accumulation, no padding, both gradients as one flat vector each.
+A cell is `||w - w_ref|| / ||w_ref - w_start||` after three AdamW steps, `w_ref` from the literal single-process
+training of tests/reference.py: no Trainer, no accumulation, no padding, both gradients as one flat vector each.
 """
 
 import argparse
