@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from models import examples, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PrinterCallback, training_args
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
@@ -30,7 +30,36 @@ from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 STEPS, WINDOW, LEARNING_RATE = 3, 8, 1e-2
+MARK = 47  # a token of the forget set only
 FORGET, RETAIN = examples(STEPS * WINDOW, seed=5), examples(19, seed=6)
+
+
+def marked(rows: list[dict[str, list[int]]], first: int) -> list[dict[str, list[int]]]:
+    """Rows that begin with `first`, and have no `MARK` later on."""
+
+    def without(tokens: list[int]) -> list[int]:
+        return [token if token != MARK else 5 for token in tokens[1:]]
+
+    return [{"input_ids": [first, *without(r["input_ids"])], "labels": [-100, *without(r["labels"])]} for r in rows]
+
+
+def data(features: dict[str, Any]) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Forget and retain rows."""
+    return (marked(FORGET, MARK), marked(RETAIN, 4)) if features.get("one_sided") else (FORGET, RETAIN)
+
+
+class OneSided(LlamaForCausalLM):
+    """Has a layer that one objective alone comes by: batches that begin with `MARK`."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.aside = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        if bool((input_ids[:, 0] == MARK).any()):
+            embedded = embedded + self.aside(embedded)
+        return super().forward(inputs_embeds=embedded, **kwargs)
 
 
 def fsdp2(**config: Any) -> dict[str, Any]:
@@ -93,6 +122,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tied": {"rule": "sum", "tie": True},
     "frozen": {"rule": "sum", "frozen": True},
     "lora": {"rule": "sum", "lora": True},
+    "one-sided": {"rule": "sum", "one_sided": True},
     "bf16": {"rule": "sum", "bf16": True},
     "fused head": {"rule": "sum", "fused_lm_head": True},
     "compiled": {"rule": "sum", "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"},
@@ -121,6 +151,9 @@ CELLS = [
 
 def build(features: dict[str, Any]) -> nn.Module:
     model = tiny_llama(0, tie=features.get("tie", False))
+    if features.get("one_sided"):
+        torch.manual_seed(1)
+        model = OneSided(model.config)
     if features.get("frozen"):
         model.model.layers[0].requires_grad_(False)
         model.model.embed_tokens.requires_grad_(False)
@@ -134,7 +167,7 @@ def build(features: dict[str, Any]) -> nn.Module:
 
 def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Trainable weights before and after, from the slow reference."""
-    pairs = PairedDataset(FORGET, RETAIN, seed=42)
+    pairs = PairedDataset(*data(features), seed=42)
     items = [pairs[i] for i in range(STEPS * WINDOW)]
     windows = [
         {role: [item[role] for item in items[k : k + WINDOW]] for role in ("forget", "retain")}
@@ -208,7 +241,7 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
     settings.pop("rule", None)
     training_args.is_torch_bf16_gpu_available = lambda: True  # transformers allows bf16 on a CPU without an engine only
     args = UnlearningConfig(f"{folder}/{engine}-{feature}", **settings)
-    trainer = UnlearningTrainer(objects.pop("model"), args, FORGET, RETAIN, **objects)
+    trainer = UnlearningTrainer(objects.pop("model"), args, *data(features), **objects)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
