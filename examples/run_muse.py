@@ -115,22 +115,24 @@ def main():
         runs["Sum-NPO"] = (out / "baseline", bt.Sum(forget_weight=args.gamma, retain_weight=args.alpha))
     trainers = []
     for name, (folder, rule) in runs.items():
-        model, start = None, time.time()
+        begin, start = target, time.time()
         for index, (stage, forget) in enumerate(stages):
             stage_folder = folder if index == len(stages) - 1 else folder / stage.replace(" ", "_")
+            if script.scale:
+                begin = target  # each stage anew; `sust` begins where the last stage ended
             if args.resume_from_checkpoint and (stage_folder / "trainer_state.json").exists():
                 model = load(target if model_args.use_peft else stage_folder)  # finished before the interrupt
                 if model_args.use_peft:
                     model = PeftModel.from_pretrained(model, stage_folder, is_trainable=True)
             else:
-                anew = model is None or script.scale  # `scal` starts at the target, `sust` where the last stage ended
+                by_name = isinstance(begin, str)
                 trainer = bt.BLURTrainer(
-                    target if anew else model,
-                    replace(args, output_dir=str(stage_folder), model_init_kwargs=options if anew else None),
+                    begin,
+                    replace(args, output_dir=str(stage_folder), model_init_kwargs=options if by_name else None),
                     forget,
                     retain,
                     processing_class=tokenizer,
-                    peft_config=get_peft_config(model_args) if anew else None,
+                    peft_config=get_peft_config(model_args) if by_name else None,
                     rule=rule,
                     benchmarks={"muse": evaluation},
                 )
@@ -144,6 +146,7 @@ def main():
                 trainer.save_state()
                 trainers.append(trainer)
                 model = trainer.model
+            begin = model if model_args.use_peft else str(stage_folder)  # saved whole; the model may be in shards
             if len(stages) > 1 and rule is None:
                 results.add_stage(stage, evaluation(model))
         results.add(name, "baseline" if rule else "unlearned", model, time.time() - start)

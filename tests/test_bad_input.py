@@ -16,6 +16,7 @@ from models import VOCAB, examples, tiny_llama
 from peft import LoraConfig, get_peft_model
 from runs import distance, settings, weights
 from tiny_tokenizer import tiny_tokenizer
+from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from blur_trainer.gradients.rules import BLUR, Sum
@@ -418,6 +419,12 @@ def test_resume_where_nothing_is(attempt, out, given):
     words = [str(out)] + ([] if given is True else ["checkpoint-7"])
     refuse(ValueError, words, out, lambda: trainer.train(resume_from_checkpoint=resume))
     assert distance(before, weights(trainer.model)) == 0
+
+
+def test_a_model_in_the_shards_of_an_earlier_trainer(out):
+    model = tiny_llama()
+    model.__class__ = type("FSDPLlama", (FSDPModule, type(model)), {})  # what `fully_shard` makes of it
+    refuse(ValueError, ["earlier trainer", "save it"], out, lambda: BLURTrainer(model, settings(out), FORGET, RETAIN))
 
 
 # ---- reference model ----

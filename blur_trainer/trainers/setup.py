@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -91,6 +92,11 @@ def load_model(
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(
             f"`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `{type(model).__name__}`."
+        )
+    elif isinstance(model, FSDPModule):
+        raise ValueError(
+            "The model was sharded by an earlier trainer, which still holds its shards: save it, and pass the folder's "
+            "name (its adapter: loaded anew, on a base model loaded anew)."
         )
     elif args.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is for a model given by name; this one is loaded already.")
