@@ -3,7 +3,9 @@
 python tests/fault_worker.py FOLDER MODE[:NUMBER...] ...    prints what happened, mode by mode, e.g.
 python tests/fault_worker.py /tmp/faults kills:100:0 kills:30:1:2 every
 
-kills:COUNT:SEED[:PROCESSES]   SIGKILL at random moments, to one of the processes, until COUNT have died
+kills:COUNT:SEED[:PROCESSES[:ENGINE]]
+                               SIGKILL at random moments, most of them while a checkpoint is being written, to one of
+                               the processes, until COUNT have died; ENGINE is one of tests/parity.py
 every[:STEPS]                  SIGKILL before every single change that a training makes in its folder
 late                           SIGKILL to a process that saves later than the first
 replace                        SIGKILL before every single change of a save over an older model
@@ -14,6 +16,7 @@ resume[:PROCESSES]             continues that training
 """
 
 import contextlib
+import copy
 import faulthandler
 import gc
 import json
@@ -36,6 +39,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from models import examples, tiny_llama
+from parity import ENGINES
 from runs import settings
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -51,10 +55,13 @@ INTERRUPTED = 3  # the exit code after SIGTERM
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # and "open" for writing
 
 
-def make(folder: Path, callbacks: list[TrainerCallback] | None = None, **config: Any) -> BLURTrainer:
+def make(
+    folder: Path, callbacks: list[TrainerCallback] | None = None, engine: str = "ddp", **config: Any
+) -> BLURTrainer:
     """A checkpoint each step, only one kept: nothing to fall back on if it is lost."""
     defaults = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    args = settings(folder, **(defaults | {"ddp_find_unused_parameters": False} | config))
+    defaults |= {"ddp_find_unused_parameters": False} | copy.deepcopy(ENGINES[engine])
+    args = settings(folder, **({"use_cpu": "deepspeed" not in defaults} | defaults | config))
     return BLURTrainer(tiny_llama(dropout=0.2), args, FORGET, RETAIN, callbacks=callbacks)
 
 
@@ -87,6 +94,7 @@ def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
     os.dup2(output, 2)
     os.environ.update(environment)
     faulthandler.dump_traceback_later(30)  # into the log, if it hangs
+    signal.alarm(60)  # the end of it then: also of a child whose parent is gone
     code = 1
     try:
         code = work()
@@ -98,8 +106,8 @@ def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
         os._exit(code)
 
 
-def waited(child: int, seconds: float = 60.0) -> int | None:
-    """The exit code, negative for a signal; None if it still runs."""
+def waited(child: int, seconds: float = 90.0) -> int | None:
+    """The exit code, negative for a signal; None if it still runs, which no child does after a minute."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -140,8 +148,8 @@ class Launch:
             raise AssertionError(f"no training begins, see {folder}.*.log")
         os.close(ready)
 
-    def finished(self, seconds: float = 60.0) -> list[int | None]:
-        return [waited(child, seconds) for child in self.children]
+    def finished(self) -> list[int | None]:
+        return [waited(child) for child in self.children]
 
     def killed(self, rank: int) -> list[int | None]:
         """SIGKILL to one of them; the others end by themselves, or are killed as a launcher would."""
@@ -154,6 +162,22 @@ class Launch:
                 code = waited(child)
             codes.append(code)
         return codes
+
+
+def until(happened: Callable[[], Any], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.001)
+    return bool(happened())
+
+
+def saving(folder: Path) -> bool:
+    """A checkpoint is being written."""
+    manifests = []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            manifests.append((path / "blur_checkpoint.json").read_text())
+    return any("null" in manifest for manifest in manifests)
 
 
 def newest(folder: Path) -> int:
@@ -181,20 +205,35 @@ def uninterrupted(folder: Path, processes: int = 1, **config: Any) -> tuple[Any,
     return outcome(folder), time.monotonic() - start
 
 
-def kills(folder: Path, count: int, seed: int, processes: int = 1) -> dict[str, Any]:
+def aim(folder: Path, dice: random.Random, step: int, steps: int, seconds: float) -> None:
+    """Waits for a random moment of the training, or of one of the saves that are still to come."""
+    if step == steps or dice.random() < 0.3:
+        time.sleep(dice.uniform(0, seconds))
+    else:
+        until((folder / f"checkpoint-{dice.randint(step + 1, steps)}").exists, seconds)
+        time.sleep(dice.uniform(0, 0.01))
+
+
+def kills(folder: Path, count: int, seed: int, processes: int = 1, engine: str = "ddp") -> dict[str, Any]:
     """Trainings killed again and again until they end; each must end where the uninterrupted one does."""
-    expected, seconds = uninterrupted(folder / "whole", processes)
+    config = {"engine": engine} | ({} if engine == "ddp" else {"max_steps": 4})
+    start = time.monotonic()
+    expected, seconds = uninterrupted(folder / "whole", processes, **config)
     dice = random.Random(seed)
-    told = {"kills": 0, "trainings": 0, "during a save": 0, "before the first checkpoint": 0, "lost": 0}
+    told = {"kills": 0, "trainings": 0, "during a save": 0, "before the first checkpoint": 0, "hung": 0, "lost": 0}
     while told["kills"] < count:
         current, step = folder / f"run-{told['trainings']}", 0
         while True:
-            launch = Launch(current, processes)
-            time.sleep(dice.uniform(0, 0.5 * seconds))
-            codes = launch.killed(dice.randrange(processes))
+            launch = Launch(current, processes, **config)
+            if told["kills"] == count:
+                codes = launch.finished()
+            else:
+                aim(current, dice, step, len(expected[1]), seconds)
+                codes = launch.killed(dice.randrange(processes))
             if -signal.SIGKILL in codes:
                 told["kills"] += 1
-                told["during a save"] += len(list(current.glob("checkpoint-*"))) > (newest(current) > 0)
+                told["hung"] += codes.count(-signal.SIGKILL) - 1
+                told["during a save"] += saving(current)
                 told["before the first checkpoint"] += newest(current) == 0
             elif any(codes):
                 raise AssertionError(f"exit codes {codes}, see {current}.*.log")
@@ -204,7 +243,7 @@ def kills(folder: Path, count: int, seed: int, processes: int = 1) -> dict[str, 
                 break
         told["lost"] += outcome(current) != expected
         told["trainings"] += 1
-    return told
+    return told | {"seconds": round(time.monotonic() - start)}
 
 
 def changes(folder: Path, kill_at: int | None) -> list[str]:
@@ -255,8 +294,7 @@ def late(folder: Path) -> dict[str, Any]:
         torch.save = later
 
     launch = Launch(current, 2, before=slow)
-    while not (current / "checkpoint-3" / "trainer_state.json").exists():
-        time.sleep(0.01)
+    until((current / "checkpoint-3" / "trainer_state.json").exists)
     time.sleep(0.5)  # whatever the first process does without waiting for the second
     codes = launch.killed(1)
     left = newest(current)
@@ -267,8 +305,7 @@ def late(folder: Path) -> dict[str, Any]:
 def terminate(folder: Path, processes: int = 1) -> dict[str, Any]:
     expected, _ = uninterrupted(folder / "whole", processes)
     launch = Launch(folder / "run", processes, callbacks=[Slow()])
-    while not newest(folder / "run"):
-        time.sleep(0.01)
+    until(lambda: newest(folder / "run"))
     os.kill(launch.children[-1], signal.SIGTERM)
     codes, left = launch.finished(), newest(folder / "run")
     resumed = Launch(folder / "run", processes).finished()
@@ -381,5 +418,5 @@ if __name__ == "__main__":
         function = next(function for function in MODES if function.__name__ == mode)
         place = Path(sys.argv[1]) / ("" if function in (resume, train) else request.replace(":", "-"))
         place.mkdir(parents=True, exist_ok=True)
-        told[request] = function(place, *map(int, numbers))
+        told[request] = function(place, *(int(n) if n.isdigit() else n for n in numbers))
     sys.stdout.write(json.dumps(told) + "\n")

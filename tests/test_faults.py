@@ -24,7 +24,8 @@ from blur_trainer.trainers.checkpoints import last_complete_checkpoint
 
 HERE = Path(__file__).parent
 WORKER = HERE / "fault_worker.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(HERE)}
+NETWORK = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | NETWORK | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 STEPS = 12
 pytestmark = pytest.mark.distributed
 
