@@ -19,6 +19,7 @@ import contextlib
 import copy
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import random
@@ -40,6 +41,7 @@ from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from models import examples, tiny_llama
 from parity import ENGINES
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import settings
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -56,13 +58,17 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # and "open" for w
 
 
 def make(
-    folder: Path, callbacks: list[TrainerCallback] | None = None, engine: str = "ddp", **config: Any
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    eval_dataset: Any = None,
+    engine: str = "ddp",
+    **config: Any,
 ) -> BLURTrainer:
     """A checkpoint each step, only one kept: nothing to fall back on if it is lost."""
     defaults = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     defaults |= {"ddp_find_unused_parameters": False} | copy.deepcopy(ENGINES[engine])
     args = settings(folder, **({"use_cpu": "deepspeed" not in defaults} | defaults | config))
-    return BLURTrainer(tiny_llama(dropout=0.2), args, FORGET, RETAIN, callbacks=callbacks)
+    return BLURTrainer(tiny_llama(dropout=0.2), args, FORGET, RETAIN, eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def run(folder: Path, begins: Callable[[], None] = lambda: None, **config: Any) -> int:
@@ -217,7 +223,6 @@ def aim(folder: Path, dice: random.Random, step: int, steps: int, seconds: float
 def kills(folder: Path, count: int, seed: int, processes: int = 1, engine: str = "ddp") -> dict[str, Any]:
     """Trainings killed again and again until they end; each must end where the uninterrupted one does."""
     config = {"engine": engine} | ({} if engine == "ddp" else {"max_steps": 4})
-    start = time.monotonic()
     expected, seconds = uninterrupted(folder / "whole", processes, **config)
     dice = random.Random(seed)
     told = {"kills": 0, "trainings": 0, "during a save": 0, "before the first checkpoint": 0, "hung": 0, "lost": 0}
@@ -243,7 +248,7 @@ def kills(folder: Path, count: int, seed: int, processes: int = 1, engine: str =
                 break
         told["lost"] += outcome(current) != expected
         told["trainings"] += 1
-    return told | {"seconds": round(time.monotonic() - start)}
+    return told
 
 
 def changes(folder: Path, kill_at: int | None) -> list[str]:
@@ -330,7 +335,6 @@ def resume(folder: Path, processes: int = 2) -> dict[str, Any]:
 def agree(folder: Path) -> dict[str, Any]:
     """What only the first process sees is an error on all of them, at once."""
     uninterrupted(folder / "run", 2)
-    start = time.monotonic()
 
     def forget(rank: int) -> None:
         global run
@@ -338,62 +342,81 @@ def agree(folder: Path) -> dict[str, Any]:
 
     codes = Launch(folder / "run", 2, before=forget).finished()
     logs = [(folder / f"run.{rank}.log").read_text() for rank in (0, 1)]
-    return {"codes": codes, "told": ["already holds a run" in log for log in logs], "seconds": time.monotonic() - start}
+    return {"codes": codes, "told": ["already holds a run" in log for log in logs]}
 
 
+def adapter(seed: int) -> PeftModel:
+    model = tiny_llama()
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+KINDS: dict[str, tuple[Callable[[int], Any], dict[str, str]]] = {
+    "whole": (tiny_llama, {"max_shard_size": "50GB"}),
+    "sharded": (tiny_llama, {"max_shard_size": "16KB"}),
+    "adapter": (adapter, {}),
+}
+REPLACED = [*itertools.product(("whole", "sharded"), repeat=2), ("adapter", "adapter")]
 OUTCOMES = ("neither", "old", "new")
-MODELS = {"whole": "50GB", "sharded": "8KB"}
 
 
 def replace(folder: Path) -> dict[str, Any]:
     """Killed before each change that a save makes: the folder must load the old or the new weights, never a mixture."""
+    return {f"{old} by {new}": replaced(folder / f"{old}-{new}", old, new) for old, new in REPLACED}
+
+
+def replaced(target: Path, old: str, new: str) -> dict[str, Any]:
     told: dict[str, Any] = {"kills": 0, "neither": 0, "old": 0, "new": 0, "left over": []}
+    build, options = KINDS[old]
+    log = target.with_suffix(".log")
 
     def loaded() -> str:
-        return OUTCOMES[waited(forked(lambda: load(folder / "model"), folder / "log")) or 0]
+        return OUTCOMES[waited(forked(lambda: load(target, new), log)) or 0]
 
-    for old_size in MODELS.values():
-        for new_size in MODELS.values():
-            target = folder / "model"
-            for kill_at in range(1000):
-                shutil.rmtree(target, ignore_errors=True)
-                tiny_llama(1).save_pretrained(target, max_shard_size=old_size)
-                child = forked(lambda: save(target, new_size, kill_at), folder / "log")  # noqa: B023
-                code = waited(child)
-                told[loaded()] += 1
-                if code == 0:
-                    break
-                if code != -signal.SIGKILL:
-                    raise AssertionError((folder / "log").read_text())
-                told["kills"] += 1
-                save(target, new_size)
-                if loaded() != "new":
-                    told["neither"] += 1
-                weights = sorted(path.name for path in target.iterdir() if "safetensors" in path.name)
-                told["left over"] += [name for name in weights if name not in used(target)]
+    for kill_at in range(1000):
+        shutil.rmtree(target, ignore_errors=True)
+        build(1).save_pretrained(target, **options)
+        code = waited(forked(lambda: save(target, new, kill_at), log))  # noqa: B023
+        told[loaded()] += 1
+        if code == 0:
+            break
+        if code != -signal.SIGKILL:
+            raise AssertionError(log.read_text())
+        told["kills"] += 1
+        save(target, new)
+        told["neither"] += loaded() != "new"
+        weights = sorted(path.name for path in target.iterdir() if "safetensors" in path.name)
+        told["left over"] += [name for name in weights if name not in used(target)]
     return told
 
 
-def save(target: Path, size: str, kill_at: int | None = None) -> int:
+def save(target: Path, kind: str, kill_at: int | None = None) -> int:
+    build, options = KINDS[kind]
+    model = build(2)
     if kill_at is not None:
         changes(target, kill_at)
     with staged(str(target), writes=True) as staging:
-        tiny_llama(2).save_pretrained(staging, max_shard_size=size)
+        model.save_pretrained(staging, **options)
     return 0
 
 
 def used(target: Path) -> set[str]:
     index = target / "model.safetensors.index.json"
-    return (
-        {index.name, *json.loads(index.read_text())["weight_map"].values()} if index.exists() else {"model.safetensors"}
-    )
+    if index.exists():
+        return {index.name, *json.loads(index.read_text())["weight_map"].values()}
+    return {"adapter_model.safetensors" if (target / "adapter_config.json").exists() else "model.safetensors"}
 
 
-def load(target: Path) -> int:
+def load(target: Path, kind: str) -> int:
     """0 where these are no weights that were ever saved there, 1 for the old, 2 for the new ones."""
-    weights = AutoModelForCausalLM.from_pretrained(target).state_dict()
+    model: Any
+    if kind == "adapter":
+        model = PeftModel.from_pretrained(tiny_llama(), target)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(target)
+    weights = model.state_dict()
     for seed in (1, 2):
-        if all(torch.equal(value, weights[key]) for key, value in tiny_llama(seed).state_dict().items()):
+        if all(torch.equal(value, weights[key]) for key, value in KINDS[kind][0](seed).state_dict().items()):
             return seed
     return 0
 
@@ -418,5 +441,7 @@ if __name__ == "__main__":
         function = next(function for function in MODES if function.__name__ == mode)
         place = Path(sys.argv[1]) / ("" if function in (resume, train) else request.replace(":", "-"))
         place.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
         told[request] = function(place, *(int(n) if n.isdigit() else n for n in numbers))
+        told[request]["seconds"] = round(time.monotonic() - start, 1)
     sys.stdout.write(json.dumps(told) + "\n")
