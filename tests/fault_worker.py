@@ -257,10 +257,15 @@ def changes(folder: Path, kill_at: int | None) -> list[str]:
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in CHANGES or opened) and str(folder) in str(arguments[0]):
+        if not (event in CHANGES or opened):
+            return
+        path = str(arguments[0])
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # shutil.rmtree: a name in an open folder
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+        if path.startswith(str(folder)):
             if len(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            seen.append(f"{event} {Path(str(arguments[0])).relative_to(folder)}")
+            seen.append(f"{event} {path}")
 
     sys.addaudithook(watch)
     return seen
@@ -270,7 +275,7 @@ def every(folder: Path, steps: int = 2) -> dict[str, Any]:
     """One training per change that it makes to the folder, killed right before it, then continued to the end."""
     config = {"max_steps": steps}
     expected, _ = uninterrupted(folder / "whole", **config)
-    told = {"kills": 0, "lost": 0}
+    told, step = {"kills": 0, "lost": 0}, 0
     while True:
         current = folder / f"run-{told['kills']}"
         launch = Launch(current, before=lambda rank: changes(current, told["kills"]), **config)  # noqa: B023
@@ -280,6 +285,8 @@ def every(folder: Path, steps: int = 2) -> dict[str, Any]:
         if codes != [-signal.SIGKILL]:
             raise AssertionError(f"exit codes {codes}, see {current}.*.log")
         told["kills"] += 1
+        told["lost"] += newest(current) < step  # a later kill leaves no less
+        step = newest(current)
         told["lost"] += Launch(current, **config).finished() != [0] or outcome(current) != expected
 
 

@@ -296,6 +296,25 @@ def test_killed_while_a_checkpoint_replaces_one_of_the_same_step(tmp_path, left)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-4"]
 
 
+def test_killed_while_an_unfinished_checkpoint_is_removed(tmp_path, monkeypatch):
+    """What is left of it, without its open manifest, must not look like a checkpoint of a plain Trainer."""
+    make(tmp_path, max_steps=2, save_total_limit=None).train()
+    (tmp_path / "checkpoint-2" / "blur_checkpoint.json").write_text('{"files": null}')
+
+    def killed(path, **kwargs):
+        if Path(path).exists():
+            (Path(path) / "blur_checkpoint.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-1")
+    monkeypatch.undo()
+    make(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
 def test_a_checkpoint_of_the_same_step_is_kept_until_the_new_one_is_complete(tmp_path):
     trainer = make(tmp_path, max_steps=2)
     trainer.train()
