@@ -3,7 +3,8 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 
@@ -31,7 +32,8 @@ def logit_difference(target: Tensor, assistant: Tensor, weight: float, top_logit
     composed = torch.add(target, assistant, alpha=weight)
     if top_logit_filter == 0:
         return composed
-    highest = target.topk(max(1, int(top_logit_filter * target.shape[-1])), dim=-1, sorted=False).values.float()
+    highest = target.topk(max(1, int(top_logit_filter * target.shape[-1])), dim=-1, sorted=False).values
+    highest = highest.to(torch.promote_types(highest.dtype, torch.float32))  # half precision would round the threshold
     threshold = torch.minimum(highest.amax(-1) + math.log(top_logit_filter), highest.amin(-1))
     return composed.masked_fill_(target < threshold.unsqueeze(-1), -math.inf)
 
@@ -51,11 +53,11 @@ class ULDLogitsProcessor(LogitsProcessor):
     Returns log-probabilities, as beam search expects of a processor; for greedy search and sampling that is the same as
     logits. It should come before the processors that bend the distribution (temperature, top-k, penalties).
 
-    The assistant has a cache: as long as every row continues what the last call saw, one token is read. Else (beams that
-    changed places, a new text) everything is read again, which is slower and as right.
+    The assistant has a cache: as long as every row continues what the last call saw, one token is read. Else (beams
+    that changed places, a new text) everything is read again, which is slower and as right.
 
     Args:
-        assistant (`torch.nn.Module`):
+        assistant ([`~peft.PeftModel`]):
             [`lora_assistant`]'s model, in `eval` mode.
         weight (`float`), top_logit_filter (`float`):
             As in [`logit_difference`].
@@ -64,7 +66,7 @@ class ULDLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(
-        self, assistant: nn.Module, weight: float, top_logit_filter: float, attention_mask: Tensor | None = None
+        self, assistant: PeftModel, weight: float, top_logit_filter: float, attention_mask: Tensor | None = None
     ) -> None:
         check_composition(weight, top_logit_filter)
         if assistant.training:
@@ -74,7 +76,7 @@ class ULDLogitsProcessor(LogitsProcessor):
         self._seen: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.weight == 0:
             return scores.log_softmax(-1)
         seen = self._seen

@@ -82,7 +82,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         config ([`LogitDifferenceConfig`]):
             What it leaves open is filled in.
         target ([`~transformers.PreTrainedModel`]):
-            The model to unlearn from.
+            The model to unlearn from. It is frozen by this.
         assistant ([`~peft.PeftModel`]):
             As [`lora_assistant`] makes it of this target, trained.
     """
@@ -105,12 +105,12 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         # A copy: the constructor below settles attention for the pair, the parts have settled it for themselves.
         config.text_config = copy.deepcopy(target.config)
         super().__init__(config)
-        self.target, self.assistant = target, assistant
+        self.target, self.assistant = target.requires_grad_(False), assistant
         self.generation_config = copy.deepcopy(target.generation_config)
         self.eval()
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -145,15 +145,15 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             if not isinstance(cache, DynamicCache) or cache.get_seq_length() or not cache.layers:
                 raise ValueError(
                     f"past_key_values is a `{type(cache).__name__}` of {len(cache)} layers and {cache.get_seq_length()} "
-                    "tokens. Both parts need a cache: leave it out, or give what an earlier call returned, or an empty "
-                    "DynamicCache(config=model.config). `cache_implementation` may be 'dynamic' or 'offloaded'."
+                    "tokens. Both parts need a cache: leave it out (`cache_implementation` too), or give what an "
+                    "earlier call returned, or an empty DynamicCache(config=model.config)."
                 )
             cache = LogitDifferenceCache(cache, DynamicCache(config=self.assistant.config))
         lengths = cache.target.get_seq_length(), cache.assistant.get_seq_length()
         if self.config.weight != 0 and lengths[0] != lengths[1]:
             raise ValueError(
-                f"The cache holds {lengths[0]} tokens of the target and {lengths[1]} of the assistant: it was begun with "
-                "config.weight=0. Begin a new one."
+                f"The cache holds {lengths[0]} tokens of the target and {lengths[1]} of the assistant: it was begun "
+                "with config.weight=0. Begin a new one."
             )
         return cache
 
@@ -202,11 +202,16 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         """
         Reads what `save_pretrained` wrote, and the target that it names, or takes a `target` that is loaded already.
 
-        `revision` is that of this folder, not the target's; every other argument goes to the target's `from_pretrained`.
+        `revision` is that of this folder, not the target's; all other arguments go to the target's `from_pretrained`.
         """
         name, hub = str(pretrained_model_name_or_path), {key: kwargs[key] for key in HUB if key in kwargs}
         hub |= {"revision": revision} if revision else {}
         config = config or LogitDifferenceConfig.from_pretrained(name, **hub)
+        if not config.target or not config.num_assistant_layers:
+            raise ValueError(
+                f"The configuration in {name} has target={config.target!r}, num_assistant_layers="
+                f"{config.num_assistant_layers!r}: both are needed, as `save_pretrained` writes them."
+            )
         generation_config = GenerationConfig.from_pretrained(name, **hub)
         target = target or AutoModelForCausalLM.from_pretrained(config.target, **kwargs)
         view = truncated_view(target, config.num_assistant_layers)

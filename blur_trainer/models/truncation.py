@@ -1,10 +1,11 @@
-"""The first layers of a causal language model as a model of its own that costs no second copy: every Parameter is shared.
+"""The first layers of a causal language model as a model of its own, without a second copy: every Parameter is shared.
 
 The layers are found through the model's structure, never through the name of its architecture.
 """
 
 import copy
 import inspect
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -36,7 +37,7 @@ def truncated_view(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         raise ValueError(
             f"num_layers={num_layers}: `{type(target).__name__}` has {len(layers)} layers; give 1 to {len(layers)}."
         )
-    memo = {id(parameter): parameter for parameter in target.parameters()}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in target.parameters()}
     # What a deep copy finds in the memo it takes as it is: the short list stands where the whole list stood.
     memo[id(layers)] = copy.deepcopy(layers[:num_layers], memo)
     view = copy.deepcopy(target, memo)
@@ -95,7 +96,7 @@ def lora_assistant(target: PreTrainedModel, num_layers: int, lora: LoraConfig | 
     """
     The assistant of ULD: [`truncated_view`] with LoRA. Its adapter is all that it adds to the memory.
 
-    The target's weights are frozen by this, as they are the assistant's.
+    The whole target is frozen by this: PEFT freezes what the two share, and the rest would be trained by no one.
 
     Args:
         target ([`~transformers.PreTrainedModel`]), num_layers (`int`):
@@ -106,7 +107,7 @@ def lora_assistant(target: PreTrainedModel, num_layers: int, lora: LoraConfig | 
     lora = lora or LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    assistant = get_peft_model(truncated_view(target, num_layers), lora)
+    assistant = get_peft_model(truncated_view(target.requires_grad_(False), num_layers), lora)
     if not isinstance(assistant, PeftModel):  # a mixed model, for PEFT's type checker
         raise TypeError(f"get_peft_model made a `{type(assistant).__name__}` of `lora`; give a `LoraConfig`.")
     return assistant
