@@ -170,6 +170,8 @@ def test_a_view_is_the_shorter_model_over_the_same_weights(model):
     batch = padded(prompts())
     torch.testing.assert_close(view(**batch).logits, shorter(**batch).logits)
     assert len(layers) == 3 == target.config.num_hidden_layers
+    again = type(view.config).from_dict(view.config.to_dict())  # transformers refuses one whose lists do not fit
+    assert len(DynamicCache(config=again).layers) == 2
     assert {id(p) for p in view.parameters()} <= {id(p) for p in target.parameters()}
 
 

@@ -144,7 +144,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.target.config) if cache is None else cache
             if not isinstance(cache, DynamicCache) or cache.get_seq_length() or not cache.layers:
                 raise ValueError(
-                    f"past_key_values is a `{type(cache).__name__}` of {len(cache)} layers and {cache.get_seq_length()} "
+                    f"past_key_values is a `{type(cache).__name__}` with {len(cache)} layers, {cache.get_seq_length()} "
                     "tokens. Both parts need a cache: leave it out (`cache_implementation` too), or give what an "
                     "earlier call returned, or an empty DynamicCache(config=model.config)."
                 )
