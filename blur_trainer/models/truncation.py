@@ -1,0 +1,113 @@
+"""The first layers of a causal language model as a model of its own, without a second copy: every Parameter is shared.
+
+The layers are found through the model's structure, never through the name of its architecture.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+
+
+def truncated_view(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """
+    The target's embedding, first `num_layers` layers, final norm and head: new modules over the **same** Parameters.
+
+    What is done to the modules of one (adapters, hooks, `train`) does not reach the other; what is done to a Parameter
+    (its values, `requires_grad`, `.to(dtype)`) reaches both.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]):
+            A decoder-only model with an LM head, not wrapped.
+        num_layers (`int`):
+            From 1 up to the number of the target's layers.
+
+    Raises:
+        `TypeError`: the target is no `PreTrainedModel`, or one whose layers are not found or not understood.
+        `ValueError`: it has fewer than `num_layers` layers.
+    """
+    layers = decoder_layers(target)
+    if not 1 <= num_layers <= len(layers):
+        raise ValueError(
+            f"num_layers={num_layers}: `{type(target).__name__}` has {len(layers)} layers; give 1 to {len(layers)}."
+        )
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in target.parameters()}
+    # What a deep copy finds in the memo it takes as it is: the short list stands where the whole list stood.
+    memo[id(layers)] = copy.deepcopy(layers[:num_layers], memo)
+    view = copy.deepcopy(target, memo)
+    for config in {id(m.config): m.config for m in view.modules() if isinstance(m, PreTrainedModel)}.values():
+        _shorten(config, num_layers)
+    return view
+
+
+def _shorten(config: object, num_layers: int) -> None:
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = num_layers  # type: ignore[attr-defined]
+    if kinds is not None:  # one per layer; a cache is made after it
+        config.layer_types = list(kinds[:num_layers])  # type: ignore[attr-defined]
+
+
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """The target's only list of as many modules as its configuration has layers. `TypeError` says what is amiss."""
+    obstacle = _obstacle(target)
+    if obstacle:
+        raise TypeError(
+            f"`{type(target).__name__}` cannot be truncated: {obstacle}. What is needed is a decoder-only "
+            "`PreTrainedModel` (Llama, Mistral, Qwen2, GPT-NeoX and the like), merged with its adapters if it had any."
+        )
+    return _candidates(target)[0]
+
+
+def _candidates(target: PreTrainedModel) -> list[nn.ModuleList]:
+    count = target.config.num_hidden_layers
+    return [m for m in target.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+
+
+def _obstacle(target: PreTrainedModel) -> str | None:
+    if not isinstance(target, PreTrainedModel):
+        return "it is no `PreTrainedModel`"
+    config = target.config
+    if config.is_encoder_decoder:
+        return "it has an encoder"
+    if config.get_text_config(decoder=True) is not config:
+        return "it is made of several models, each with a configuration of its own"
+    if target.base_model is target or target.get_output_embeddings() is None:
+        return "it has no backbone (`base_model`) below an LM head (`get_output_embeddings`)"
+    missing = [name for name in INPUTS if name not in inspect.signature(type(target).forward).parameters]
+    if missing:
+        return f"its `forward` does not take {', '.join(f'`{name}`' for name in missing)}"
+    if not hasattr(config, "num_hidden_layers") or len(_candidates(target)) != 1:
+        return "its backbone does not have exactly one `ModuleList` of `config.num_hidden_layers` layers"
+    strange = {
+        type(layer).__name__ for layer in DynamicCache(config=config).layers if not isinstance(layer, DynamicLayer)
+    }
+    if strange:
+        return f"its cache holds more than keys and values ({', '.join(sorted(strange))})"
+    return None
+
+
+def lora_assistant(target: PreTrainedModel, num_layers: int, lora: LoraConfig | None = None) -> PeftModel:
+    """
+    The assistant of ULD: [`truncated_view`] with LoRA. Its adapter is all that it adds to the memory.
+
+    The whole target is frozen by this: PEFT freezes what the two share, and the rest would be trained by no one.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]), num_layers (`int`):
+            As for [`truncated_view`].
+        lora ([`~peft.LoraConfig`], *optional*):
+            Rank 16, alpha 32, dropout 0.05 on every linear layer but the head, as in ULD's code, if not given.
+    """
+    lora = lora or LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    assistant = get_peft_model(truncated_view(target.requires_grad_(False), num_layers), lora)
+    if not isinstance(assistant, PeftModel):  # a mixed model, for PEFT's type checker
+        raise TypeError(f"get_peft_model made a `{type(assistant).__name__}` of `lora`; give a `LoraConfig`.")
+    return assistant
