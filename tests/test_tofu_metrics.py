@@ -230,6 +230,7 @@ def test_scores_are_the_definitions():
     probabilities[3] = [1.0, *[1e-30] * 5]  # no variance left: the floor counts
     tokens = rng.integers(6, size=11)
     tokens[3] = 0
+    tokens[10] = probabilities[10].argmin()  # the last token counts, unless it is left out
     logs = np.log(probabilities)
     logps = [float(logs[t, token]) for t, token in enumerate(tokens)]
     means = [sum(p * math.log(p) for p in row) for row in probabilities]
