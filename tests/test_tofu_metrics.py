@@ -228,9 +228,17 @@ def test_scores_are_the_definitions():
     rng = np.random.default_rng(5)
     probabilities = rng.dirichlet(np.full(6, 0.3), size=11)
     probabilities[3] = [1.0, *[1e-30] * 5]  # no variance left: the floor counts
+    probabilities[10] = [
+        0.96,
+        0.01,
+        0.01,
+        0.01,
+        0.01,
+        1e-40,
+    ]  # the last token is the least likely: it must count or not
     tokens = rng.integers(6, size=11)
     tokens[3] = 0
-    tokens[10] = probabilities[10].argmin()  # the last token counts, unless it is left out
+    tokens[10] = 5
     logs = np.log(probabilities)
     logps = [float(logs[t, token]) for t, token in enumerate(tokens)]
     means = [sum(p * math.log(p) for p in row) for row in probabilities]
