@@ -97,22 +97,27 @@ class PrivLeak(evaluate.Metric):
     def _compute(
         self, predictions: list[float], references: list[int], auc_retrain: float | None = None
     ) -> dict[str, float]:
-        if set(references) != {0, 1}:
-            raise ValueError(
-                f"`references` must hold 0 (forget) and 1 (holdout), both and nothing else, got {set(references)}."
-            )
-        if not np.isfinite(predictions).all():
-            first = int(np.flatnonzero(~np.isfinite(predictions))[0])
-            raise ValueError(
-                f"`predictions` must be finite, got {predictions[first]} at index {first}: the model that gave these "
-                "scores has probably diverged. Check its loss before evaluating it."
-            )
+        check_scores(predictions, references)
         # MUSE ranks by minus the score: label 1 (holdout) is called when a text is *likely*.
         auc = float(roc_auc_score(references, -np.asarray(predictions)))
         if auc_retrain is None:
             return {"auc": auc}
         check_auc_retrain(auc_retrain)
         return {"auc": auc, "privleak": (auc - auc_retrain) / auc_retrain * 100}
+
+
+def check_scores(scores: Sequence[float], labels: Sequence[int]) -> None:
+    """Raises unless every score is finite and the labels are 0 (forget) and 1 (holdout), both of them."""
+    if set(labels) != {0, 1}:
+        raise ValueError(
+            f"`references` must hold 0 (forget) and 1 (holdout), both and nothing else, got {set(labels)}."
+        )
+    if not np.isfinite(scores).all():
+        first = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ValueError(
+            f"`predictions` must be finite, got {scores[first]} at index {first}: the model that gave these "
+            "scores has probably diverged. Check its loss before evaluating it."
+        )
 
 
 def check_auc_retrain(auc_retrain: float) -> None:

@@ -1,0 +1,29 @@
+"""Whose conventions a TOFU number follows: the original benchmark's or open-unlearning's."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+TOFU = "tofu"
+OPEN_UNLEARNING = "open-unlearning"
+EPSILON = 1e-10  # what open-unlearning adds to every denominator
+
+
+def check_protocol(protocol: str, accepted: Sequence[str] = (TOFU, OPEN_UNLEARNING)) -> None:
+    """Raises unless `protocol` is one of those that the metric knows."""
+    if protocol not in accepted:
+        raise ValueError(f"`protocol` must be one of {list(accepted)}, got {protocol!r}.")
+
+
+def finite_array(name: str, values: Iterable[float]) -> np.ndarray:
+    """`values` in float64; raises when there are none or when one of them is not finite."""
+    array = np.asarray(list(values), dtype=np.float64)
+    if array.size == 0:
+        raise ValueError(f"`{name}` is empty: a mean over zero examples is undefined. Pass at least one number.")
+    if not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(
+            f"`{name}` must be finite, got {array[first]} at index {first}: the model that gave these numbers has "
+            "probably diverged. Check its loss before evaluating it."
+        )
+    return array
