@@ -184,6 +184,7 @@ def card_info(trainer: "UnlearningTrainer") -> dict[str, Any]:
             **{f"{role}_objective": repr(objective) for role, objective in trainer.objectives.items()},
             "rule": repr(trainer.rule),
             **{name: getattr(args, name) for name in _CARD_SETTINGS},
+            "num_processes": trainer.accelerator.num_processes,
             "max_grad_norm": args.max_grad_norm,
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "seed": args.seed,
