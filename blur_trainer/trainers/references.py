@@ -1,7 +1,6 @@
 """The reference model in a trainer: made, sharded like the trained one, or asked once and then not needed."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from trl.models import prepare_deepspeed
 
 from blur_trainer.data.pairing import PairedDataset
+from blur_trainer.durable import write_durably
 from blur_trainer.objectives import Objective, reference_logps
 from blur_trainer.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
 from blur_trainer.trainers.setup import load_pretrained, reads_logps_only
@@ -153,10 +153,8 @@ def _digest(forget: datasets.Dataset) -> str:
 
 def _write_columns(path: Path, columns: Mapping[str, list[float]], digest: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
-    save_file(tensors, partial, metadata={"forget": digest})
-    os.replace(partial, path)
+    write_durably(path, lambda file: save_file(tensors, file, metadata={"forget": digest}))
 
 
 def _read_columns(path: Path, digest: str) -> dict[str, list[float]]:
