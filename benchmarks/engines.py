@@ -33,7 +33,7 @@ from transformers import training_args
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from parity import ENGINES, ONLY, forget_engine, torchrun
+from support.parity import ENGINES, ONLY, forget_engine, torchrun
 
 MEASURED = [engine for engine in ENGINES if engine != "fsdp2_lean"]  # it loads in another way than fsdp2; steps alike
 LIMIT = 1.10

@@ -36,10 +36,10 @@ from stepping import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from blur_trainer.evaluation import variants
+from blur_trainer.evaluation import answer_scoring as variants
+from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.scoring import generate
-from blur_trainer.evaluation.variants import score_variants
-from blur_trainer.models.tiny import train_tokenizer
+from blur_trainer.toy.model import train_tokenizer
 
 ANSWERS = 7
 METRICS = 7  # that read the true answer, each in a pass of its own in open-unlearning

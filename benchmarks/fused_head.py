@@ -19,7 +19,7 @@ from step_cost import machine, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from blur_trainer.forward import answer_logps, choose_head
+from blur_trainer.models.forward import answer_logps, choose_head
 
 # vocabulary, batch size, tokens
 SHAPES = ((8192, 2, 64), (8192, 2, 512), (65536, 2, 256))

@@ -5,7 +5,7 @@
     python benchmarks/parity.py --markdown             # the table of docs/distributed.md
 
 A cell is `||w - w_ref|| / ||w_ref - w_start||` after three AdamW steps, `w_ref` from the literal single-process
-training of tests/reference.py: no Trainer, no accumulation, no padding, both gradients as one flat vector each.
+training of tests/support/reference.py: no Trainer, no accumulation, no padding, both gradients as one flat vector each.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from parity import CELLS, DEFAULT_TOLERANCE, ENGINES, FEATURES, TOLERANCE, launch
+from support.parity import CELLS, DEFAULT_TOLERANCE, ENGINES, FEATURES, TOLERANCE, launch
 
 
 def table(errors: dict[str, float], markdown: bool) -> str:

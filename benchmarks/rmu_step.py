@@ -29,8 +29,8 @@ from stepping import SIZES, Steps, build_model, rows
 from transformers.utils import logging
 
 from blur_trainer import BLUR, BLURConfig, BLURTrainer, Sum
-from blur_trainer.activation_objectives import RMU, ActivationMatch
-from blur_trainer.control_vectors import control_vector
+from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.control_vectors import control_vector
 
 PLAIN, FROZEN = "two whole models, all gradients", "two whole models, the rest frozen"
 OURS, OURS_SUM = "BLUR-RMU, BLURTrainer", "RMU (sum), BLURTrainer"

@@ -14,8 +14,8 @@ from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
-from blur_trainer.trainers.uld import ULDConfig, ULDTrainer
 from blur_trainer.trainers.unlearning import UnlearningTrainer
+from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 
 VOCAB = 8192
 SIZES = {

@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from blur_trainer.data.files import checked_folder, checked_rows, find_file, from_hub, read_rows
 from blur_trainer.data.subset import limit_documents
-from blur_trainer.data.synthetic import muse_corpora
+from blur_trainer.toy.muse import muse_corpora
 
 __all__ = ["AUC_RETRAIN", "MUSE_MODELS", "MuseModels", "limit_documents", "load_muse"]
 
@@ -91,7 +91,7 @@ def load_muse(
     Args:
         corpus (`str`, defaults to `"news"`):
             `"news"` or `"books"` from the Hub, or `"embedded"`: fictitious, no network
-            ([`~blur_trainer.data.synthetic.muse_corpora`]).
+            ([`~blur_trainer.toy.muse.muse_corpora`]).
         data_dir (`str` or `Path`, *optional*):
             Read this folder instead of the Hub. A split is a file `knowmem_forget_qa.jsonl` or
             `knowmem/forget_qa.jsonl`; `.json` (a list of objects) and, for documents, `.txt` (one document) will do.

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from blur_trainer.data.authors import tofu_corpora, tofu_training_rows
 from blur_trainer.data.files import checked_folder, checked_rows, find_file, from_hub, read_rows
 from blur_trainer.data.subset import limit_rows
+from blur_trainer.toy.tofu import tofu_corpora, tofu_training_rows
 
 __all__ = ["TOFU_MODELS", "TOFU_SPLITS", "TofuModels", "limit_rows", "load_tofu", "tofu_corpora", "tofu_training_rows"]
 
@@ -73,7 +73,7 @@ def load_tofu(
     Args:
         corpus (`str`, defaults to `"tofu"`):
             `"tofu"` from the Hub, or `"embedded"`: fictitious, no network
-            ([`~blur_trainer.data.authors.tofu_corpora`]).
+            ([`~blur_trainer.toy.tofu.tofu_corpora`]).
         split (`str`, defaults to `"forget10"`):
             `"forget01"`, `"forget05"` or `"forget10"`.
         data_dir (`str` or `Path`, *optional*):

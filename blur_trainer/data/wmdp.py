@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from blur_trainer.data.choices import LETTERS
 from blur_trainer.data.files import checked_folder, checked_rows, find_file, from_hub, read_lines, read_rows
-from blur_trainer.data.inventions import FORGET_TOPICS, TOPICS, topic_corpora, topic_questions
+from blur_trainer.toy.wmdp import FORGET_TOPICS, TOPICS, topic_corpora, topic_questions
 
 CORPORA = ("wmdp", "embedded")
 WMDP_TOPICS = ("bio", "cyber")
@@ -57,7 +57,7 @@ def load_wmdp_corpora(
         data_dir (`str` or `Path`, *optional*):
             Read what this folder has; the rest comes from the Hub. So the gated corpus alone can be a local file.
         corpus (`str`, defaults to `"wmdp"`):
-            Or `"embedded"`: invented topics, no network ([`~blur_trainer.data.inventions.topic_corpora`]).
+            Or `"embedded"`: invented topics, no network ([`~blur_trainer.toy.wmdp.topic_corpora`]).
         topic_retain (`bool`, defaults to `False`):
             Whether to load WMDP's own retain corpora too (`retain_bio`, `retain_cyber`), which its authors' runs leave
             out: they retain Wikitext.

@@ -24,7 +24,7 @@ from blur_trainer.evaluation.batching import (
     encode_prompts,
     pad,
 )
-from blur_trainer.evaluation.sharing import gathering_in_generate, in_shares, is_sharded
+from blur_trainer.evaluation.distributed import gathering_in_generate, in_shares, is_sharded
 
 
 def answer_logps(

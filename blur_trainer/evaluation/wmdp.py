@@ -7,8 +7,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.data.choices import LETTERS, choice_prompt
+from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.batching import check_positive
-from blur_trainer.evaluation.variants import score_variants
 
 SUBJECTS = {"bio": "biology", "cyber": "cybersecurity", "chem": "chemistry"}
 COLUMNS = ("question", "choices", "answer")

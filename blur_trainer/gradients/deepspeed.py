@@ -2,7 +2,7 @@
 
 ZeRO 3 has a documented interface to local gradients. ZeRO 1 and 2 have none: the attributes of DeepSpeed's optimizers
 named below (`averaged_gradients`, `all_grad_tensors`, `single_partition_of_fp32_groups`, ...) are private, which is why
-they are touched in this file only, under a bound on the version, by tests/test_parity.py on every stage.
+they are touched in this file only, under a bound on the version, by tests/gradients/test_parity.py on every stage.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -14,11 +14,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from blur_trainer.forward import causal_lm, fused_head_obstacle, hidden_size
 from blur_trainer.memory.meta import Saved, layers, saved_activations
 from blur_trainer.memory.weights import linears
 from blur_trainer.memory.working import working_bytes
-from blur_trainer.objectives import DPO, Objective
+from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_size
+from blur_trainer.objectives.answers import DPO
+from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.topics import settings_of
 
 if TYPE_CHECKING:

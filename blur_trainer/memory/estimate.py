@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
-from blur_trainer.forward import causal_lm
 from blur_trainer.memory.activations import Pass, passes
 from blur_trainer.memory.meta import build, load_config
 from blur_trainer.memory.reach import reached
 from blur_trainer.memory.reference import REFERENCES, reference_bytes
 from blur_trainer.memory.weights import Held, gradient_bytes, held, sharding_of
+from blur_trainer.models.forward import causal_lm
 from blur_trainer.trainers.trainable import choose_trainable
 
 if TYPE_CHECKING:

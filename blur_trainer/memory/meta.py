@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from blur_trainer.forward import causal_lm
+from blur_trainer.models.forward import causal_lm
 
 _ATTENTION = "blur_trainer_memory"
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from blur_trainer.activations import ending_at
-from blur_trainer.objectives import Objective
+from blur_trainer.models.early_exit import ending_at
+from blur_trainer.objectives.base import Objective
 
 
 def reached(model: nn.Module, objective: Objective) -> list[nn.Parameter]:

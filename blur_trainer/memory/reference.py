@@ -1,4 +1,4 @@
-"""What the reference model weighs: the table of `blur_trainer.reference` in bytes."""
+"""What the reference model weighs: the table of `blur_trainer.models.reference` in bytes."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from torch import nn
 
-from blur_trainer.layers import find_layers
 from blur_trainer.memory.weights import Sharding, weight_bytes
-from blur_trainer.objectives import Objective
+from blur_trainer.models.layers import find_layers
+from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.references import readers_of
 
 if TYPE_CHECKING:

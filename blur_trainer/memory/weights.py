@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from blur_trainer.forward import causal_lm
 from blur_trainer.memory.meta import layers
+from blur_trainer.models.forward import causal_lm
 
 
 def _adam(shape: torch.Size, itemsize: int) -> float:

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blur_trainer.forward import causal_lm
+from blur_trainer.models.forward import causal_lm
 
 
 class _Living(TorchDispatchMode):

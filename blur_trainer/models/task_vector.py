@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from blur_trainer.durable import flush_tree
+from blur_trainer.atomic_write import flush_tree
 from blur_trainer.models.checkpoint_tensors import BESIDE, CheckpointTensors, check_adapter, is_adapter, local_folder
 
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the weights below the adapter too

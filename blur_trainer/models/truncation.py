@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from blur_trainer.layers import layer_lists
+from blur_trainer.models.layers import layer_lists
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 

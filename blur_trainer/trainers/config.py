@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from blur_trainer.gradients.rules import RULES, Rule
-from blur_trainer.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
+from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.topics import check_settings
 from blur_trainer.trainers.trainable import check_pattern, parse_layers

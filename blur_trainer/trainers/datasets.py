@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
-from blur_trainer.objectives import Objective
+from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from blur_trainer.objectives import FORGET_OBJECTIVES
+from blur_trainer.objectives.by_name import FORGET_OBJECTIVES
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

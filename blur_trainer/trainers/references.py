@@ -17,15 +17,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models import prepare_deepspeed
 
+from blur_trainer.atomic_write import write_durably
 from blur_trainer.data.pairing import PairedDataset
-from blur_trainer.durable import write_durably
+from blur_trainer.models.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
 from blur_trainer.models.truncation import frozen_lower
-from blur_trainer.objectives import Objective, reference_logps
-from blur_trainer.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
-from blur_trainer.trainers.assistant import load_lower, read_config
+from blur_trainer.objectives.answers import reference_logps
+from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
 from blur_trainer.trainers.setup import load_pretrained, reads_logps_only
+from blur_trainer.uld.assistant import load_lower, read_config
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.unlearning import UnlearningTrainer
@@ -41,7 +42,7 @@ def make_reference(
     args: UnlearningConfig,
     source: tuple[Any, Any] = (None, None),
 ) -> Reference | None:
-    """The reference that training needs in memory, `None` if none: see the table of `blur_trainer.reference`.
+    """The reference that training needs in memory, `None` if none: see the table of `blur_trainer.models.reference`.
 
     `source`: name and keyword arguments that the model was loaded with, where it was given by name.
     """

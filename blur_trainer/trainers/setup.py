@@ -14,10 +14,10 @@ from transformers import (
 )
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from blur_trainer.forward import choose_head
 from blur_trainer.gradients.rules import Rule, Sum
-from blur_trainer.objectives import Objective
-from blur_trainer.reference import FrozenModel, partition_shape
+from blur_trainer.models.forward import choose_head
+from blur_trainer.models.reference import FrozenModel, partition_shape
+from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
 
 

@@ -17,11 +17,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from blur_trainer.forward import forward
 from blur_trainer.gradients.backend import GradientBackend, inner_products
 from blur_trainer.gradients.forward_mode import directional_derivative
 from blur_trainer.gradients.rules import Rule
-from blur_trainer.reference import evaluating
+from blur_trainer.models.forward import forward
+from blur_trainer.models.reference import evaluating
 from blur_trainer.trainers.step import Window, objective_pass, record
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import datasets
 
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.rules import BLUR, Rule, Sum
-from blur_trainer.objectives import RMU, Objective
+from blur_trainer.objectives.activations import RMU
+from blur_trainer.objectives.base import Objective
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.config import UnlearningConfig

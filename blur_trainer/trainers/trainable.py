@@ -10,9 +10,9 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import nn
 
-from blur_trainer.layers import check_layer, find_layers
-from blur_trainer.objectives import Objective
-from blur_trainer.reference import partition_shape
+from blur_trainer.models.layers import check_layer, find_layers
+from blur_trainer.models.reference import partition_shape
+from blur_trainer.objectives.base import Objective
 
 logger = get_logger(__name__)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

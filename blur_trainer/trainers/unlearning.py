@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from blur_trainer.callbacks import InterruptCallback, PairingCallback
+from blur_trainer.atomic_write import write_durably
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.durable import write_durably
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import Rule
-from blur_trainer.model_card import write_model_card
-from blur_trainer.objectives import Batch, Objective
-from blur_trainer.reference import FrozenModel
-from blur_trainer.trainers import saving, setup
-from blur_trainer.trainers.benchmarks import Benchmark, BenchmarksMixin
-from blur_trainer.trainers.checkpoints import CheckpointCallback, resume_point
+from blur_trainer.models.reference import FrozenModel
+from blur_trainer.objectives.base import Batch, Objective
+from blur_trainer.report.model_card import write_model_card
+from blur_trainer.saving import output_dir as saving
+from blur_trainer.saving.checkpoints import CheckpointCallback, resume_point
+from blur_trainer.trainers import setup
+from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.evaluation import Benchmark, BenchmarksMixin
 from blur_trainer.trainers.loading import whole_state
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.single_buffer import check_model, check_settings, one_buffer_step
@@ -55,7 +56,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         eval_dataset: a dataset, or a dict of datasets, whose NLL is evaluated on the schedule of `eval_strategy`.
         processing_class: the tokenizer. Default: the one beside the model.
         peft_config: wraps the model, e.g. in LoRA. Its reference model is then the model with the adapter off.
-        ref_model: the reference model. Default: the model before training, see `blur_trainer.reference`.
+        ref_model: the reference model. Default: the model before training, see `blur_trainer.models.reference`.
         forget_objective, retain_objective: an [`Objective`]. Default: from `args`.
         rule: `(2, 2)` Gramian -> `(2,)` weights, e.g. [`BLUR`] or a TorchJD `Weighting`. Default: from `args`.
         benchmarks: name -> callable from the model to a flat dict of numbers; runs with every evaluation, the numbers
@@ -243,6 +244,6 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
-        """Writes `README.md`; `info` overrides what `blur_trainer.model_card` is told, e.g. `metrics`."""
+        """Writes `README.md`; `info` overrides what `blur_trainer.report.model_card` is told, e.g. `metrics`."""
         if self.is_world_process_zero():
             write_model_card(output_dir or self.output_dir, saving.card_info(self) | info)

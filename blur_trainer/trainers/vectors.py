@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from blur_trainer.control_vectors import load_vectors, save_vectors
-from blur_trainer.forward import hidden_size
-from blur_trainer.objectives import RMU
+from blur_trainer.models.forward import hidden_size
+from blur_trainer.objectives.activations import RMU
+from blur_trainer.objectives.control_vectors import load_vectors, save_vectors
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.unlearning import UnlearningTrainer

@@ -1,0 +1,198 @@
+"""Many answers to one question, scored with the question read once."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, DynamicLayer, PreTrainedModel
+
+from blur_trainer.evaluation.batching import buckets, check_context, check_example, check_positive, pad
+from blur_trainer.evaluation.distributed import in_shares, is_sharded
+from blur_trainer.evaluation.scoring import evaluating
+from blur_trainer.evaluation.token_scores import AnswerScores, score_row, scored_positions, to_numpy
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One question: the tokens of each answer (prompt included), which of them are scored, and the shared prefix."""
+
+    input_ids: list[list[int]]
+    positions: list[list[int]]
+    prefix: int  # tokens that all answers begin with and none is scored from; 0: nothing to share
+
+
+def score_variants(
+    model: PreTrainedModel,
+    questions: Sequence[Sequence[dict[str, Any]]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    details: bool = False,
+    desc: str | None = None,
+) -> list[list[AnswerScores]]:
+    r"""
+    Scores of every answer to every question: as of one sequence at a time, to float rounding.
+
+    Where the model's cache allows ([`can_share_prompts`]), the tokens that all answers to a question begin with are run
+    once, their keys and values repeated for the answers, and only what follows is run for each. `batch_size` questions
+    of similar length are read together, then their answers, `batch_size` of similar length at a time. Prompts are
+    padded on the left and answers on the right, under their true attention mask and position ids, so that each answer
+    follows its prompt without a gap. What is shared is the common prefix of the *tokens* (prompt and answer may merge
+    where they join), less one token, from which the first answer token is predicted.
+
+    Elsewhere, and for a question with one answer, whole sequences are run, padded on the right.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped causal language model, whole or as FSDP2 and ZeRO-3 hold it. It is scored in evaluation mode; each
+            module's mode is restored. Of several processes, all must call this.
+        questions (`Sequence[Sequence[dict]]`):
+            Per question its answers, each `{"input_ids": list[int], "labels": list[int]}` with the prompt, labels -100
+            where nothing is scored. Every answer needs a scored token.
+        pad_token_id (`int`):
+            Any id of the vocabulary: what fills the masked positions.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Sequences per forward pass.
+        details (`bool`, *optional*, defaults to `False`):
+            Whether the first answer to each question gets `predicted`, `means` and `variances`.
+        desc (`str`, *optional*):
+            Label of the progress bar; no bar when left out.
+
+    Returns:
+        `list[list[AnswerScores]]`: Per question, in the given order, the scores of its answers.
+    """
+    check_positive(batch_size=batch_size)
+    with evaluating(model):
+        share = can_share_prompts(model)
+        rows = [_question(index, answers, share) for index, answers in enumerate(questions)]
+        check_context(model, [max(map(len, row.input_ids)) for row in rows], what="question")
+        order = buckets([max(map(len, row.input_ids)) - row.prefix for row in rows], 1)
+        found: dict[int, list[AnswerScores]] = {}
+        # One kind after the other: where parameters are sharded, all processes need the same number of forward passes.
+        for shared in (True, False):
+            part = [index for (index,) in order if (rows[index].prefix > 0) == shared]
+            batches = [part[start : start + batch_size] for start in range(0, len(part), batch_size)]
+            sizes = [sum(len(rows[index].input_ids) for index in batch) for batch in batches]
+            passes = ceil(max(sizes) / batch_size) if sizes and is_sharded(model) else 0
+
+            def run(indices: list[int], passes: int = passes) -> list[list[AnswerScores]]:
+                batch = [rows[index] for index in indices]
+                return _Batch(model, batch, pad_token_id, details).scores(batch_size, passes)
+
+            if part:
+                found |= zip(sorted(part), in_shares(model, batches, run, desc), strict=True)
+    return [found[index] for index in range(len(rows))]
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """
+    Whether what a model keeps of a prompt can be repeated and continued row by row.
+
+    It can where all of it are keys and values of full attention: a probe of two tokens must give back a
+    [`~transformers.Cache`] of nothing but `DynamicLayer`s. Sliding windows (Mistral with one, Gemma2), recurrent
+    states, quantised and static caches are subclasses or others, and are refused; so are models whose `forward` takes
+    no position ids, and PEFT's prompt tuning, which counts virtual tokens.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    if not {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= _arguments(model):
+        return False
+    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=probe, use_cache=True), "past_key_values", None)
+    return isinstance(cache, Cache) and len(cache) > 0 and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _arguments(model: PreTrainedModel) -> set[str]:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(inspect.signature(base.forward).parameters)
+
+
+def _question(index: int, answers: Sequence[dict[str, Any]], share: bool) -> _Question:
+    if not answers:
+        raise ValueError(f"`questions[{index}]` has no answer to score: give at least one.")
+    checked = [check_example(index, answer) for answer in answers]
+    positions = [scored_positions(labels) for _, labels in checked]
+    for number, (ids, labels) in enumerate(checked):
+        if not positions[number]:
+            raise ValueError(
+                f"`questions[{index}][{number}]` has no scored token: its labels are -100 after the first."
+            )
+        if any(ids[t] != labels[t] for t in positions[number]):
+            raise ValueError(f"`questions[{index}][{number}]` has labels that are neither -100 nor its input_ids.")
+    input_ids = [ids for ids, _ in checked]
+    prefix = 0
+    if share and len(answers) > 1:
+        prefix = min(_common_prefix(input_ids), *(found[0] - 1 for found in positions))
+    return _Question(input_ids, positions, prefix)
+
+
+def _common_prefix(rows: list[list[int]]) -> int:
+    columns = zip(*rows, strict=False)  # as long as the shortest
+    return next((t for t, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))
+
+
+class _Batch:
+    """Questions that are read together: all with a shared prefix, or all without."""
+
+    def __init__(self, model: PreTrainedModel, questions: list[_Question], pad_token_id: int, details: bool) -> None:
+        self.model, self.questions, self.pad_token_id, self.details = model, questions, pad_token_id, details
+        # (question, which of its answers), in order
+        self.answers = [
+            (q, number) for q, question in enumerate(questions) for number in range(len(question.input_ids))
+        ]
+        self.prompts = self._read_prompts() if questions[0].prefix else None
+
+    def scores(self, batch_size: int, passes: int) -> list[list[AnswerScores]]:
+        """Per question those of its answers, in at least `passes` forward passes: some are then run again."""
+        chunks = buckets(
+            [len(self.questions[q].input_ids[n]) - self.questions[q].prefix for q, n in self.answers], batch_size
+        )
+        chunks += [chunks[-1]] * (passes - len(chunks))
+        found: dict[int, AnswerScores] = {}
+        for chunk in chunks:
+            found |= zip(chunk, self._run([self.answers[index] for index in chunk]), strict=True)
+        scores = iter([found[index] for index in range(len(found))])
+        return [[next(scores) for _ in question.input_ids] for question in self.questions]
+
+    def _read_prompts(self) -> tuple[Cache, Tensor]:
+        """Keys and values of the prefixes, and their attention mask (questions, T)."""
+        prompts = [question.input_ids[0][: question.prefix] for question in self.questions]
+        input_ids, mask = pad(prompts, self.pad_token_id, "left", self.model.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        if "logits_to_keep" in _arguments(self.model):
+            inputs["logits_to_keep"] = 1  # none is read
+        return self.model(**inputs, use_cache=True).past_key_values, mask
+
+    def _run(self, answers: list[tuple[int, int]]) -> list[AnswerScores]:
+        """One forward pass."""
+        rows = [(self.questions[q], number) for q, number in answers]
+        suffixes = [question.input_ids[number][question.prefix :] for question, number in rows]
+        input_ids, mask = pad(suffixes, self.pad_token_id, "right", self.model.device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+        if self.prompts is not None:
+            owners = torch.tensor([q for q, _ in answers], device=self.model.device)
+            cache = copy.deepcopy(self.prompts[0])
+            cache.batch_select_indices(owners)
+            before = self.prompts[1][owners]
+            inputs |= {
+                "attention_mask": torch.cat([before, mask], dim=-1),
+                # padding stays at its row's last position: one beyond may not exist
+                "position_ids": before.sum(-1, keepdim=True) + mask.cumsum(-1) - 1,
+                "past_key_values": cache,
+                "use_cache": True,
+            }
+        logits = self.model(**inputs).logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
+        scores = []
+        for row, (question, number) in enumerate(rows):
+            ids, positions = question.input_ids[number], question.positions[number]
+            columns = [t - 1 - question.prefix for t in positions]  # position t - 1 predicts token t
+            scores.append(score_row(logits[row], columns, [ids[t] for t in positions], self.details and number == 0))
+        return to_numpy(scores)

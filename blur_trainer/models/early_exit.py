@@ -1,0 +1,104 @@
+"""The output of one decoder layer, and nothing computed above it: neither forward nor backward, on any engine."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from blur_trainer.models.forward import causal_lm
+from blur_trainer.models.layers import find_layers
+
+
+def activations(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
+    """
+    The output of decoder layer `layer` (0-based), `(B, T, H)`; of the last layer, before the final norm.
+
+    The model is called as it is wrapped (PEFT, DDP, FSDP2, DeepSpeed, `torch.compile`), so that every engine does its
+    work; inside, the backbone's loop over the layers ends early. The final norm and the head see one position per
+    example, and their result is dropped.
+
+    Raises:
+        `TypeError`: the layers are not found (see [`find_layers`]).
+        `ValueError`: there is no such layer.
+    """
+    with ending_at(model, layer):
+        return model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **_few_logits(model)
+        )
+
+
+@contextmanager
+def ending_at(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside, a call of `model` answers the output of layer `layer`. The model is as before afterwards, come what may.
+
+    The activations are what the inner model *returns*, not something left aside by a hook: DDP then finds which
+    parameters take part, FSDP2 and ZeRO-3 know what backward needs, and reentrant checkpointing keeps the graph.
+    """
+    lm = causal_lm(model)
+    owner, name, layers = find_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"The model has the layers 0 to {len(layers) - 1}, and no layer {layer}.")
+    tap, plain, own = _Tap(layers[layer]), lm.forward, "forward" in vars(lm)
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        plain(*args, **kwargs)
+        return tap.take()
+
+    setattr(owner, name, _Lower(layers, layer, tap))
+    lm.forward = forward
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+        if own:  # accelerate's autocast, or a fused head
+            lm.forward = plain
+        else:
+            del lm.forward
+
+
+class _Tap:
+    """In the place of the last layer that runs: calls it, and keeps what it answers."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.output: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answer = self.layer(*args, **kwargs)
+        self.output = answer[0] if isinstance(answer, tuple) else answer
+        return answer
+
+    def __getattr__(self, name: str) -> Any:  # what a backbone asks its layers, e.g. the kind of attention
+        return getattr(self.layer, name)
+
+    def take(self) -> Tensor:
+        output, self.output = self.output, None
+        if output is None:
+            raise RuntimeError(f"`{type(self.layer).__name__}` was not run by the model's forward pass.")
+        return output
+
+
+class _Lower(nn.ModuleList):
+    """All layers are registered, so that an engine that looks around finds every one; only the first are gone over."""
+
+    def __init__(self, layers: nn.ModuleList, last: int, tap: _Tap):
+        super().__init__()
+        for name, layer in layers.named_children():
+            self.add_module(name, layer)
+        self._shown = [*list(layers)[:last], tap]
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    def __iter__(self) -> Any:
+        return iter(self._shown)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._shown[index]
+
+
+def _few_logits(model: nn.Module) -> dict[str, int]:
+    accepted: Iterable[str] = inspect.signature(type(causal_lm(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

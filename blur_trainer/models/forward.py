@@ -1,0 +1,100 @@
+"""What is asked of a causal language model: logits, or only the log-probabilities of its answers.
+
+Log-probabilities need no `(B, T, V)` logits: with TRL's fused LM head the backbone's output meets the head in tiles,
+and the backward pass makes each tile again. At 2048 tokens and a vocabulary of 128k that saves gigabytes per example.
+"""
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from blur_trainer.objectives.losses import sequence_logps
+
+logger = get_logger(__name__)
+
+
+def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Logits `(B, T, V)`. No labels go in (the model would compute a loss of its own), no cache comes out."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def answer_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """`log p(answer | prompt)` `(B,)`, without logits where the model has a fused head, else from them."""
+    if not has_fused_head(model):
+        return sequence_logps(forward(model, batch), batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return model(**inputs, fused_lm_head=True).log_probs.sum(-1)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """`H`, the size of the decoder's activations `(B, T, H)`."""
+    return causal_lm(model).config.get_text_config(decoder=True).hidden_size
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The model inside of its wrappers: PEFT, DDP, DeepSpeed's engine, `torch.compile`."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def has_fused_head(model: nn.Module) -> bool:
+    return getattr(causal_lm(model), "use_fused_lm_head", False)
+
+
+def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: torch.device) -> None:
+    """Settles how `answer_logps` goes for this model; before any engine wraps it. Every other call is as before.
+
+    `None` chooses by device: TRL's head is a Triton kernel on GPUs. On a CPU a forward and backward pass with it takes
+    1.2 to 1.8 times one with logits (`benchmarks/fused_head.py`), and more memory too: its tiles are several float32
+    copies there. `True` raises `ValueError` where the head does not suit.
+    """
+    wanted = device.type in ("cuda", "xpu") if fused is None else fused
+    obstacle = fused_head_obstacle(model) if wanted else None
+    if obstacle and fused:
+        raise ValueError(f"`fused_lm_head=True`, but {obstacle}: leave it off.")
+    if obstacle:
+        logger.warning(f"Log-probabilities are computed from whole logits, without a fused LM head: {obstacle}.")
+    target, suits = causal_lm(model), wanted and not obstacle
+    if suits and not hasattr(target, "use_fused_lm_head"):
+        _add_fused_head(target)
+    if hasattr(target, "use_fused_lm_head") or suits:  # without a head there is nothing to switch
+        target.use_fused_lm_head = suits
+
+
+def _add_fused_head(model: Any) -> None:
+    plain = model.forward
+    add_fused_lm_head(model)
+    if not isinstance(plain, types.MethodType):  # a hook of accelerate's, which binds the model itself
+        return
+    fused, unbound = model.forward.__func__, plain.__func__
+
+    # TRL's function holds the model's own `forward`, bound: a deep copy of the model would run the original. This binds
+    # nothing.
+    @functools.wraps(type(model).forward)
+    def choose(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else unbound(self, *args, **kwargs)
+
+    model.forward = types.MethodType(choose, model)
+
+
+def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
+    """Why the fused head would not give this model's log-probabilities, `None` if it does.
+
+    It runs the backbone and multiplies by the head's `weight` itself, so an adapter or a quantised layer on the head
+    would take no part.
+    """
+    target = causal_lm(model)
+    head = target.get_output_embeddings() if isinstance(target, PreTrainedModel) else None
+    if type(head) is not nn.Linear:
+        what = "there is none" if head is None else f"this one is `{type(head).__name__}`"
+        return f"it needs a plain `torch.nn.Linear` as the LM head (no adapter, no quantisation), and {what}"
+    if target.base_model is target:
+        return f"`{type(target).__name__}` has no backbone (`base_model`) below the LM head"
+    return None

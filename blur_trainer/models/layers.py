@@ -1,0 +1,51 @@
+"""The decoder layers of a causal language model, found through its structure, never through a name or an `eval`."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from blur_trainer.models.forward import causal_lm
+
+
+def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """Every list of as many modules as the model's configuration has layers: one, as a rule."""
+    count = _count(model)
+    base: Any = model.base_model
+    return [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+
+
+def find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """
+    The module that runs the decoder layers, the attribute under which it has them, and their list.
+
+    Sees through what wraps the model: PEFT, DDP, FSDP2, DeepSpeed's engine, `torch.compile`.
+
+    Raises:
+        `TypeError`: there is no `PreTrainedModel` inside, or not exactly one list of its layers.
+    """
+    lm = causal_lm(model)
+    if not isinstance(lm, PreTrainedModel):
+        raise TypeError(f"`{type(model).__name__}` has no `PreTrainedModel` inside, whose layers could be told apart.")
+    found = layer_lists(lm)
+    if len(found) != 1:
+        raise TypeError(
+            f"`{type(lm).__name__}` has {len(found)} lists of {_count(lm)} layers where one is expected: what needs "
+            "its layers works on decoder-only models (Llama, Mistral, Qwen2, GPT-NeoX and the like)."
+        )
+    for owner in lm.modules():
+        for name, child in owner.named_children():
+            if child is found[0]:
+                return owner, name, found[0]
+    raise TypeError(f"`{type(lm).__name__}` has its layers under no name.")
+
+
+def check_layer(model: nn.Module, layer: int, asks: str) -> None:
+    """`ValueError` unless the model has a layer of that number; `asks` names who wants it."""
+    count = len(find_layers(model)[2])
+    if not 0 <= layer < count:
+        raise ValueError(f"{asks}: the model has the layers 0 to {count - 1}, and no layer {layer}.")
+
+
+def _count(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)

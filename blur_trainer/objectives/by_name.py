@@ -1,0 +1,15 @@
+"""The objectives by the names that they have on the command line."""
+
+from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
+from blur_trainer.objectives.base import Objective
+
+FORGET_OBJECTIVES: dict[str, type[Objective]] = {
+    "grad_ascent": GradAscent,
+    "npo": NPO,
+    "simnpo": SimNPO,
+    "dpo": DPO,
+    "idk": IDK,
+    "rmu": RMU,
+}
+RETAIN_OBJECTIVES: dict[str, type[Objective]] = {"nll": NLL, "kl": KL, "activation_match": ActivationMatch}

@@ -1,0 +1,27 @@
+"""The figures of the report: logged history and metrics in, matplotlib figures out. Nothing is read or written here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blur_trainer.report.figures.plane import draw_plane
+from blur_trainer.report.figures.results import draw_bars, draw_stages
+from blur_trainer.report.figures.robustness import draw_relearning
+from blur_trainer.report.figures.style import DARK, LIGHT, Drawing, Theme, over_runs, row_colors
+from blur_trainer.report.figures.training import draw_gradients, draw_losses
+
+__all__ = ["DARK", "LIGHT", "NAMES", "Drawing", "Theme", "draw_all", "over_runs", "row_colors"]
+
+NAMES = ("before_after", "plane", "stages", "losses", "gradients", "relearning")
+
+
+def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
+    """Every figure that the data allow, in reading order: the result, how it came about, how it lasts."""
+    drawings = [
+        draw_bars(metrics, theme),
+        draw_plane(history, metrics, theme),
+        draw_stages(metrics, theme),
+        draw_losses(history, theme),
+        draw_gradients(history, theme),
+        draw_relearning(metrics, theme),
+    ]
+    return [drawing for drawing in drawings if drawing is not None]

@@ -1,0 +1,93 @@
+"""The rows of a run's table, collected model by model, and `metrics.json`, which the report reads."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from transformers import PreTrainedModel
+
+Kind = Literal["target", "unlearned", "baseline", "retrain"]
+_PACKAGES = ("blur_trainer", "torch", "transformers", "accelerate", "datasets", "peft", "trl")
+
+
+class Suite(Protocol):
+    """A benchmark such as [`MUSEEvaluation`]."""
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]: ...
+
+    def columns(self) -> list[dict[str, str]]: ...
+
+    def samples(self, n: int = 3) -> list[dict[str, Any]]: ...
+
+
+class Results:
+    """
+    Evaluates models one after another and keeps what a table and a report show.
+
+    Args:
+        benchmark: name of the benchmark and the corpus, for the report's title.
+        suite: the evaluation, run by [`add`] for each model.
+        plane: the metrics on the axes of the forget-retain plane, `{"x": ..., "y": ...}`.
+        samples: texts per metric that are kept of each model.
+
+    ```python
+    results = Results("MUSE (news)", evaluation, plane={"x": "forget_knowmem", "y": "retain_knowmem"})
+    results.add("target", "target", model)
+    print(format_table(results.columns, results.rows))
+    results.save(output_dir, settings={"gamma": 0.1})
+    ```
+    """
+
+    def __init__(self, benchmark: str, suite: Suite, *, plane: Mapping[str, str], samples: int = 1):
+        self.benchmark = benchmark
+        self.suite = suite
+        self.plane = dict(plane)
+        self.columns = suite.columns()
+        self.rows: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.robustness: dict[str, Any] = {}
+        self._num_samples = samples
+        self._samples: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, name: str, kind: Kind, model: PreTrainedModel, seconds: float | None = None) -> dict[str, float]:
+        """Evaluate `model` as the row `name`; `seconds` is what its unlearning took."""
+        metrics = self.suite(model)
+        self.rows.append({"name": name, "kind": kind, "metrics": metrics, "seconds": seconds})
+        for sample in self.suite.samples(self._num_samples):
+            entry = {"prompt": sample["prompt"], "reference": sample["gt"], "responses": {}}
+            kept = self._samples.setdefault((sample["metric"], sample["prompt"]), entry)
+            kept["responses"][name] = sample["response"]
+        return metrics
+
+    def add_stage(self, name: str, metrics: Mapping[str, float]) -> None:
+        """The metrics after one stage of a protocol with several (sequential or growing forget sets)."""
+        shown = {column["name"]: metrics[column["name"]] for column in self.columns if column["name"] in metrics}
+        self.stages.append({"name": name, "metrics": shown})
+
+    def add_robustness(self, found: Mapping[str, Any]) -> None:
+        """What [`~blur_trainer.evaluation.robustness.battery.robustness`] found of the unlearned model."""
+        self.robustness = dict(found)
+
+    def save(self, output_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `metrics.json`, whole or not at all, and return its content."""
+        content: dict[str, Any] = {
+            "benchmark": self.benchmark,
+            "columns": self.columns,
+            "plane": self.plane,
+            "rows": self.rows,
+            "settings": {**settings, "environment": {name: version(name) for name in _PACKAGES}},
+            "samples": list(self._samples.values()),
+        }
+        if self.stages:
+            content["stages"] = self.stages
+        if self.robustness:
+            content["robustness"] = self.robustness
+        path = Path(output_dir) / "metrics.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return content

@@ -1,0 +1,159 @@
+"""The training that makes a tiny model know its texts by heart.
+
+Measured on the embedded corpora (224 texts of 32 authors, 6457 tokens, the longest 105; 1.05 million parameters) with
+the defaults below, one CPU thread; greedy continuation, share of exact answers (ROUGE-L F1), articles / questions:
+
+| seed 0 | CPU seconds | forget | retain | hold |
+|---|---|---|---|---|
+| target | 23 | 1.00 (1.00) / 1.00 (1.00) | 1.00 / 1.00 | 1.00 / 1.00 |
+| retrained without forget | 19 | 0.00 (0.22) / 0.02 (0.10) | 1.00 / 1.00 | 1.00 / 1.00 |
+
+The target of seeds 1 and 2 and the retrained model of seed 1 likewise. AUC of the lowest-40 % score, forget against
+holdout: 1.00 for the target, 0.39 and 0.44 for the retrained (8 against 8 articles: coarse).
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import patch_environment
+from datasets import Dataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from blur_trainer.toy.model import tiny_llama
+
+
+class _Progress(ProgressCallback):
+    """The bar, named, without the dictionary that Trainer writes under it at the end."""
+
+    def __init__(self, desc: str) -> None:
+        super().__init__()
+        self.desc = desc
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.desc)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        pass
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Each process trains for itself, whatever engine it was launched for: the model that one process makes."""
+    state = dict(PartialState().__dict__)
+    one = {"local_rank": "-1", "rank": "0", "world_size": "1"}
+    with patch_environment(**one, accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
+        try:
+            yield
+        finally:
+            PartialState().__dict__.update(state)
+
+
+def memorise(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    num_train_epochs: float = 20,
+    learning_rate: float = 3e-3,
+    batch_size: int = 8,
+    seed: int = 0,
+    desc: str = "memorising",
+    disable_tqdm: bool = False,
+) -> LlamaForCausalLM:
+    """
+    Train `model`, in place, until it knows `dataset` by heart: the plain [`~transformers.Trainer`], next-token loss.
+
+    Args:
+        model ([`~transformers.LlamaForCausalLM`]):
+            Usually from [`tiny_llama`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Gives the padding token. Padding is by length: it gets attention mask 0 and label -100, whatever its id.
+        dataset ([`~datasets.Dataset`]):
+            Already tokenised: `input_ids`, and `labels` of the same length, -100 where nothing is to be learnt.
+        num_train_epochs (`float`, defaults to `20`), learning_rate (`float`, defaults to `3e-3`):
+            AdamW (betas 0.9, 0.95; no weight decay), learning rate rising over the first 5 % of the steps and falling
+            linearly to 0, gradient norm clipped at 1.
+        batch_size (`int`, defaults to `8`):
+            Examples of similar length per step, so that few tokens are padding.
+        seed (`int`, defaults to `0`):
+            Of the order of the examples; on one machine the result is the same every time.
+        desc (`str`, defaults to `"memorising"`), disable_tqdm (`bool`, defaults to `False`):
+            Name of the progress bar, and whether to go without it.
+
+    Returns:
+        [`~transformers.LlamaForCausalLM`]: `model` itself, in evaluation mode. Nothing is written to disk.
+    """
+    missing = {"input_ids", "labels"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"the dataset has the columns {dataset.column_names}; memorise takes tokenised examples and misses "
+            f"{sorted(missing)}."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set `tokenizer.pad_token = tokenizer.eos_token`.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model is frozen (a target of a logit difference is); call model.requires_grad_(True).")
+    with tempfile.TemporaryDirectory() as folder, _alone():  # Trainer wants a folder even to write nothing
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                num_train_epochs=num_train_epochs,
+                learning_rate=learning_rate,
+                warmup_steps=0.05,
+                adam_beta2=0.95,  # 0.999 remembers the first steps for longer than this training lasts
+                per_device_train_batch_size=batch_size,
+                train_sampling_strategy="group_by_length",
+                seed=seed,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=dataset.select_columns(["input_ids", "labels"]),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        )
+        trainer.remove_callback(PrinterCallback)  # prints the final dictionary
+        if not disable_tqdm:
+            trainer.add_callback(_Progress(desc))
+        trainer.train()
+    return model.eval()
+
+
+def memorised(
+    folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, seed: int = 0
+) -> str:
+    """
+    The path of a [`tiny_llama`] that knows `dataset` by heart, with its tokenizer: made once, then kept in `folder`.
+
+    A folder that exists is taken as it is; an interrupted making leaves none. Of several processes each trains, for
+    itself, and the main one writes.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        desc = f"Making the {folder.name} model"
+        model = memorise(tiny_llama(tokenizer, seed=seed), tokenizer, dataset, seed=seed, desc=desc)
+        process = PartialState()
+        if process.is_main_process:
+            part = folder.with_name(f"{folder.name}.part")
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            part.rename(folder)
+        process.wait_for_everyone()
+    return str(folder)

@@ -1,0 +1,113 @@
+"""What happens beside the step: the pairing's epoch, a clean stop on interrupt, progress, the report at the end."""
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from blur_trainer.atomic_write import write_durably
+
+logger = logging.getLogger(__name__)
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    All processes stop after the same step: the flag is shared once per step. `interrupted` tells afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("%s: finishing this step, then saving a checkpoint.", signal.Signals(number).name)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        process = PartialState()
+        if process.num_processes > 1:
+            flag = torch.tensor(float(self.interrupted), device=process.device)
+            self.interrupted = bool(reduce(flag, "sum") > 0)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back. Also for a training that ended with an exception, which no event reports."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class PairingCallback(TrainerCallback):
+    """Tells the paired dataset its epoch. accelerate does so too, but not where it wraps the batch sampler."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+class ProgressBarCallback(ProgressCallback):
+    """One named bar with both losses beside it, instead of a dictionary of ten numbers per log.
+
+    ```python
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBarCallback("BLUR-NPO"))
+    ```
+    """
+
+    def __init__(self, desc: str):
+        super().__init__()
+        self.desc = desc
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.desc)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        shown = {key: f"{logs[key]:.3g}" for key in ("loss/forget", "loss/retain") if key in (logs or {})}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `trainer_state.json`, the figures and `report.html` into `output_dir` when training ends."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from blur_trainer.report.html import write_report  # matplotlib is slow to import
+
+        if state.is_world_process_zero:
+            write_durably(Path(str(args.output_dir), "trainer_state.json"), lambda file: state.save_to_json(str(file)))
+            write_report(str(args.output_dir))

@@ -1,0 +1,120 @@
+"""Resuming, skipping a step, loading by name and saving, on every engine with two processes (gloo, CPU).
+
+And under DDP, that two processes give the weights and the log of one process with the same windows.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ddp_worker, reference
+from support.engine_worker import ENGINES
+from support.models import tiny_llama
+from support.parity import DEFAULT_TOLERANCE, FORGET, LEARNING_RATE, RETAIN, STEPS, WINDOW, torchrun
+from transformers import AutoModelForCausalLM
+
+from blur_trainer.data.pairing import PairedDataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    torchrun(str(Path(__file__).with_name("engine_worker.py")), str(folder), ";".join(ENGINES))
+    return folder
+
+
+def relative(got, want, start):
+    distance = sum((got[name].double() - want[name].double()).square().sum() for name in want)
+    moved = sum((want[name].double() - start[name].double()).square().sum() for name in want)
+    assert got.keys() == want.keys() and moved > 1e-4
+    return (distance / moved).sqrt().item()
+
+
+START = dict(tiny_llama(0).named_parameters())
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_training_is_the_uninterrupted_one(folder, engine):
+    straight, resumed = (load_file(folder / f"{engine}-{kind}.safetensors") for kind in ("straight", "resumed"))
+    assert relative(resumed, straight, START) == 0.0
+    one, two = json.loads((folder / f"{engine}-logs.json").read_text())
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [1, 2, 3, 4]
+    for a, b in zip(one, two, strict=True):
+        assert {key: a[key] for key in a if "grad" in key or "loss" in key} == {
+            key: b[key] for key in b if "grad" in key or "loss" in key
+        }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_saved_is_a_whole_model_of_the_trained_weights(folder, engine):
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-saved")
+    trained = load_file(folder / f"{engine}-resumed.safetensors")
+    for name, value in model.named_parameters():
+        assert torch.equal(value, trained[name]), name
+    assert (folder / f"{engine}-saved" / "README.md").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_without_a_finite_gradient_leaves_weights_and_moments(folder, engine):
+    """The reference never sees the second window, but its schedule does."""
+    pairs = PairedDataset(FORGET, RETAIN, seed=42)
+    items = [pairs[i] for i in range(STEPS * WINDOW)]
+    windows = [
+        {role: [item[role] for item in items[k : k + WINDOW]] for role in ("forget", "retain")} for k in (0, 2 * WINDOW)
+    ]
+    want = reference.train(
+        tiny_llama(0),
+        windows,
+        {"forget": lambda m, rows: -reference.token_mean_nll(m, rows), "retain": reference.token_mean_nll},
+        lambda f, r: f + 2.0 * r,
+        learning_rates=[LEARNING_RATE] * 2,
+    )
+    got = load_file(folder / f"{engine}-skipped.safetensors")
+    assert relative(got, dict(want.named_parameters()), START) <= DEFAULT_TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_given_by_name_with_its_own_reference(folder, engine):
+    want, got = (load_file(folder / f"{kind}-named.safetensors") for kind in ("ddp", engine))
+    assert relative(got, want, START) <= DEFAULT_TOLERANCE
+
+
+# ---- two processes and one ----
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What two processes did in `folder`, done by one."""
+    for name in ddp_worker.CASES:
+        ddp_worker.main(name, str(folder))
+
+
+@pytest.mark.parametrize("name", ddp_worker.CASES)
+def test_weights_of_two_processes_equal_those_of_one(folder, alone, name):
+    one, two = (load_file(folder / f"{name}-{count}.safetensors") for count in (1, 2))
+    start = dict(tiny_llama(0).named_parameters())
+    moved = max((value - start[key]).abs().max() for key, value in one.items())
+    assert moved > 1e-3, "nothing moved: the comparison would prove nothing"
+    error = max((one[key] - two[key]).abs().max() for key in one)
+    assert one.keys() == two.keys()
+    assert error / moved < 2e-4
+
+
+@pytest.mark.parametrize("name", ddp_worker.CASES)
+def test_the_log_is_that_of_the_whole_batch(folder, alone, name):
+    one, two = (json.loads((folder / f"{name}-{count}.json").read_text()) for count in (1, 2))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for key in (
+            "loss",
+            "loss/forget",
+            "loss/retain",
+            "grad/forget_norm",
+            "grad/retain_norm",
+            "grad/cosine",
+            "grad_norm",
+        ):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key

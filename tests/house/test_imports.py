@@ -1,0 +1,193 @@
+"""The house's rules that a parser can check: who imports whom, and what the package never does."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import blur_trainer
+
+ROOT = Path(blur_trainer.__file__).parent
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+SOURCES = [path for path in MODULES if (ROOT / path).read_text().strip()]  # an empty __init__.py says nothing
+EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
+
+# What a part of the package may import beside itself and third parties. `report` is report.py with what it draws by.
+ARROWS: dict[str, set[str]] = {
+    "losses": set(),
+    "durable": set(),
+    "gradients": set(),
+    "metrics": set(),
+    "recipes": set(),
+    "report": set(),
+    "model_card": {"report"},  # its table
+    "forward": {"losses"},
+    "layers": {"forward"},
+    "activations": {"forward", "layers"},
+    "control_vectors": {"durable"},
+    "reference": {"forward", "activations"},
+    "data": set(),
+    "models": {"durable", "layers"},
+    # `Reference` is the type of an argument
+    "objectives": {"losses", "forward", "reference", "activations", "control_vectors"},
+    # of `trainers`: what is trained, what reads the reference, what topics are set to
+    "memory": {"forward", "layers", "activations", "objectives", "trainers"},
+    # `models`: the compositions, whose weight is chosen
+    "evaluation": {"losses", "data", "metrics", "models", "durable"},
+    "callbacks": {"evaluation", "report", "durable"},
+    "trainers": {
+        *("objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card", "durable"),
+        *("layers", "control_vectors"),
+    },
+}
+ALIASES = {"figures": "report", "reading": "report", "tables": "report"}
+ALIASES |= {"objective": "objectives", "activation_objectives": "objectives"}
+FREE = {"__init__", "_version"}  # public names and a number
+FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "globals"}
+FORBIDDEN_NAMES = {"_inner_training_loop", "retain_graph", "pickle", "dill", "joblib"}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(), str(path))
+
+
+def part(dotted: str) -> str:
+    """`data.formats` -> `data`."""
+    name = dotted.split(".")[0]
+    return ALIASES.get(name, name)
+
+
+def imported(module: ast.Module) -> Iterator[str]:
+    """Our modules that a module imports, anywhere in it, without `blur_trainer.`."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}: write it out"
+            own = node.module == "blur_trainer"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if own else [node.module or ""]
+        else:
+            continue
+        yield from (name.removeprefix("blur_trainer.") for name in names if name.startswith("blur_trainer"))
+
+
+def offences(module: ast.Module) -> list[str]:
+    found = []
+    for node in ast.walk(module):
+        where = f"line {getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.Assert):
+            found.append(f"{where}: assert")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
+            found.append(f"{where}: {node.func.id}()")
+        elif isinstance(node, ast.ExceptHandler) and (node.type is None or catches_everything(node.type)):
+            found.append(f"{where}: except Exception")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            found.append(f"{where}: {ast.unparse(node)}")
+        found += [f"{where}: {name}" for name in mentioned(node) if name.split(".")[0] in FORBIDDEN_NAMES]
+    return found
+
+
+def catches_everything(handled: ast.expr) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in ("Exception", "BaseException") for n in ast.walk(handled))
+
+
+def mentioned(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.keyword):
+        return [node.arg or ""]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or "", *(alias.name for alias in node.names)]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_follow_the_arrows(path):
+    here = part(".".join(path.with_suffix("").parts))
+    if here in FREE:
+        return
+    assert here in ARROWS, f"{path} is new: say in ARROWS what {here} may import"
+    wrong = {name for name in imported(tree(path)) if part(name) not in ARROWS[here] | {here, *FREE}}
+    assert not wrong, f"{path} imports {sorted(wrong)}; {here} may import {sorted(ARROWS[here]) or 'nothing of ours'}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_nothing_forbidden(path):
+    assert offences(tree(path)) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_modules_are_short_and_say_what_they_are(path):
+    text = (ROOT / path).read_text()
+    assert text.count("\n") <= 250, f"{path} has {text.count(chr(10))} lines"
+    if path.name != "__init__.py":
+        assert ast.get_docstring(tree(path)), f"{path} has no docstring"
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 40, f"{path}: {node.name} has a body of {length} lines"
+
+
+def test_one_module_imports_deepspeed():
+    def imports(path: Path) -> bool:
+        nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+        return any(name.split(".")[0] == "deepspeed" for name in names)
+
+    assert [path.as_posix() for path in SOURCES if imports(path)] == ["gradients/deepspeed.py"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_use_public_names_only(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("blur_trainer"):
+            continue
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            public = getattr(module, "__all__", None)
+            assert not alias.name.startswith("_"), f"{path.name} imports {alias.name}"
+            assert public is None or alias.name in public, (
+                f"{path.name} imports {alias.name}, not in {node.module}.__all__"
+            )
+
+
+def test_every_public_name_is_there():
+    assert len(blur_trainer.__all__) == len(set(blur_trainer.__all__))
+    assert [name for name in blur_trainer.__all__ if not hasattr(blur_trainer, name)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "offence"),
+    [
+        ("assert x", "assert"),
+        ("print(1)", "print()"),
+        ("eval('1')", "eval()"),
+        ("exec('1')", "exec()"),
+        ("globals()['NPO']", "globals()"),
+        ("try:\n    f()\nexcept Exception:\n    pass", "except Exception"),
+        ("try:\n    f()\nexcept (OSError, Exception):\n    pass", "except Exception"),
+        ("try:\n    f()\nexcept:\n    pass", "except Exception"),
+        ("import pickle", "pickle"),
+        ("from pickle import loads", "pickle"),
+        ("torch.load(p)", "torch.load"),
+        ("torch.save(p)", "torch.save"),
+        ("class T:\n    def _inner_training_loop(self): self._inner_training_loop()", "_inner_training_loop"),
+        ("loss.backward(retain_graph=True)", "retain_graph"),
+    ],
+)
+def test_the_checker_finds_what_it_looks_for(source, offence):
+    assert any(offence in found for found in offences(ast.parse(source)))
+
+
+def test_the_checker_sees_every_kind_of_import():
+    source = "import blur_trainer.objectives.losses\nfrom blur_trainer import report\ndef f():\n    from blur_trainer.data.x import y"
+    assert list(imported(ast.parse(source))) == ["losses", "report", "data.x"]
+
+
+def test_the_checker_leaves_the_innocent_alone():
+    assert offences(ast.parse("model.eval()\ntry:\n    f()\nexcept OSError:\n    raise\ntorch.compile(model)")) == []

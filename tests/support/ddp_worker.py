@@ -1,0 +1,71 @@
+"""For tests/support/engine_worker.py: trains the tiny model under DDP or alone, saves weights and log from rank 0."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+from support.models import examples, tiny_llama
+
+from blur_trainer.gradients.rules import BLUR, Sum
+from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.answers import NPO, SimNPO
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+# the features of tests/support/parity.py are not repeated here: this is about the log, and about what DDP alone has
+CASES = {
+    "blur": {"rule": BLUR(gamma=0.5)},
+    "accumulation": {"rule": Sum(), "batch_size": 1, "accumulation": 2},
+    "precomputed": {"rule": BLUR(), "precompute_ref_logps": True},
+    "bucket_view": {"rule": Sum(), "bucket_view": True},
+    "simnpo": {"rule": Sum(), "forget_objective": SimNPO()},
+    # accumulated, so that a step's topic is that of both processes and of the whole window
+    "topics": {
+        **{"rule": BLUR(alpha=50), "forget_objective": RMU(0), "retain_objective": ActivationMatch(0)},
+        **{"batch_size": 1, "accumulation": 2, "topics": {"b": {"alpha": 200, "coefficient": 2.0}}},
+        "forget": {"a": examples(8, seed=7), "b": examples(8, seed=8)},
+    },
+}
+
+
+def main(name: str, output_dir: str) -> None:
+    case = dict(CASES[name])
+    rule, forget_objective = case.pop("rule"), case.pop("forget_objective", NPO())
+    forget, retain_objective = case.pop("forget", examples(12, seed=5)), case.pop("retain_objective", None)
+    bucket_view = case.pop("bucket_view", False)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # the same global window of 4 in every world: one process takes what two share
+    batch_size, accumulation = case.pop("batch_size", 2), case.pop("accumulation", 1)
+    args = UnlearningConfig(
+        f"{output_dir}/{name}-{processes}",
+        per_device_train_batch_size=batch_size * (2 // processes),
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        max_steps=3,
+        train_sampling_strategy="sequential",
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        **case,
+    )
+    trainer = UnlearningTrainer(
+        tiny_llama(0),
+        args,
+        forget,
+        examples(7, seed=6),
+        rule=rule,
+        forget_objective=forget_objective,
+        retain_objective=retain_objective,
+    )
+    if bucket_view:
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    trainer.train()
+    if trainer.is_world_process_zero():
+        weights = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
+        save_file(weights, Path(output_dir) / f"{name}-{processes}.safetensors")
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        (Path(output_dir) / f"{name}-{processes}.json").write_text(json.dumps(history))

@@ -1,0 +1,231 @@
+"""Configs: command line, JSON, plain `TrainingArguments`, and what is written down of a run."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from support.models import examples, tiny_llama
+from support.runs import settings, train
+from transformers import HfArgumentParser, TrainingArguments
+
+from blur_trainer.gradients.rules import BLUR, MGDA, RULES, PCGrad, Sum
+from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
+from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
+from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+CONFIGS = [UnlearningConfig, BLURConfig, GradDiffConfig]
+
+
+def parse(config_class, *words):
+    (args,) = HfArgumentParser(config_class).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--use_cpu", "--report_to", "none", *words]
+    )
+    return args
+
+
+@pytest.mark.parametrize(
+    ("config_class", "forget", "retain", "rule"),
+    [
+        (UnlearningConfig, NPO(), NLL(), Sum()),
+        (BLURConfig, NPO(), NLL(), BLUR()),
+        (GradDiffConfig, GradAscent(), NLL(), Sum()),
+    ],
+)
+@pytest.mark.parametrize("how", ["python", "command line"])
+def test_defaults(config_class, forget, retain, rule, how):
+    args = config_class("out") if how == "python" else parse(config_class)
+    assert args.build_forget_objective() == forget
+    assert args.build_retain_objective() == retain
+    assert args.build_rule() == rule
+    assert args.remove_unused_columns is False
+    assert (args.learning_rate, args.logging_steps, args.max_length) == (1e-5, 10, 1024)
+    assert not (args.precompute_ref_logps or args.drop_empty or args.clamp)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_command_line_reaches_objects(config_class):
+    args = parse(
+        config_class,
+        *("--forget_objective", "simnpo", "--forget_objective_kwargs", '{"beta": 2.5, "delta": 0.5}'),
+        *("--retain_objective", "kl", "--retain_objective_kwargs", "{}"),
+        *("--rule", "blur", "--gamma", "0.2", "--alpha", "800", "--lower_level", "retain", "--clamp", "True"),
+        *("--precompute_ref_logps", "--max_length", "256", "--drop_empty", "true", "--learning_rate", "3e-4"),
+        *("--qa_template", "Q: {question}", "--max_skipped_steps", "3", "--dataset_num_proc", "2"),
+        *("--model_init_kwargs", '{"dtype": "bfloat16"}'),
+    )
+    assert args.build_forget_objective() == SimNPO(beta=2.5, delta=0.5)
+    assert args.build_retain_objective() == KL()
+    assert args.build_rule() == BLUR(lower_level="retain", gamma=0.2, alpha=800.0, clamp=True)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert (args.precompute_ref_logps, args.drop_empty) == (True, True)
+    assert (args.max_length, args.max_skipped_steps, args.dataset_num_proc) == (256, 3, 2)
+    assert (args.learning_rate, args.qa_template) == (3e-4, "Q: {question}")
+
+
+def test_sum_weights_from_the_command_line():
+    args = parse(BLURConfig, "--rule", "sum", "--forget_weight", "0.125", "--retain_weight", "0")
+    assert args.build_rule() == Sum(forget_weight=0.125, retain_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grad_ascent", GradAscent()),
+        ("npo", NPO()),
+        ("simnpo", SimNPO()),
+        ("dpo", DPO()),
+        ("idk", IDK()),
+        ("rmu", RMU()),
+    ],
+)
+def test_every_forget_name(name, expected):
+    assert set(FORGET_OBJECTIVES) == {"grad_ascent", "npo", "simnpo", "dpo", "idk", "rmu"}
+    assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nll", NLL()), ("kl", KL()), ("activation_match", ActivationMatch())])
+def test_every_retain_name(name, expected):
+    assert set(RETAIN_OBJECTIVES) == {"nll", "kl", "activation_match"}
+    assert parse(BLURConfig, "--retain_objective", name).build_retain_objective() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("blur", BLUR()), ("sum", Sum()), ("pcgrad", PCGrad()), ("mgda", MGDA())]
+)
+def test_every_rule_name(name, expected):
+    assert set(RULES) == {"blur", "sum", "pcgrad", "mgda"}
+    assert parse(BLURConfig, "--rule", name).build_rule() == expected
+
+
+def test_json_file_as_the_only_argument(tmp_path):
+    path = tmp_path / "args.json"
+    path.write_text(
+        json.dumps({"output_dir": "out", "use_cpu": True, "gamma": 0.1, "forget_objective_kwargs": {"beta": 0.4}})
+    )
+    (args,) = HfArgumentParser(BLURConfig).parse_json_file(str(path))
+    assert args.build_rule() == BLUR(gamma=0.1)
+    assert args.build_forget_objective() == NPO(beta=0.4)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_help_names_every_field(config_class, capsys):
+    with pytest.raises(SystemExit) as stop:
+        HfArgumentParser(config_class).parse_args_into_dataclasses(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(config_class)} - inherited
+    assert len(own) >= 15
+    assert [name for name in own if f"--{name}" not in text] == []
+    missing = [f.name for f in dataclasses.fields(config_class) if f.name in own and not f.metadata.get("help")]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--forget_objective", "nop"], ["nop", "npo", "simnpo"]),
+        (["--retain_objective", "npo"], ["npo", "nll", "kl"]),
+        (["--rule", "blurr"], ["blurr", "blur", "mgda"]),
+        (["--lower_level", "neither"], ["neither", "forget", "retain"]),
+    ],
+)
+def test_the_parser_refuses_unknown_names(words, names, capsys):
+    with pytest.raises(SystemExit):
+        parse(BLURConfig, *words)
+    error = capsys.readouterr().err
+    assert all(name in error for name in names)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_round_trip_through_json(config_class, tmp_path):
+    args = config_class(
+        str(tmp_path),
+        forget_objective="npo",
+        forget_objective_kwargs='{"beta": 0.3}',
+        rule="blur",
+        gamma=0.2,
+        use_cpu=True,
+    )
+    path = tmp_path / "args.json"
+    path.write_text(args.to_json_string())
+    (again,) = HfArgumentParser(config_class).parse_json_file(str(path), allow_extra_keys=True)
+    assert again.build_forget_objective() == NPO(beta=0.3)
+    assert again.build_rule() == BLUR(gamma=0.2)
+    assert again.to_dict() == args.to_dict()
+
+
+def test_dict_from_a_plain_training_arguments_reaches_the_trainer(tmp_path):
+    plain = TrainingArguments(
+        str(tmp_path / "run"),
+        per_device_train_batch_size=3,
+        learning_rate=1e-3,
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+    )
+    for trainer_class, config_class, rule in [
+        (BLURTrainer, BLURConfig, BLUR()),
+        (GradDiffTrainer, GradDiffConfig, Sum()),
+        (UnlearningTrainer, UnlearningConfig, Sum()),
+    ]:
+        trainer = trainer_class(tiny_llama(), plain, examples(4), examples(4, 1))
+        assert type(trainer.args) is config_class
+        assert (trainer.args.per_device_train_batch_size, trainer.args.learning_rate) == (3, 1e-3)
+        assert trainer.args.output_dir == str(tmp_path / "run")
+        assert trainer.args.remove_unused_columns is False
+        assert trainer.rule == rule
+
+
+def test_a_preset_takes_another_preset_as_it_is(tmp_path):
+    """Whoever passes a `GradDiffConfig` to `BLURTrainer` said which rule: nothing is overruled in silence."""
+    args = GradDiffConfig(str(tmp_path), use_cpu=True, report_to="none", retain_weight=2.0)
+    trainer = BLURTrainer(tiny_llama(), args, examples(4), examples(4, 1))
+    assert trainer.rule == Sum(retain_weight=2.0)
+    assert trainer.objectives["forget"] == GradAscent()
+
+
+def test_default_arguments_are_named_after_model_and_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    model.config._name_or_path = "some/where/little-model"
+    trainer = BLURTrainer(model, None, examples(4), examples(4, 1))
+    assert trainer.args.output_dir == "little-model-BLUR"
+    assert type(trainer.args) is BLURConfig
+
+
+def test_arguments_are_saved_with_the_model_and_readable(tmp_path):
+    trainer = train(settings(tmp_path / "run", gamma=0.25, max_steps=1), examples(4), examples(4, 1))
+    trainer.save_model()
+    with torch.serialization.safe_globals([BLURConfig]):
+        saved = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
+    assert type(saved) is BLURConfig
+    assert saved.build_rule() == BLUR(gamma=0.25)
+    assert saved.to_dict() == trainer.args.to_dict()
+    json.dumps(trainer.args.to_dict())  # what trackers are given
+
+
+def test_kwargs_objects_beat_names(tmp_path):
+    trainer = BLURTrainer(
+        tiny_llama(),
+        settings(tmp_path, forget_objective="grad_ascent", rule="sum"),
+        examples(4),
+        examples(4, 1),
+        forget_objective=SimNPO(beta=2.5),
+        retain_objective=KL(),
+        rule=PCGrad(),
+    )
+    assert trainer.objectives == {"forget": SimNPO(beta=2.5), "retain": KL()}
+    assert trainer.rule == PCGrad()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("bf16", False), ("seed", 7), ("max_grad_norm", 0.3), ("warmup_steps", 0.1)]
+)
+def test_training_arguments_fields_keep_their_meaning(field, value):
+    assert getattr(BLURConfig("out", use_cpu=True, **{field: value}), field) == value

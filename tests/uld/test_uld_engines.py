@@ -1,0 +1,52 @@
+"""ULD with two processes (gloo, CPU): on every engine the assistant of one process, saved for all to load."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.models import tiny_llama
+from support.parity import torchrun
+from support.uld_worker import ENGINES, make
+from transformers import AutoModelForCausalLM
+
+from blur_trainer.models.logit_difference import LogitDifferenceModel
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uld")
+    tiny_llama(0, layers=4).save_pretrained(folder / "target")
+    torchrun(str(Path(__file__).with_name("uld_worker.py")), str(folder))
+    trainer = make(str(folder / "target"), folder / "one", 4, use_cpu=True)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_the_assistant_of_one(folder, engine):
+    one, two = (load_file(folder / name / "assistant" / "adapter_model.safetensors") for name in ("one", engine))
+    assert one.keys() == two.keys()
+    distance = sum((one[name] - two[name]).double().square().sum() for name in one)
+    moved = sum(value.double().square().sum() for name, value in one.items() if "lora_B" in name)  # which began at 0
+    assert (distance / moved).sqrt() < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_saved_model_loads_by_itself(folder, engine):
+    ids = torch.tensor([[1, 5, 9, 13, 17]])
+    model = AutoModelForCausalLM.from_pretrained(folder / engine)
+    assert isinstance(model, LogitDifferenceModel)
+    expected = AutoModelForCausalLM.from_pretrained(folder / "one")(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_sharing_weights_with_a_sharded_assistant_is_refused(folder):
+    said = json.loads((folder / "said.json").read_text())
+    assert said["ddp"] == ""
+    for engine in ("fsdp2", "zero2", "zero3"):
+        assert "give the model by name" in said[engine] and "sharded: call `save_model()`" in said[engine]
