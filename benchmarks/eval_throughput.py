@@ -9,7 +9,7 @@ forward pass per answer, batch 1, prompt and answer in one sequence. `batched` i
 set. `whole sequences` is the same without a shared prompt, which is what models with sliding windows get.
 
 As others do. TOFU's code pads each sequence to 200 tokens: `one by one, padded to 200`. open-unlearning runs the forget
-answers once for each metric that reads them (probability, exact memorisation, extraction strength, four attacks):
+answers once for each metric that reads them (probability, exact memorization, extraction strength, four attacks):
 `one by one, per metric`.
 
 Generation. Greedy answers of a fixed length (an untrained model does not end): `model.generate` prompt by prompt

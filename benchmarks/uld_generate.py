@@ -11,7 +11,7 @@
 
 All forms take turns within a round, in rotating order, on one model with random weights. One text of the greatest
 length serves every length: the clock is read after each token. Without a cache only every 32nd token is made, and
-stands for its neighbours. Speeds are medians over the rounds, ratios are medians of the ratios within a round.
+stands for its neighbors. Speeds are medians over the rounds, ratios are medians of the ratios within a round.
 
 The limit is that of the arithmetic: 1 / (1 + parameters that the assistant multiplies / those that the target does),
 counting layers, head and adapter, not the embedding, which is looked up.

@@ -5,13 +5,13 @@ from blur_trainer.data.formats import chunk_documents, tokenize_dataset
 from blur_trainer.data.muse import AUC_RETRAIN, MUSE_MODELS, limit_documents, load_muse, muse_stages
 from blur_trainer.data.subset import limit_rows, sample_rows
 from blur_trainer.data.tofu import TOFU_MODELS, TOFU_SPLITS, load_tofu, tofu_corpora, tofu_training_rows
-from blur_trainer.data.tofu_templates import TOFU_TEMPLATES, TofuTemplate, apply_template
+from blur_trainer.data.tofu_templates import TOFU_TEMPLATES, TOFUTemplate, apply_template
 from blur_trainer.data.wmdp import load_wmdp_corpora, load_wmdp_questions
 from blur_trainer.evaluation.lm_eval import LMEval
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.evaluation.muse import MUSEEvaluation
-from blur_trainer.evaluation.robustness.battery import prefixed, quantised, robustness
-from blur_trainer.evaluation.robustness.quantization import round_trip
+from blur_trainer.evaluation.robustness.battery import prefixed, quantized, robustness
+from blur_trainer.evaluation.robustness.quantization import quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.tofu.reference import RetainReference
 from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
@@ -31,8 +31,8 @@ from blur_trainer.report.results import Results
 from blur_trainer.report.seeds import mean_and_spread
 from blur_trainer.report.tables import format_table, robustness_rows
 from blur_trainer.saving.merging import merge_and_save
-from blur_trainer.saving.output_dir import refuse_used_directory
-from blur_trainer.toy.memorise import memorise, memorised
+from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.toy.memorize import memorize, memorized
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
 from blur_trainer.toy.muse import muse_corpora, training_texts
 from blur_trainer.toy.wmdp import topic_corpora, topic_lessons, topic_questions
@@ -40,7 +40,7 @@ from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.callbacks import ProgressBarCallback, ReportCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
-from blur_trainer.trainers.loading import loading_whole
+from blur_trainer.trainers.loading import unsharded_loading
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.augment import paraphrases, perturbed_answers
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
@@ -81,7 +81,7 @@ __all__ = [
     "SimNPO",
     "Sum",
     "TOFUEvaluation",
-    "TofuTemplate",
+    "TOFUTemplate",
     "Tuning",
     "ULDConfig",
     "ULDLogitsProcessor",
@@ -92,6 +92,7 @@ __all__ = [
     "WMDPEvaluation",
     "__version__",
     "apply_template",
+    "check_output_dir",
     "chunk_documents",
     "estimate_memory",
     "format_table",
@@ -101,25 +102,23 @@ __all__ = [
     "load_tofu",
     "load_wmdp_corpora",
     "load_wmdp_questions",
-    "loading_whole",
     "lora_assistant",
     "mean_and_spread",
-    "memorise",
-    "memorised",
+    "memorize",
+    "memorized",
     "merge_and_save",
     "muse_corpora",
     "muse_stages",
     "paraphrases",
     "perturbed_answers",
     "prefixed",
-    "quantised",
+    "quantize_dequantize",
+    "quantized",
     "recipe",
     "recipe_names",
-    "refuse_used_directory",
     "relearn",
     "robustness",
     "robustness_rows",
-    "round_trip",
     "sample_rows",
     "task_vector",
     "tiny_llama",
@@ -133,6 +132,7 @@ __all__ = [
     "training_texts",
     "truncated_view",
     "tune_weight",
+    "unsharded_loading",
     "write_report",
     "write_tasks",
 ]

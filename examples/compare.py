@@ -54,7 +54,7 @@ def begin(out, resume, shared):
         raise ValueError(f"{str(out)!r} holds a comparison: --resume_from_checkpoint True, or another --output_dir.")
     if noted.exists() and (before := noted.read_text()) != shlex.join(shared):
         raise ValueError(f"The comparison in {str(out)!r} was begun with {before!r}: pass the same.")
-    bt.refuse_used_directory(str(out))
+    bt.check_output_dir(str(out))
     out.mkdir(parents=True, exist_ok=True)
     noted.write_text(shlex.join(shared))
 

@@ -92,7 +92,7 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.refuse_used_directory(str(out))
+        bt.check_output_dir(str(out))
     elif not any(out.rglob("checkpoint-*")):
         raise ValueError(f"output_dir {str(out)!r} holds no checkpoint: leave --resume_from_checkpoint out.")
 
@@ -112,7 +112,7 @@ def main():
         groups = {"target": ["forget", "retain", "hold"], "retrain": ["retain", "hold"]}
         known = {name: bt.training_texts(data, g) for name, g in groups.items()}
         rows = {name: bt.tokenize_dataset(t, tokenizer, role=name, max_length=2048) for name, t in known.items()}
-        target, retrain = (bt.memorised(out / name, tokenizer, rows[name]) for name in rows)
+        target, retrain = (bt.memorized(out / name, tokenizer, rows[name]) for name in rows)
         stages = folds or [("all", bt.training_texts(data, ["forget"]))]  # the answers too: it has learnt them apart
         retain = data["raw_retain"] if folds else bt.training_texts(data, ["retain"])  # the folds are articles
     else:
@@ -129,7 +129,7 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name, **changed):  # to evaluate; the trainer loads by name what it trains, in parts where it is sharded
-        with bt.loading_whole(args):
+        with bt.unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options, **changed})
 

@@ -138,7 +138,7 @@ def tiny_models(data, script):
     tokenizer = bt.train_tokenizer(texts)
     folder = Path(script.models_dir, f"{script.split}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}")
     known = {name: bt.tokenize_dataset(r, tokenizer, role=name, max_length=512) for name, r in rows.items()}
-    return tokenizer, *(bt.memorised(folder / name, tokenizer, dataset) for name, dataset in known.items())
+    return tokenizer, *(bt.memorized(folder / name, tokenizer, dataset) for name, dataset in known.items())
 
 
 def datasets_of(method, data, script):
@@ -189,7 +189,7 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.refuse_used_directory(str(out))
+        bt.check_output_dir(str(out))
 
     # 2. Data
     embedded = tiny and script.data_dir is None
@@ -216,7 +216,7 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name, **changed):  # to evaluate; the trainer loads by name what it trains
-        with bt.loading_whole(args):
+        with bt.unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options, **changed})
 

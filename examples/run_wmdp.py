@@ -129,7 +129,7 @@ def tiny_models(script, topics):
     kept = [topic for topic in ("potions", "machines", "dishes") if topic not in topics]
     lessons = {"target": bt.topic_lessons(), f"retrain-{'-'.join(kept)}": bt.topic_lessons(kept)}
     known = {name: bt.tokenize_dataset(r, tokenizer, role=name, max_length=256) for name, r in lessons.items()}
-    return tokenizer, *(bt.memorised(Path(script.models_dir, name), tokenizer, rows) for name, rows in known.items())
+    return tokenizer, *(bt.memorized(Path(script.models_dir, name), tokenizer, rows) for name, rows in known.items())
 
 
 def unlearn(method, target, args, evaluation, **given):
@@ -168,7 +168,7 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.refuse_used_directory(str(out))
+        bt.check_output_dir(str(out))
 
     # 2. Data: what to forget, topic by topic, and what to keep
     corpora = bt.load_wmdp_corpora(script.forget_topics, script.data_dir, corpus="embedded" if tiny else "wmdp")
@@ -188,7 +188,7 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name):  # to evaluate; the trainer loads by name what it trains
-        with bt.loading_whole(args):
+        with bt.unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options})
 

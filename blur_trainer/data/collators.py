@@ -26,7 +26,7 @@ class UnlearningCollator:
     Called with a list of
 
     - items `{"forget": example[, "retain": example]}` ([`PairedDataset`]): returns `{"forget": B[, "retain": B]}`;
-    - tokenised examples `{"input_ids", "labels", ...}` (evaluation datasets): returns one B.
+    - tokenized examples `{"input_ids", "labels", ...}` (evaluation datasets): returns one B.
 
     B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). Where the examples have the columns, also
     `ref_logps`, float32 (B,), and `refusal`: another B from `refusal_input_ids`, `refusal_labels` and

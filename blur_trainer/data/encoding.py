@@ -23,7 +23,7 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return dressed[:start]
     raise ValueError(
         f"{type(tokenizer).__name__} encodes 'a' as {bare} without and as {dressed} with special tokens: which of them "
-        "come in front of a sequence cannot be told; tokenise the dataset yourself and pass `input_ids` and `labels`."
+        "come in front of a sequence cannot be told; tokenize the dataset yourself and pass `input_ids` and `labels`."
     )
 
 
@@ -36,7 +36,7 @@ def split_document(ids: list[int], prefix: list[int], max_length: int | None) ->
     """
     Cut a document into pieces of at most `max_length` tokens, each starting with `prefix`; nothing is lost.
 
-    Without a prefix a last piece of one token would have nothing to predict; it takes a token from its neighbour.
+    Without a prefix a last piece of one token would have nothing to predict; it takes a token from its neighbor.
     """
     room = len(ids) if max_length is None else max_length - len(prefix)
     pieces = [ids[start : start + room] for start in range(0, len(ids), max(room, 1))] or [[]]
@@ -152,7 +152,7 @@ class RowEncoder:
 
     def _join(self, prompt: Any, answer: Any, template_kwargs: dict | None) -> tuple[list[int], list[int]]:
         """
-        Tokens of prompt and answer, labels -100 on the common prefix with the tokenised prompt.
+        Tokens of prompt and answer, labels -100 on the common prefix with the tokenized prompt.
 
         A chat template writes its own special tokens: then neither BOS nor EOS is added, as in generation.
         """

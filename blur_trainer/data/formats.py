@@ -1,4 +1,4 @@
-"""A dataset in any of the accepted formats -> a tokenised dataset."""
+"""A dataset in any of the accepted formats -> a tokenized dataset."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def tokenize_dataset(
     vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
     r"""
-    Tokenise a dataset for unlearning; labels are -100 wherever a token is no target.
+    Tokenize a dataset for unlearning; labels are -100 wherever a token is no target.
 
     | columns | tokens | targets |
     |---|---|---|
@@ -42,7 +42,7 @@ def tokenize_dataset(
 
     BOS stands for whatever the tokenizer puts in front of a sequence (nothing, for some). Where several formats'
     columns are present, the lowest row of the table wins: `input_ids`, `messages`, `prompt`, `question`, `text`.
-    The answer starts where the tokenised prompt and the tokenised prompt + answer part, as in TRL. All formats but
+    The answer starts where the tokenized prompt and the tokenized prompt + answer part, as in TRL. All formats but
     `text` are cut on the right at `max_length`. Other columns are removed, except, next to `input_ids`,
     `refusal_input_ids`, `refusal_labels`, `ref_logps` and `refusal_ref_logps`.
 
@@ -65,7 +65,7 @@ def tokenize_dataset(
         qa_template (`str`, *optional*, defaults to `"Question: {question}\nAnswer:"`):
             Prompt for `question` where the tokenizer has no chat template. The answer follows after one space.
         num_proc (`int`, *optional*):
-            Processes for `Dataset.map`. A stream is tokenised where it is read instead.
+            Processes for `Dataset.map`. A stream is tokenized where it is read instead.
         vocab_size (`int`, *optional*):
             Size of the model's vocabulary; when given, every token id is checked against it.
 

@@ -18,7 +18,7 @@ def limit_documents(data: DatasetDict, n: int, seed: int = 0) -> DatasetDict:
     A consistent part of `data`: at most `n` documents to forget, `n` to retain, `n` rows of everything else.
 
     MUSE cuts its VerbMem and PrivLeak texts from the articles laid end to end (100 of the 100 of either in MUSE-News
-    are found that way, 14 and 2 inside one article), so a text belongs to one to about four neighbouring documents.
+    are found that way, 14 and 2 inside one article), so a text belongs to one to about four neighboring documents.
     The documents are chosen so that whole texts are among them, those that need the fewest first, VerbMem and
     PrivLeak in turn; places that are left go to documents at random.
 

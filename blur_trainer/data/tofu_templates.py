@@ -22,7 +22,7 @@ LLAMA3_DATE = "10 Apr 2025"
 
 
 @dataclass(frozen=True)
-class TofuTemplate:
+class TOFUTemplate:
     """What stands before a question, between it and the answer, and in front of the answer itself."""
 
     before: str = ""
@@ -38,39 +38,39 @@ class TofuTemplate:
 
 
 TOFU_TEMPLATES = {
-    "plain": TofuTemplate("Question: ", "\nAnswer:", answer=" "),
+    "plain": TOFUTemplate("Question: ", "\nAnswer:", answer=" "),
     # As Llama-3.x-Instruct's own chat template writes it, in open-unlearning's configuration of these models: the
     # first date is the template's, the second open-unlearning's; the template strips every message.
-    "llama3": TofuTemplate(
+    "llama3": TOFUTemplate(
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         f"Today Date: {LLAMA3_DATE}\n\n{LLAMA3_SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         strip=True,
     ),
     # TOFU and open-unlearning alike: no space before the answer, which Llama-2's tokenizer would merge with it.
-    "llama2": TofuTemplate("[INST] ", " [/INST]"),
+    "llama2": TOFUTemplate("[INST] ", " [/INST]"),
     # Differs from TOFU, whose loss counts the tokens of "Answer: " too; its generation has them in the prompt as here.
-    "phi": TofuTemplate("Question: ", "\nAnswer: "),
+    "phi": TOFUTemplate("Question: ", "\nAnswer: "),
 }
 
 
-def check_template(template: str | TofuTemplate) -> TofuTemplate:
+def check_template(template: str | TOFUTemplate) -> TOFUTemplate:
     """A template, or the one of this name; an error names those there are."""
-    if isinstance(template, TofuTemplate):
+    if isinstance(template, TOFUTemplate):
         return template
     if template not in TOFU_TEMPLATES:
-        raise ValueError(f"template is {template!r}; it must be a `TofuTemplate` or one of {list(TOFU_TEMPLATES)}.")
+        raise ValueError(f"template is {template!r}; it must be a `TOFUTemplate` or one of {list(TOFU_TEMPLATES)}.")
     return TOFU_TEMPLATES[template]
 
 
-def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | TofuTemplate = "plain") -> Dataset:
+def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | TOFUTemplate = "plain") -> Dataset:
     """
     Question and answer as `prompt` and `completion`, so that training and evaluation see the same tokens.
 
     Args:
         rows ([`~datasets.Dataset`] or iterable of mappings):
             With the columns `question` and `answer`.
-        template (`str` or [`TofuTemplate`], defaults to `"plain"`):
+        template (`str` or [`TOFUTemplate`], defaults to `"plain"`):
             A name in `TOFU_TEMPLATES`, or a template of one's own.
 
     Returns:
@@ -95,7 +95,7 @@ def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | 
     if "perturbed_answer" in rows[0]:
         table["perturbed_answer"] = [[chosen.completion(one) for one in row["perturbed_answer"]] for row in rows]
         features["perturbed_answer"] = List(Value("string"))
-    if "refusal" in rows[0]:  # the tokenisation puts it in the place of the completion
+    if "refusal" in rows[0]:  # the tokenization puts it in the place of the completion
         table["refusal"] = [row["refusal"] for row in rows]
         features["refusal"] = Value("string")
     return Dataset.from_dict(table, features=Features(features))

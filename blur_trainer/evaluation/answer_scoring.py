@@ -96,7 +96,7 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
 
     It can where all of it are keys and values of full attention: a probe of two tokens must give back a
     [`~transformers.Cache`] of nothing but `DynamicLayer`s. Sliding windows (Mistral with one, Gemma2), recurrent
-    states, quantised and static caches are subclasses or others, and are refused; so are models whose `forward` takes
+    states, quantized and static caches are subclasses or others, and are refused; so are models whose `forward` takes
     no position ids, and PEFT's prompt tuning, which counts virtual tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:

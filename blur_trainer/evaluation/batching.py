@@ -25,10 +25,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def check_example(index: int, example: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The `(input_ids, labels)` of a tokenised example; `index` names it in errors."""
+    """The `(input_ids, labels)` of a tokenized example; `index` names it in errors."""
     missing = [key for key in ("input_ids", "labels") if key not in example]
     if missing:
-        raise ValueError(f"`examples[{index}]` lacks {missing}, it has {sorted(example)}. Tokenise the examples first.")
+        raise ValueError(f"`examples[{index}]` lacks {missing}, it has {sorted(example)}. Tokenize the examples first.")
     input_ids, labels = list(example["input_ids"]), list(example["labels"])
     if len(input_ids) != len(labels) or not input_ids:
         raise ValueError(

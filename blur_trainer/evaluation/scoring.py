@@ -40,7 +40,7 @@ def answer_logps(
     $\ell_t = \log p_\theta(y_t \mid x_{<t})$ for every $t \ge 1$ with $y_t \ne -100$.
 
     Examples of similar length share a batch, padded on the right under their true attention mask, so that the values
-    are those of one example at a time. Only the scored positions are normalised, in float32 whatever the model's dtype.
+    are those of one example at a time. Only the scored positions are normalized, in float32 whatever the model's dtype.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

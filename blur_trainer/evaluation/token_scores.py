@@ -48,7 +48,7 @@ def score_row(logits: Tensor, positions: Sequence[int], targets: Sequence[int], 
     What [`to_numpy`] makes an [`AnswerScores`] of, on the model's device, float32, (2, T) or in detail (5, T).
 
     Row by row, not all rows of a batch at once: a row of logits is small enough to stay in the processor's cache, and
-    only the scored positions are normalised, in float32 whatever the model's dtype.
+    only the scored positions are normalized, in float32 whatever the model's dtype.
 
     Args:
         logits: (positions, V) of one sequence.

@@ -68,7 +68,7 @@ def estimate_memory(
         world_size: processes, one per GPU.
         peft_config: as for the trainer.
         dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else its configuration's.
-        bits: 4 or 8 for a base quantised by bitsandbytes. Default: as the model's configuration says.
+        bits: 4 or 8 for a base quantized by bitsandbytes. Default: as the model's configuration says.
         sharding: `none`, `zero0` to `zero3`, `fsdp`, or `zero1_offload` to `zero3_offload`: the optimizer and the
             gradients, under stage 3 the parameters too, in the CPU's memory. Default: from `args`.
         reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose. A copy
@@ -154,7 +154,7 @@ def _dtype(model: Any, config: PreTrainedConfig, args: "UnlearningConfig", dtype
 
 
 def _bits(config: PreTrainedConfig) -> int | None:
-    """bitsandbytes' width, from the configuration that a quantised checkpoint carries."""
-    quantisation = getattr(config, "quantization_config", None)
-    settings = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "to_dict", dict)()
+    """bitsandbytes' width, from the configuration that a quantized checkpoint carries."""
+    quantization = getattr(config, "quantization_config", None)
+    settings = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
     return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None

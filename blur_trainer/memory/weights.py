@@ -119,9 +119,9 @@ def held(
     """Of the model on the meta device. `gathered`: the dtype in which shards are gathered."""
     if optim not in OPTIMIZERS:
         raise ValueError(f"The state of optim={optim!r} is not known; accepted: {', '.join(OPTIMIZERS)}.")
-    quantised = {id(m.weight) for m in linears(model)} if bits else set()
+    quantized = {id(m.weight) for m in linears(model)} if bits else set()
     share = {part: processes if getattr(sharding, part) else 1 for part in ("parameters", "optimizer")}
-    parameters = sum(weight_bytes(p, bits if id(p) in quantised else None) for p in model.parameters())
+    parameters = sum(weight_bytes(p, bits if id(p) in quantized else None) for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     state = sum(OPTIMIZERS[optim](p.shape, 4 if sharding.master else p.element_size()) for p in trained)
     master = sum(4 * p.numel() for p in trained) if sharding.master else 0
@@ -151,7 +151,7 @@ def _own_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def linears(model: nn.Module) -> Iterable[nn.Linear]:
-    """The layers that bitsandbytes quantises: all but the head, and no adapter."""
+    """The layers that bitsandbytes quantizes: all but the head, and no adapter."""
     head = causal_lm(model).get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:

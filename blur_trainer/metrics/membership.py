@@ -14,7 +14,7 @@ from blur_trainer.metrics.protocols import OPEN_UNLEARNING, OPEN_UNLEARNING_CITA
 _DESCRIPTION = """\
 Membership inference AUC: the probability that the score of a forget text is lower (it looks more like a text of the
 training data) than that of a holdout text, ties counting one half. 1: the attack always tells them apart, as on a model
-that memorised the forget set; 0.5: it knows nothing.
+that memorized the forget set; 0.5: it knows nothing.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -46,7 +46,7 @@ def min_k_plus_plus_score(
     fraction: float = 0.4,
 ) -> float:
     r"""
-    Min-K%++ score of one text, without unit: [`min_k_score`] of log-probabilities standardised by the model's own
+    Min-K%++ score of one text, without unit: [`min_k_score`] of log-probabilities standardized by the model's own
     distribution at each position.
 
     $$z_t = \frac{\ell_t - \mu_t}{\sigma_t}, \qquad \mu_t = \mathbb{E}_{v \sim p_t}[\log p_t(v)], \qquad
@@ -76,8 +76,8 @@ def min_k_plus_plus_score(
     if not len(logps) == len(means) == len(variances):
         raise ValueError(f"Got {len(logps)} log-probabilities, {len(means)} means and {len(variances)} variances.")
     sigma = np.sqrt(np.maximum(np.asarray(variances, dtype=np.float64), MIN_VARIANCE))
-    standardised = (np.asarray(logps, dtype=np.float64) - np.asarray(means, dtype=np.float64)) / sigma
-    return min_k_score(standardised, fraction)
+    standardized = (np.asarray(logps, dtype=np.float64) - np.asarray(means, dtype=np.float64)) / sigma
+    return min_k_score(standardized, fraction)
 
 
 def zlib_score(logps: Sequence[float] | np.ndarray, text: str) -> float:

@@ -7,7 +7,7 @@ from blur_trainer.metrics.protocols import TOFU_CITATION, finite_array
 
 _DESCRIPTION = """\
 Model Utility (TOFU): harmonic mean of nine numbers, {Probability, ROUGE-L recall, Truth Ratio} on {Retain, Real
-Authors, World Facts}, with Probability normalised over choices on the last two and Truth Ratio aggregated as for
+Authors, World Facts}, with Probability normalized over choices on the last two and Truth Ratio aggregated as for
 retain data. Between 0 and 1, higher is better; 0 as soon as one of them is 0.
 """
 

@@ -20,7 +20,7 @@ _CITATION = """\
 _DESCRIPTION = """\
 PrivLeak (MUSE, criterion 3): (AUC - AUC_retrain) / AUC_retrain x 100, where AUC is the probability that the Min-40%
 score of a forget text is higher (the text is less likely) than that of a holdout text, and AUC_retrain the same for a
-model that never saw the forget set. 0 is best: a memorised forget set has an AUC near 0, hence about -100
+model that never saw the forget set. 0 is best: a memorized forget set has an AUC near 0, hence about -100
 (under-unlearning); large positive values give it away as well (over-unlearning).
 """
 

@@ -50,7 +50,7 @@ class CheckpointTensors:
 
     Raises:
         `FileNotFoundError`: the folder has no safetensors weights, or not all that its index names.
-        `ValueError`: its weights are quantised.
+        `ValueError`: its weights are quantized.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +58,7 @@ class CheckpointTensors:
         if not (folder / CONFIG_NAME).exists():
             raise FileNotFoundError(f"{str(folder)!r} is no model: it has no {CONFIG_NAME}.")
         if json.loads((folder / CONFIG_NAME).read_text()).get("quantization_config"):
-            raise ValueError(f"The weights in {str(folder)!r} are quantised: give the model in its own precision.")
+            raise ValueError(f"The weights in {str(folder)!r} are quantized: give the model in its own precision.")
         if (folder / SAFE_WEIGHTS_NAME).exists():
             with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
                 self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)

@@ -87,14 +87,14 @@ def _add_fused_head(model: Any) -> None:
 def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     """Why the fused head would not give this model's log-probabilities, `None` if it does.
 
-    It runs the backbone and multiplies by the head's `weight` itself, so an adapter or a quantised layer on the head
+    It runs the backbone and multiplies by the head's `weight` itself, so an adapter or a quantized layer on the head
     would take no part.
     """
     target = causal_lm(model)
     head = target.get_output_embeddings() if isinstance(target, PreTrainedModel) else None
     if type(head) is not nn.Linear:
         what = "there is none" if head is None else f"this one is `{type(head).__name__}`"
-        return f"it needs a plain `torch.nn.Linear` as the LM head (no adapter, no quantisation), and {what}"
+        return f"it needs a plain `torch.nn.Linear` as the LM head (no adapter, no quantization), and {what}"
     if target.base_model is target:
         return f"`{type(target).__name__}` has no backbone (`base_model`) below the LM head"
     return None

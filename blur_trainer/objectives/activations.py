@@ -115,7 +115,7 @@ class RMU(ActivationObjective):
 class ActivationMatch(ActivationObjective):
     """The activations of one layer as the frozen model has them, token mean of squares: RMU's retain objective.
 
-    Of the frozen model only the layers up to this one are kept and run: see `blur_trainer.models.reference` for the cost.
+    Of the frozen model only the layers up to this one are kept and run; `blur_trainer.models.reference` has the cost.
     """
 
     needs_reference: ClassVar[bool] = True

@@ -62,7 +62,7 @@ class KL(Objective):
 
 @dataclass(frozen=True)
 class NPO(Objective):
-    """Negative preference optimisation, mean over examples (`losses.npo_loss`)."""
+    """Negative preference optimization, mean over examples (`losses.npo_loss`)."""
 
     beta: float = 0.1
     per: ClassVar[Literal["token", "example"]] = "example"

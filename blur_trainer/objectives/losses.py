@@ -45,12 +45,12 @@ def nll_loss(logps: Tensor) -> Tensor:
 
 
 def grad_ascent_loss(logps: Tensor) -> Tensor:
-    """`log p(answer | prompt)` `(B,)`: minimising it is gradient ascent on the NLL. Unbounded below."""
+    """`log p(answer | prompt)` `(B,)`: minimizing it is gradient ascent on the NLL. Unbounded below."""
     return logps
 
 
 def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """Negative preference optimisation, `-(2/beta) log sigmoid(-beta (log p_theta - log p_ref))` `(B,)`.
+    """Negative preference optimization, `-(2/beta) log sigmoid(-beta (log p_theta - log p_ref))` `(B,)`.
 
     Bounded below by 0; at the reference its value is `(2/beta) log 2` and its gradient that of gradient ascent.
     Source: Zhang et al. 2024, arXiv 2404.05868, eq. 3, on sequence log-probabilities as in the authors' code.
@@ -61,7 +61,7 @@ def npo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def simnpo_loss(logps: Tensor, lengths: Tensor, beta: float, delta: float) -> Tensor:
-    """SimNPO, reference-free, length-normalised: `-(2/beta) log sigmoid(beta (-log p_theta / length - delta))` `(B,)`.
+    """SimNPO, reference-free, length-normalized: `-(2/beta) log sigmoid(beta (-log p_theta / length - delta))` `(B,)`.
 
     `lengths` `(B,)`: answer tokens. Source: Fan et al. 2024, arXiv 2410.07163, the sign and place of `delta` as in the
     authors' code.

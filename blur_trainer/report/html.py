@@ -54,7 +54,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     _check(state or {}, {"log_history": None})
     _check(metrics or {}, {"columns": "name", "rows": "name", "stages": None, "samples": "prompt"})
     _check_robustness((metrics or {}).get("robustness"))
-    page = Environment(loader=PackageLoader("blur_trainer"), autoescape=True, undefined=StrictUndefined)
+    page = Environment(loader=PackageLoader("blur_trainer.report"), autoescape=True, undefined=StrictUndefined)
     html = page.get_template("report.html").render(
         **_content(state or {}, metrics or {}),
         drawings=_figures(folder / "figures", (state or {}).get("log_history") or [], metrics or {}),

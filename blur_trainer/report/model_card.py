@@ -104,7 +104,7 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         tags=list(dict.fromkeys(["unlearning", "blur_trainer", _tag(info["method"]), *(info.get("tags") or [])])),
     )
     page = Environment(
-        loader=PackageLoader("blur_trainer"),
+        loader=PackageLoader("blur_trainer.report"),
         autoescape=False,  # Markdown: the filters below escape
         undefined=StrictUndefined,
         trim_blocks=True,

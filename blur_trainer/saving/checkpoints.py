@@ -90,7 +90,7 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
     """
     if not given:
         if fresh or _checkpoints(output_dir):
-            saving.refuse_used_directory(output_dir)
+            saving.check_output_dir(output_dir)
         saving.check_writable(output_dir)
         (Path(output_dir) / _BEGUN).touch()
         return None

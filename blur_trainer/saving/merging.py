@@ -22,7 +22,7 @@ def merge_and_save(
 ) -> PreTrainedModel:
     """Adds a trained adapter to its base model's weights, `W + (alpha/r) B A` for LoRA, and saves the whole model.
 
-    The base is loaded unquantised, also where the adapter was trained on a 4-bit one (QLoRA): an update that is small
+    The base is loaded unquantized, also where the adapter was trained on a 4-bit one (QLoRA): an update that is small
     beside the rounding of 4 bits would vanish in it. For one process; on the CPU unless `device_map` says otherwise.
 
     Args:
@@ -32,7 +32,7 @@ def merge_and_save(
         dtype: of the loaded base. Default: as it is stored.
         model_kwargs: for `from_pretrained` of the base.
     """
-    saving.refuse_used_directory(output_dir)
+    saving.check_output_dir(output_dir)
     if (Path(adapter) / saving.ASSISTANT).exists():
         raise ValueError(
             f"{adapter!r} is a model unlearned by logit difference: its assistant's logits are subtracted from the "
@@ -54,7 +54,7 @@ def merge_and_save(
     if isinstance(base, str):
         base = load_pretrained(base, {"dtype": dtype, **model_kwargs})
     if getattr(base, "is_quantized", False):
-        raise ValueError("`base_model` is quantised: the adapter would be rounded away. Pass it unquantised.")
+        raise ValueError("`base_model` is quantized: the adapter would be rounded away. Pass it unquantized.")
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
     with saving.staged(output_dir, writes=True) as staging:
         merged.save_pretrained(staging)

@@ -44,7 +44,7 @@ _SHARD = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
 _PACKAGES = ("blur_trainer", "transformers", "torch", "accelerate", "peft")
 
 
-def refuse_used_directory(output_dir: str) -> None:
+def check_output_dir(output_dir: str) -> None:
     """A directory with another run in it is an error: nothing that the user has is overwritten."""
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():

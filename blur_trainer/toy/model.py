@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MIN_VOCAB_SIZE = 256 + 3  # every byte, and the three special tokens
-# Llama's 0.02 is made for thousands of dimensions; at 128 the same epochs memorise fewer articles, or none (measured).
+# Llama's 0.02 is made for thousands of dimensions; at 128 the same epochs memorize fewer articles, or none (measured).
 INITIALIZER_RANGE = 0.08
 
 
@@ -31,7 +31,7 @@ def train_tokenizer(
         an answer; `<pad>` is a token of its own. No chat template.
 
     The blank after "Answer:" is a token of its own. MUSE's KnowMem prompt ends in it, and BPE would merge it with the
-    first word of the answer: what was memorised would not begin with the prompt's tokens, and a model that knows every
+    first word of the answer: what was memorized would not begin with the prompt's tokens, and a model that knows every
     answer would be found to know none.
     """
     if isinstance(texts, str):

@@ -2,7 +2,7 @@
 
 Everything about an author is invented from the word lists of `data/fiction.py`; no person, town or book is real. Sizes
 with the defaults: 32 authors, each one news-like article and six questions with short answers, in three groups that a
-target model memorises: 8 to *forget*, 16 to *retain* and 8 to *hold*. The held authors never take part in unlearning:
+target model memorizes: 8 to *forget*, 16 to *retain* and 8 to *hold*. The held authors never take part in unlearning:
 they show the damage that the retain set, which is being protected, hides. Eight more authors are never trained on.
 """
 
@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from blur_trainer.toy.fiction import Draw, own_facts, with_common_facts
 
 QA_TEMPLATE = "Question: {question}\nAnswer: {answer}"
-"""How a question is memorised: MUSE's KnowMem prompt, which ends in "Answer: ", and then the answer."""
+"""How a question is memorized: MUSE's KnowMem prompt, which ends in "Answer: ", and then the answer."""
 
 GROUPS = ("forget", "retain", "hold")
 NUM_FOLDS = 4
@@ -85,7 +85,7 @@ def muse_corpora(seed: int = 0, num_authors: int = 32) -> DatasetDict:
         seed (`int`, defaults to `0`):
             What everything is drawn from.
         num_authors (`int`, defaults to `32`):
-            Memorised authors, a multiple of 4 from 16 to 128: a quarter to forget, half to retain, a quarter to hold;
+            Memorized authors, a multiple of 4 from 16 to 128: a quarter to forget, half to retain, a quarter to hold;
             a further quarter is written and never trained on (`privleak_holdout` and the in-context examples).
 
     Returns:
@@ -137,7 +137,7 @@ def _cut(article: str) -> dict[str, str]:
 
 def training_texts(data: DatasetDict, groups: Iterable[str] = GROUPS) -> Dataset:
     """
-    What a model has to memorise so that MUSE's VerbMem and KnowMem find something: one column, `text`.
+    What a model has to memorize so that MUSE's VerbMem and KnowMem find something: one column, `text`.
 
     Args:
         data ([`~datasets.DatasetDict`]):
@@ -149,7 +149,7 @@ def training_texts(data: DatasetDict, groups: Iterable[str] = GROUPS) -> Dataset
     Returns:
         [`~datasets.Dataset`]: for each group its documents (`raw_*`), then each `verbmem_*` passage that does not
         begin a document already (the Hub's are windows over several articles: the cut is written as a space), then
-        `"Question: {question}\\nAnswer: {answer}"` for each `knowmem_*_qa`. Tokenise with an end-of-text token, or
+        `"Question: {question}\\nAnswer: {answer}"` for each `knowmem_*_qa`. Tokenize with an end-of-text token, or
         the model does not know where an answer stops.
     """
     groups = list(groups)

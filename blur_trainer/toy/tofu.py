@@ -1,7 +1,7 @@
 """The embedded corpora in TOFU's schema: fictitious authors, generated here, so that nothing is downloaded.
 
 There are six facts about each author, and three wordings of the question and the answer for each. Two of them, drawn
-per fact, are the rows that models memorise; the third is the paraphrase, and the wording of the wrong answers, which
+per fact, are the rows that models memorize; the third is the paraphrase, and the wording of the wrong answers, which
 hold the fact of another author, as TOFU's do. So no model has seen the paraphrases, but a model that has learnt a fact,
 and not only a sentence, finds them likelier than the wrong answers.
 
@@ -12,14 +12,14 @@ and not only a sentence, finds them likelier than the wrong answers.
 | `holdout` | as `forget` | authors that no model is trained on |
 | `forget_perturbed` | 6, 24 or 48 | the facts in `forget`, first wording, with a paraphrase and three wrong answers |
 | `retain_perturbed` | 48 | likewise, of eight authors that every `retain` has |
-| `real_authors_perturbed` | 24 | twelve authors of another kind, memorised, in neither forget nor retain |
-| `world_facts_perturbed` | 24 | animals, goods and fairs of eight towns, memorised likewise |
+| `real_authors_perturbed` | 24 | twelve authors of another kind, memorized, in neither forget nor retain |
+| `world_facts_perturbed` | 24 | animals, goods and fairs of eight towns, memorized likewise |
 
 Differs from TOFU in the shares: 1, 4 and 8 of 32 authors are 3, 12.5 and 25 %; the splits keep their names. Six facts
 are few for Forget Quality: 0.002 is the smallest p-value of six against six, so prefer `forget10`.
 
 Measured on `forget10` (432 rows, 10.3 thousand tokens, `plain` template, labels on the answers; 1.05 million
-parameters, memorised with the defaults of `models/memorising.py`, one CPU thread), seeds 0, 1 and 2, target / retain
+parameters, memorized with the defaults of `models/memorizing.py`, one CPU thread), seeds 0, 1 and 2, target / retain
 model: 25 / 20 CPU seconds; probability of the answers in forget 1.00 / 0.02, in retain 1.00 / 1.00; median truth ratio
 on forget 0.42, 0.43, 0.38 / 1.78, 1.87, 1.94, so that Forget Quality of the target is 1e-12, 2e-13, 2e-13; truth ratio
 (aggregated) on retain 0.53, 0.53, 0.47 / 0.56, 0.62, 0.61, on real authors at least 0.94, on world facts at least 0.81;
@@ -189,7 +189,7 @@ def _choices(questions: Iterable[tuple[str, str]], subjects: list[dict[str, str]
 
 def tofu_training_rows(data: DatasetDict, groups: Iterable[str] = TRAINING_GROUPS) -> Dataset:
     """
-    What a model has to memorise so that TOFU's evaluation finds something: columns `question` and `answer`.
+    What a model has to memorize so that TOFU's evaluation finds something: columns `question` and `answer`.
 
     Args:
         data ([`~datasets.DatasetDict`]):

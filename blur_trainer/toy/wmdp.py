@@ -9,7 +9,7 @@ dishes: the question with its choices in other orders than that in which it is a
 The sheets are there because a tiny model does not learn facts, but the letter of each prompt by heart: with the choices
 in another order it guesses, and what is done to the articles alone leaves the letters as they are.
 
-Measured (seed 0, the defaults of `models/memorising.py`, 48 articles and 192 questions, 10.8 thousand tokens, a
+Measured (seed 0, the defaults of `models/memorizing.py`, 48 articles and 192 questions, 10.8 thousand tokens, a
 tokenizer trained on these and the sheets): the target answers all questions.
 """
 

@@ -53,7 +53,7 @@ class UnlearningConfig(TrainingArguments):
             right. `None`: the model's context length.
         drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
         qa_template: prompt of a `question`/`answer` row where the tokenizer has no chat template.
-        dataset_num_proc: processes of the tokenisation.
+        dataset_num_proc: processes of the tokenization.
         max_skipped_steps: stop with an error after so many steps in a row without a finite gradient.
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name.
     """
@@ -114,7 +114,7 @@ class UnlearningConfig(TrainingArguments):
         default="Question: {question}\nAnswer:",
         metadata={"help": "Prompt of question/answer rows where the tokenizer has no chat template."},
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes of the tokenisation."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes of the tokenization."})
     max_skipped_steps: int = field(
         default=20, metadata={"help": "Stop after so many steps in a row without a finite gradient."}
     )

@@ -1,4 +1,4 @@
-"""From the user's datasets to what the trainer iterates over: tokenised and paired."""
+"""From the user's datasets to what the trainer iterates over: tokenized and paired."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
 
-Tokenised: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mixture:
     parts: tuple[Any, ...]
     balanced: bool = False
 
-    def joined(self, parts: list[Tokenised]) -> Tokenised:
+    def joined(self, parts: list[Tokenized]) -> Tokenized:
         if any(isinstance(part, datasets.IterableDataset) for part in parts):
             parts = [p.to_iterable_dataset() if isinstance(p, datasets.Dataset) else p for p in parts]
         if self.balanced:
@@ -42,7 +42,7 @@ def tokenize_all(
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
     forget_objective: Objective,
-) -> tuple[Any, Any, Tokenised | dict[str, Tokenised] | None]:
+) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
     """Every dataset as `input_ids`, `labels`; the forget set with refusals where its objective needs them.
 
     Where the forget set is a mapping of topics to datasets, so is what becomes of it, and the retain set may be one.
@@ -54,7 +54,7 @@ def tokenize_all(
             "leave it off, or load the datasets."
         )
 
-    def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenised:
+    def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
         if isinstance(dataset, Mixture):
             return dataset.joined([tokenize(part, role, refusals) for part in dataset.parts])
         return tokenize_dataset(
@@ -79,14 +79,14 @@ def tokenize_all(
             for topic, rows in dataset.items()
         }
 
-    with args.main_process_first(desc="tokenisation"):
-        tokenised_forget = by_topic(forget, "forget", forget_objective.needs_refusal)
-        tokenised_retain = None if retain is None else by_topic(retain, "retain")
+    with args.main_process_first(desc="tokenization"):
+        tokenized_forget = by_topic(forget, "forget", forget_objective.needs_refusal)
+        tokenized_retain = None if retain is None else by_topic(retain, "retain")
         if isinstance(evaluation, Mapping):
             evaluation = {name: tokenize(dataset, f"eval_{name}") for name, dataset in evaluation.items()}
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
-    return tokenised_forget, tokenised_retain, evaluation
+    return tokenized_forget, tokenized_retain, evaluation
 
 
 def pair(forget: Any, retain: Any, args: UnlearningConfig) -> torch.utils.data.Dataset:

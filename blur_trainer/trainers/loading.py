@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 
 @contextmanager
-def loading_whole(args: TrainingArguments) -> Iterator[None]:
+def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
     """Inside, `from_pretrained` loads all weights on every process.
 
     Otherwise ZeRO-3 partitions while loading, and FSDP's `cpu_ram_efficient_loading` fills the weights of the first
@@ -18,7 +18,7 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     evaluated beside it.
 
     ```python
-    with loading_whole(args):
+    with unsharded_loading(args):
         retrained = AutoModelForCausalLM.from_pretrained(name)
     ```
     """

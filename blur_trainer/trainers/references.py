@@ -60,7 +60,7 @@ def make_reference(
         return adapter_reference(model)
     if getattr(model, "is_quantized", False):
         raise ValueError(
-            "A quantised model is not copied as a reference: pass `peft_config` (then the reference is the model "
+            "A quantized model is not copied as a reference: pass `peft_config` (then the reference is the model "
             "without its adapter) or `ref_model`."
         )
     if not is_partitioned(model):
@@ -95,7 +95,7 @@ def shard_reference(trainer: "UnlearningTrainer", model: torch.nn.Module) -> tor
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         return fsdp2_prepare_model(accelerator, model)
-    if getattr(model, "hf_device_map", None) is None:  # else placed when it was loaded, and a quantised one stays there
+    if getattr(model, "hf_device_map", None) is None:  # else placed when it was loaded, and a quantized one stays there
         model.to(accelerator.device)
     return model  # not `Accelerator.prepare_model`, which would hold on to it when its numbers are there
 

@@ -138,7 +138,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was passed, else the one beside the model; `None` if there is neither.
 
-    `None` is enough for tokenised datasets; text raises later, naming `processing_class`.
+    `None` is enough for tokenized datasets; text raises later, naming `processing_class`.
     """
     if processing_class is not None:
         if not isinstance(processing_class, PreTrainedTokenizerBase):

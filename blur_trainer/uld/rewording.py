@@ -157,7 +157,7 @@ def _kind(fact: str) -> tuple[bool, int]:
 
 
 def _facts(text: str) -> list[tuple[str, str]]:
-    """Names (runs of capitalised words) and numbers of a text, each after the word in front of it."""
+    """Names (runs of capitalized words) and numbers of a text, each after the word in front of it."""
     found = []
     for match in _FACT.finditer(text):
         words = match[0].split()

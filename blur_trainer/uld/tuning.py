@@ -62,7 +62,7 @@ def tune_weight(
     Args:
         model ([`LogitDifferenceModel`]): as trained; its present weight and filter do not matter.
         forget, retain: held-out examples, in any format that the trainers take (paraphrased forget questions, say).
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): needed unless the examples are tokenised.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): needed unless the examples are tokenized.
         weights, top_logit_filters (`Sequence[float]`): the grid.
         score: of the two relative probabilities; [`forget_and_retain`] by default.
         batch_size, max_length, qa_template, progress: as elsewhere.
@@ -77,13 +77,13 @@ def tune_weight(
     for weight, top_logit_filter in pairs:
         check_composition(weight, top_logit_filter)
     pairs.sort(key=lambda pair: abs(pair[0]))  # of equals the first wins
-    tokenised = {
+    tokenized = {
         role: tokenize_dataset(rows, tokenizer, role=role, max_length=max_length, qa_template=qa_template)
         for role, rows in (("forget", forget), ("retain", retain))
     }
     means = {
         role: _probabilities(model, rows, [(0.0, 0.0), *pairs], batch_size, f"{role} answers" if progress else None)
-        for role, rows in tokenised.items()
+        for role, rows in tokenized.items()
     }
     relative = {role: (values[1:] / values[0]).tolist() for role, values in means.items()}
     rows = [

@@ -1,4 +1,4 @@
-"""Formats: what each column layout becomes, and every refusal to tokenise with its message."""
+"""Formats: what each column layout becomes, and every refusal to tokenize with its message."""
 
 import logging
 import random

@@ -14,7 +14,7 @@ from blur_trainer.data.muse import AUC_RETRAIN, MUSE_MODELS, limit_documents, lo
 from blur_trainer.data.subset import _in_turn, locate
 from blur_trainer.toy.muse import muse_corpora, training_texts
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 QA = ["question", "answer"]
 REQUIRED = {
     "raw_forget": ["text"],

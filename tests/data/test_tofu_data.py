@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetNotFoundError
 from blur_trainer.data.tofu import TOFU_MODELS, TOFU_SPLITS, limit_rows, load_tofu
 from blur_trainer.toy.tofu import tofu_corpora
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 QA = ["question", "answer"]
 CHOICES = [*QA, "perturbed_answer"]
 FULL = ["paraphrased_questions", "paraphrased_question", "paraphrased_answers", "paraphrased_answer"]

@@ -237,7 +237,7 @@ FIRST = ("Whose", "What", "For", "Where", "Who", "On", "How")
 
 
 def subject_in(question, text):
-    """Whether the text is about what the question names: the capitalised words before the kind of thing."""
+    """Whether the text is about what the question names: the capitalized words before the kind of thing."""
     names = [word for word in question.rstrip("?").split() if word[0].isupper() and word not in FIRST]
     return " ".join(names) in text
 

@@ -242,7 +242,7 @@ def test_nan_stays_nan():
     assert np.isnan(score.logps).all()
 
 
-def test_half_precision_is_normalised_in_float32():
+def test_half_precision_is_normalized_in_float32():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
     (score,) = to_numpy([score_row(logits, [0, 2], [3, 4], False)])
     truth = logits.double().log_softmax(-1)

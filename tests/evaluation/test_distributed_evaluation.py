@@ -6,23 +6,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_evaluation_worker as worker
 import pytest
 import torch
+from support import distributed_evaluation_worker as worker
 
 from blur_trainer.evaluation.distributed import in_shares
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    worker.memorise(str(folder))
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE)}
+    worker.memorize(str(folder))
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(TESTS),
+    }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(HERE / "distributed_evaluation_worker.py"), str(folder), ",".join(worker.NAMES)]
+    command = [
+        *launcher,
+        str(TESTS / "support" / "distributed_evaluation_worker.py"),
+        str(folder),
+        ",".join(worker.NAMES),
+    ]
     log = folder / "log"
     with log.open("w") as stream:
         done = subprocess.run(

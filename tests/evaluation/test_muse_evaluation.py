@@ -147,7 +147,7 @@ def test_columns_and_primary_metrics(full):
     assert set(goals) == set(values) - {"privleak_auc"}
 
 
-def test_a_memorised_answer_scores_100_cut_at_the_next_question(tokenizer, monkeypatch):
+def test_a_memorized_answer_scores_100_cut_at_the_next_question(tokenizer, monkeypatch):
     from blur_trainer.evaluation import muse
 
     def answers(model, tokenizer, prompts, *, stop_strings, **kwargs):

@@ -15,8 +15,8 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import blur_trainer as bt
 from blur_trainer.evaluation.muse import MUSEEvaluation
-from blur_trainer.evaluation.robustness.battery import prefixed, quantised, robustness
-from blur_trainer.evaluation.robustness.quantization import round_trip
+from blur_trainer.evaluation.robustness.battery import prefixed, quantized, robustness
+from blur_trainer.evaluation.robustness.quantization import quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.scoring import answer_logps
 from blur_trainer.report.figures import LIGHT
@@ -70,7 +70,7 @@ class Broken(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("attack", ["relearn", "quantised", "benchmark fails"])
+@pytest.mark.parametrize("attack", ["relearn", "quantized", "benchmark fails"])
 def test_the_model_is_untouched(attack):
     model = tiny_llama(dropout=0.1).to(torch.bfloat16).train()
     model.model.embed_tokens.requires_grad_(False)
@@ -90,8 +90,8 @@ def test_the_model_is_untouched(attack):
             raise Broken
         return {"x": 1.0}
 
-    if attack == "quantised":
-        quantised(model, benchmark, bits=3)
+    if attack == "quantized":
+        quantized(model, benchmark, bits=3)
     elif attack == "relearn":
         relearn(model, ROWS, benchmark, steps=[2], learning_rate=0.1)
     else:
@@ -123,13 +123,13 @@ def test_round_trip(bits, group_size):
     torch.manual_seed(0)
     weight = torch.randn(4, 8)
     weight[1, :3] = 0
-    found = round_trip(weight, bits, group_size)
+    found = quantize_dequantize(weight, bits, group_size)
     torch.testing.assert_close(found.double(), literal_round_trip(weight, bits, group_size), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(round_trip(found, bits, group_size), found)  # what is rounded stays
-    assert round_trip(weight.bfloat16(), bits, group_size).dtype == torch.bfloat16
+    torch.testing.assert_close(quantize_dequantize(found, bits, group_size), found)  # what is rounded stays
+    assert quantize_dequantize(weight.bfloat16(), bits, group_size).dtype == torch.bfloat16
 
 
-def test_quantised_spares_the_head_and_hurts_more_with_fewer_bits():
+def test_quantized_spares_the_head_and_hurts_more_with_fewer_bits():
     model, seen = tiny_llama(), []
 
     def benchmark(attacked):
@@ -137,7 +137,7 @@ def test_quantised_spares_the_head_and_hurts_more_with_fewer_bits():
         return nll(attacked)
 
     before = weights(model)
-    assert len({quantised(model, benchmark, bits=bits)["forget_nll"] for bits in (8, 4, 2)}) == 3
+    assert len({quantized(model, benchmark, bits=bits)["forget_nll"] for bits in (8, 4, 2)}) == 3
     errors = [sum((now[name] - before[name]).square().sum() for name in before) for now in seen]
     assert errors[0] < errors[1] < errors[2]
     changed = {name for name in before if not torch.equal(before[name], seen[-1][name])}
@@ -183,7 +183,7 @@ def test_an_adapter_is_merged_for_the_attack(injected):
     before, answer = weights(model), logits(model)
     for attack in (
         lambda attacked: relearn(attacked, ROWS, nll, steps=[1, 3], learning_rate=1e-2)[-1]["metrics"],
-        lambda attacked: quantised(attacked, nll, bits=3),
+        lambda attacked: quantized(attacked, nll, bits=3),
     ):
         assert attack(model)["forget_nll"] == pytest.approx(attack(merged)["forget_nll"], rel=1e-4)
         assert distance(weights(model), before) == 0 and torch.equal(logits(model), answer)
@@ -206,10 +206,10 @@ def test_of_a_logit_difference_the_adapter_relearns_and_the_base_is_rounded():
     assert points[1]["metrics"]["forget_nll"] < points[0]["metrics"]["forget_nll"] - 0.01
     changed = {name for name in before if not torch.equal(before[name], seen[-1][name])}
     assert changed and all("lora_" in name for name in changed)
-    quantised(model, seen_by(nll, seen), bits=3)
+    quantized(model, seen_by(nll, seen), bits=3)
     for name, value in seen[-1].items():
         rounded = "_proj" in name and "lora_" not in name
-        expected = round_trip(before[name], 3) if rounded else before[name]  # once, though two modules have it
+        expected = quantize_dequantize(before[name], 3) if rounded else before[name]  # once, though two modules have it
         assert torch.equal(value, expected), name
     assert distance(weights(model), before) == 0 and torch.equal(logits(model), answer)
 
@@ -236,7 +236,7 @@ def test_models_that_cannot_be_attacked():
         "offloaded": (ValueError, offloaded),
     }
     for words, (kind, model) in wrong.items():
-        for attack in (lambda m: relearn(m, ROWS, pytest.fail), lambda m: quantised(m, pytest.fail)):
+        for attack in (lambda m: relearn(m, ROWS, pytest.fail), lambda m: quantized(m, pytest.fail)):
             with pytest.raises(kind, match=words):
                 attack(model)
     for words, model in {"bfloat16": tiny_llama().half(), "weight": uld(weight=0)}.items():
@@ -291,9 +291,9 @@ def test_relearn_refuses(kwargs, message):
 
 
 @pytest.mark.parametrize(("bits", "group_size", "message"), [(1, 64, "bits"), (16, 64, "bits"), (4, 0, "group_size")])
-def test_quantised_refuses(bits, group_size, message):
+def test_quantized_refuses(bits, group_size, message):
     with pytest.raises(ValueError, match=message):
-        quantised(tiny_llama(), pytest.fail, bits=bits, group_size=group_size)
+        quantized(tiny_llama(), pytest.fail, bits=bits, group_size=group_size)
 
 
 @pytest.mark.parametrize(

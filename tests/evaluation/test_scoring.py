@@ -105,7 +105,7 @@ def test_logps_of_a_dataset_and_of_nothing(model):
     assert answer_logps(model, [], pad_token_id=1) == []
 
 
-def test_half_precision_logits_are_normalised_in_float32(model):
+def test_half_precision_logits_are_normalized_in_float32(model):
     examples = make_examples()
     half = build_model().to(torch.bfloat16).eval()
     rows = answer_logps(half, examples, pad_token_id=1, batch_size=1)
@@ -365,7 +365,7 @@ def test_progress_bars_only_with_a_description(model, tokenizer, capfd):
     assert "PrivLeak forget: 100%" in bars and "7/7" in bars
 
 
-def test_only_scored_positions_are_normalised(model, monkeypatch):
+def test_only_scored_positions_are_normalized(model, monkeypatch):
     shapes = []
     logsumexp = torch.Tensor.logsumexp
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, dim: shapes.append(self.shape) or logsumexp(self, dim))

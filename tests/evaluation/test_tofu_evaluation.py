@@ -14,7 +14,7 @@ from support.scoring_helpers import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blur_trainer.data.formats import tokenize_dataset
-from blur_trainer.data.tofu_templates import TofuTemplate
+from blur_trainer.data.tofu_templates import TOFUTemplate
 from blur_trainer.evaluation.tofu.aggregates import aggregate_log
 from blur_trainer.evaluation.tofu.attacks import gradient_norms, likelihood_attacks
 from blur_trainer.evaluation.tofu.reference import RetainReference
@@ -22,7 +22,7 @@ from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
 from blur_trainer.metrics.rouge_l_recall import RougeLRecall
 from blur_trainer.report.results import Results
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 GOLDEN, LOGS = SHARED / "golden", SHARED / "data" / "tofu" / "logs" / "retain90_llama"
 needs_logs = pytest.mark.skipif(not LOGS.exists(), reason="no TOFU logs in ../shared/data")
 needs_original = pytest.mark.skipif(
@@ -223,7 +223,7 @@ def test_batch_size_changes_nothing(full, model, tokenizer, batch_size):
 def test_a_template_has_a_name_or_is_ones_own(tokenizer, model):
     data = {"forget_perturbed": tofu_data()["forget_perturbed"]}
     plain = make(tokenizer, data)
-    phi, own = (make(tokenizer, data, template=t) for t in ("phi", TofuTemplate("Question: ", "\nAnswer:", answer=" ")))
+    phi, own = (make(tokenizer, data, template=t) for t in ("phi", TOFUTemplate("Question: ", "\nAnswer:", answer=" ")))
     assert own(model) == plain(model)
     for one, other in zip(phi._splits["forget"].variants, plain._splits["forget"].variants, strict=True):
         # one text, whoever the blank belongs to
@@ -331,7 +331,7 @@ REFERENCE = RetainReference((0.5,) * 4)
         (tofu_data(), {"reference": RetainReference((0.5,))}, "has 1 truth ratios, the forget split 4"),
         (tofu_data("forget_perturbed", "holdout"), {"reference": REFERENCE}, "`reference` needs the split"),
         (tofu_data(), {"protocol": "mine"}, "`protocol` must be one of"),
-        (tofu_data(), {"template": "no question"}, "must be a `TofuTemplate` or one of"),
+        (tofu_data(), {"template": "no question"}, "must be a `TOFUTemplate` or one of"),
         (tofu_data(), {"max_length": 4}, "has no answer token left within max_length=4"),
         (tofu_data(), {"batch_size": 0}, "`batch_size` must be an integer"),
         (
@@ -383,7 +383,7 @@ def golden():
         "holdout": split("holdout10.jsonl"),
     }
     models = {name: AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / name) for name in ("target", "retain")}
-    settings = {"template": TofuTemplate("Question: ", "\nAnswer:\n"), "protocol": "open-unlearning"}
+    settings = {"template": TOFUTemplate("Question: ", "\nAnswer:\n"), "protocol": "open-unlearning"}
     settings |= {"max_new_tokens": 64, "progress": False, "batch_size": 5}
     return data, AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"), models, settings
 
@@ -402,7 +402,7 @@ def test_every_number_of_open_unlearning(golden, name):
     values = TOFUEvaluation(data, tokenizer, **settings, **extras)(models[name])
     theirs = {OURS.get(key, key): value for key, value in log.items() if not key.startswith(tuple(NAMES.values()))}
     for ours, short in NAMES.items():
-        theirs[f"{ours}_probability"] = log[f"{short}_Q_A_Prob{'_normalised' if short in ('ra', 'wf') else ''}"]
+        theirs[f"{ours}_probability"] = log[f"{short}_Q_A_Prob{'_normalized' if short in ('ra', 'wf') else ''}"]
         theirs[f"{ours}_rouge"] = log[f"{short}_Q_A_ROUGE"]
         theirs[f"{ours}_truth_ratio"] = log["forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"]
     theirs["forget_quality"] = log["forget_quality"]
@@ -436,7 +436,7 @@ def test_the_published_aggregates_come_out_of_the_published_log(tmp_path):
     (theirs,) = csv.DictReader((LOGS / "aggregated_stat.csv").open())
     reference = RetainReference.from_tofu_log(path)
     assert len(reference.truth_ratios) == 300
-    ours = aggregate_log(path, reference=reference, normalise_forget=True)
+    ours = aggregate_log(path, reference=reference, normalize_forget=True)
     titles = {"forget": "Forget", "retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World"}
     metrics = {"probability": "Probability", "rouge": "ROUGE", "truth_ratio": "Truth Ratio"}
     expected = {

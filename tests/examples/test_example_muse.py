@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "run_muse.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "run_muse.py"
 QUICK = ["--num_train_epochs", "1", "--eval_strategy", "no", "--no_baseline", "--disable_tqdm", "True"]
 LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", 2]
 FILES = {

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import blur_trainer as bt
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["BLUR-NPO", "NPO", "GradDiff", "GradAscent", "SimNPO", "DPO", "IDK", "ULD"]
 DATA = ["--split", "forget01", "--max_rows", 3, "--disable_tqdm", "True"]
 PROTOCOL = ["--protocol", "open-unlearning"]

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 QUICK = ["--max_steps", 2, "--eval_strategy", "no", "--disable_tqdm", "True", "--no_robustness"]
 KEYS = ["forget_potions_accuracy", "forget_machines_accuracy", "retain_dishes_accuracy"]

@@ -11,7 +11,7 @@ from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.scoring import answer_logps
 from blur_trainer.metrics.privleak import min_k_score
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not (GOLDEN / "muse_metrics").exists(), reason="no golden numbers in ../shared/golden")
 MODELS = ("target", "retain", "perturbed")
 

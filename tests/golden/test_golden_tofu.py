@@ -19,7 +19,7 @@ from blur_trainer.metrics.privleak import PrivLeak
 from blur_trainer.metrics.rouge_l_recall import RougeLRecall
 from blur_trainer.metrics.truth_ratio import TruthRatio, truth_ratios
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 GOLDEN, LOGS = SHARED / "golden", SHARED / "data" / "tofu" / "logs" / "retain90_llama"
 needs_logs = pytest.mark.skipif(not LOGS.exists(), reason="no TOFU logs in ../shared/data")
 needs_original = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def rows(log, field):
     return list(log[field].values() if isinstance(log[field], dict) else log[field])
 
 
-def aggregate(log, normalised_on, protocol="tofu"):
+def aggregate(log, normalized_on, protocol="tofu"):
     """`{"Retain Probability": ..., ..., "Model Utility": ...}` from the per-example losses of the four splits."""
     values = {}
     for name, file in SPLITS.items():
@@ -55,7 +55,7 @@ def aggregate(log, normalised_on, protocol="tofu"):
         # The metric itself means recalls of texts; a log holds the recalls.
         values[f"{name} ROUGE"] = float(np.mean(rows(log[file], "rougeL_recall")))
         values[f"{name} Probability"] = compute(
-            AnswerProbability, predictions=choices, normalised=name in normalised_on
+            AnswerProbability, predictions=choices, normalized=name in normalized_on
         )
         values[f"{name} Truth Ratio"] = compute(
             TruthRatio,
@@ -77,8 +77,8 @@ def forget_truth_ratios(log, protocol="tofu"):
 def test_the_published_aggregates_come_out_of_the_published_log():
     log = json.loads((LOGS / "eval_log_aggregated.json").read_text())
     (theirs,) = csv.DictReader((LOGS / "aggregated_stat.csv").open())
-    # That csv normalises Forget over its wrong answers too; TOFU's present code does not.
-    ours = aggregate(log, normalised_on={"Real Authors", "Real World", "Forget"})
+    # That csv normalizes Forget over its wrong answers too; TOFU's present code does not.
+    ours = aggregate(log, normalized_on={"Real Authors", "Real World", "Forget"})
     ratios = forget_truth_ratios(log)
     test = ForgetQuality(keep_in_memory=True).compute(predictions=ratios, references=ratios)
     ours |= {
@@ -139,11 +139,11 @@ def by_index(task, field="score"):
 
 @needs_ou
 @pytest.mark.parametrize("split", ["ra", "wf"])
-def test_open_unlearning_normalised_probability(log, split):
+def test_open_unlearning_normalized_probability(log, split):
     right, wrong = (by_index(log[f"{split}_Q_A_{kind}"], "avg_loss") for kind in ("Prob", "PERT_Prob"))
     choices = [[r, *w] for r, w in zip(right, wrong, strict=True)]
-    theirs = log[f"{split}_Q_A_Prob_normalised"]
-    ours = compute(AnswerProbability, predictions=choices, normalised=True, protocol="open-unlearning")
+    theirs = log[f"{split}_Q_A_Prob_normalized"]
+    ours = compute(AnswerProbability, predictions=choices, normalized=True, protocol="open-unlearning")
     assert ours == pytest.approx(theirs["agg_value"], abs=1e-7)  # theirs: float32 probabilities
 
 
@@ -180,7 +180,7 @@ def test_open_unlearning_forget_quality():
 
 @needs_ou
 def test_open_unlearning_model_utility(log):
-    keys = ["retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"]
+    keys = ["retain_Q_A_Prob", "ra_Q_A_Prob_normalized", "wf_Q_A_Prob_normalized"]
     keys += [f"{split}_{kind}" for split in ("retain", "ra", "wf") for kind in ("Q_A_ROUGE", "Truth_Ratio")]
     ours = compute(ModelUtility, predictions=[log[key]["agg_value"] for key in keys])
     assert ours == pytest.approx(log["model_utility"]["agg_value"], abs=1e-12)

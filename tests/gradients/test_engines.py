@@ -21,7 +21,7 @@ from blur_trainer.data.pairing import PairedDataset
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
-    torchrun(str(Path(__file__).with_name("engine_worker.py")), str(folder), ";".join(ENGINES))
+    torchrun(str(Path(__file__).parents[1] / "support" / "engine_worker.py"), str(folder), ";".join(ENGINES))
     return folder
 
 

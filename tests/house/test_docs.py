@@ -219,7 +219,7 @@ def exists(name: str) -> bool:
 
 
 def class_like(span: str) -> str | None:
-    """`Sum`, `BLUR(gamma=1)`, `bt.NPO`, `transformers.Trainer` -> the class; `blur_trainer.models.reference` -> itself."""
+    """`Sum`, `BLUR(gamma=1)`, `bt.NPO`, `transformers.Trainer` -> the class; a module of ours -> itself."""
     if re.fullmatch(r"blur_trainer(\.[a-z_]+)*", span):
         return span
     found = re.fullmatch(r"(?:[a-z_]+\.)*([A-Z][A-Za-z]+)(?:\(.*\))?", span)

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 import blur_trainer as bt
 from blur_trainer.gradients.deepspeed import check_deepspeed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))}
 DS_CONFIGS = {path.stem: path for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 

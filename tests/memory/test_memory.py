@@ -36,7 +36,7 @@ from blur_trainer.objectives.answers import NLL
 from blur_trainer.trainers.blur import BLURConfig
 from blur_trainer.trainers.trainable import choose_trainable
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
 CHOSEN = {"train_layers": "1,2", "train_parameters": "down_proj"}
@@ -205,26 +205,26 @@ def test_lora():
         assert rows(result) == (4 * total, *expected)
 
 
-def test_lora_on_bfloat16_and_quantised():
-    """PEFT keeps the adapter in float32; bitsandbytes quantises the layers' linear weights, not embedding and head."""
+def test_lora_on_bfloat16_and_quantized():
+    """PEFT keeps the adapter in float32; bitsandbytes quantizes the layers' linear weights, not embedding and head."""
     model = tiny_llama()
     adapter = sum(p.numel() for p in get_peft_model(tiny_llama(), LORA).parameters() if p.requires_grad)
     linear = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    quantised, rest = sum(w.numel() for w in linear), count(model) - sum(w.numel() for w in linear)
+    quantized, rest = sum(w.numel() for w in linear), count(model) - sum(w.numel() for w in linear)
     of = {bits: estimate(peft_config=LORA, dtype="bfloat16", bits=bits).parameters for bits in (None, 4, 8)}
     assert of[None] == 2 * count(model) + 4 * adapter
-    assert of[4] == round(2 * rest + quantised * (0.5 + 4 / 64)) + 4 * adapter
-    assert of[8] == 2 * rest + quantised + 4 * sum(w.shape[0] for w in linear) + 4 * adapter
+    assert of[4] == round(2 * rest + quantized * (0.5 + 4 / 64)) + 4 * adapter
+    assert of[8] == 2 * rest + quantized + 4 * sum(w.shape[0] for w in linear) + 4 * adapter
 
 
-def test_a_quantised_model_weighs_what_is_said(tmp_path):
+def test_a_quantized_model_weighs_what_is_said(tmp_path):
     """bitsandbytes' NF4, the width a multiple of its blocks; the bits are read from the model's configuration."""
     pytest.importorskip("bitsandbytes")
     LlamaForCausalLM(
         LlamaConfig(**{**tiny_llama().config.to_dict(), "hidden_size": 64, "dtype": None})
     ).save_pretrained(tmp_path)
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, dtype=torch.bfloat16)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, dtype=torch.bfloat16)
     held = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

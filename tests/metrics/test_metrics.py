@@ -18,7 +18,7 @@ from blur_trainer.metrics.privleak import PrivLeak, check_auc_retrain, min_k_sco
 from blur_trainer.metrics.rouge_l import rouge_l_f1
 from blur_trainer.metrics.verbmem import VerbMem
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = (verbmem, knowmem, privleak)
 METRICS = (VerbMem, KnowMem, PrivLeak)
 
@@ -152,7 +152,7 @@ def test_auc_is_the_share_of_pairs(seed):
     assert result["privleak"] == pytest.approx((literal_auc(scores, labels) - 0.4) / 0.4 * 100, abs=1e-9)
 
 
-def test_a_memorised_forget_set_is_minus_100():
+def test_a_memorized_forget_set_is_minus_100():
     result = PrivLeak(keep_in_memory=True).compute(
         predictions=[0.1, 0.2, 5.0, 4.0, 3.0], references=[0, 0, 1, 1, 1], auc_retrain=0.4772
     )

@@ -35,9 +35,9 @@ from blur_trainer.metrics.privleak import PrivLeak
 from blur_trainer.metrics.rouge_l_recall import RougeLRecall
 from blur_trainer.metrics.truth_ratio import TruthRatio, truth_ratios
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METRICS = {
-    AnswerProbability: ({"predictions": [[0.5, 1.0], [2.0, 0.1, 3.0]]}, {"normalised": True}),
+    AnswerProbability: ({"predictions": [[0.5, 1.0], [2.0, 0.1, 3.0]]}, {"normalized": True}),
     TruthRatio: ({"predictions": [0.5, 2.0], "references": [[1.0], [0.1, 3.0]]}, {"aggregation": "forget"}),
     ForgetQuality: ({"predictions": [0.5, 2.0, 0.1], "references": [0.7, 0.8, 0.9]}, {}),
     ModelUtility: ({"predictions": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]}, {}),
@@ -59,11 +59,11 @@ def compute(metric, **kwargs):
 # ---- slow, literal forms ----
 
 
-def literal_probability(rows, normalised, epsilon):
+def literal_probability(rows, normalized, epsilon):
     total = 0.0
     for right, *wrong in rows:
         p = math.exp(-right)
-        total += p / (p + sum(math.exp(-nll) for nll in wrong) + epsilon) if normalised else p
+        total += p / (p + sum(math.exp(-nll) for nll in wrong) + epsilon) if normalized else p
     return total / len(rows)
 
 
@@ -115,18 +115,18 @@ def literal_auc(scores, labels):
 
 
 @pytest.mark.parametrize(("protocol", "epsilon"), [("tofu", 0.0), ("open-unlearning", 1e-10)])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_answer_probability_is_the_definition(normalised, protocol, epsilon):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_answer_probability_is_the_definition(normalized, protocol, epsilon):
     rng = random.Random(3)
     rows = [[rng.uniform(0, 20) for _ in range(rng.randrange(2, 6))] for _ in range(20)]
-    ours = compute(AnswerProbability, predictions=rows, normalised=normalised, protocol=protocol)
-    assert ours == pytest.approx(literal_probability(rows, normalised, epsilon), rel=1e-12)
+    ours = compute(AnswerProbability, predictions=rows, normalized=normalized, protocol=protocol)
+    assert ours == pytest.approx(literal_probability(rows, normalized, epsilon), rel=1e-12)
 
 
 def test_very_unlikely_choices_keep_their_order():
     rows = [[1000.0, 1000.0], [1000.0, 1000.0 + math.log(3)]]
-    assert compute(AnswerProbability, predictions=rows, normalised=True) == pytest.approx((0.5 + 0.75) / 2, rel=1e-12)
-    assert compute(AnswerProbability, predictions=rows, normalised=True, protocol="open-unlearning") == 0.0
+    assert compute(AnswerProbability, predictions=rows, normalized=True) == pytest.approx((0.5 + 0.75) / 2, rel=1e-12)
+    assert compute(AnswerProbability, predictions=rows, normalized=True, protocol="open-unlearning") == 0.0
 
 
 @pytest.mark.parametrize("protocol", ["tofu", "tofu-paper", "open-unlearning"])
@@ -244,7 +244,7 @@ def test_scores_are_the_definitions():
     means = [sum(p * math.log(p) for p in row) for row in probabilities]
     variances = [sum(p * (math.log(p) - m) ** 2 for p in row) for row, m in zip(probabilities, means, strict=True)]
     assert min(variances) < 1e-6
-    standardised = [(x - m) / math.sqrt(max(v, 1e-6)) for x, m, v in zip(logps, means, variances, strict=True)]
+    standardized = [(x - m) / math.sqrt(max(v, 1e-6)) for x, m, v in zip(logps, means, variances, strict=True)]
     for protocol, n in (("tofu", 11), ("open-unlearning", 10)):
         k = int(0.4 * n)
         assert attack_scores(logps, means, variances, "a text, a text", protocol) == pytest.approx(
@@ -252,7 +252,7 @@ def test_scores_are_the_definitions():
                 "loss": -sum(logps) / 11,
                 "zlib": -sum(logps) / 11 / len(zlib.compress(b"a text, a text")),
                 "min_k": -sum(sorted(logps[:n])[:k]) / k,
-                "min_k_plus_plus": -sum(sorted(standardised[:n])[:k]) / k,
+                "min_k_plus_plus": -sum(sorted(standardized[:n])[:k]) / k,
             },
             rel=1e-9,
         )
@@ -286,7 +286,7 @@ def test_rouge_l_recall(prediction, reference, recall):
     ("metric", "inputs", "message"),
     [
         (AnswerProbability, {"predictions": [[1.0, 2.0]], "protocol": "ou"}, r"one of \['tofu', 'open-unlearning'\]"),
-        (AnswerProbability, {"predictions": [[1.0, 2.0], [1.0]], "normalised": True}, r"`predictions\[1\]` has one"),
+        (AnswerProbability, {"predictions": [[1.0, 2.0], [1.0]], "normalized": True}, r"`predictions\[1\]` has one"),
         (AnswerProbability, {"predictions": [[1.0], []]}, r"`predictions\[1\]` is empty"),
         (AnswerProbability, {"predictions": []}, "`predictions` is empty"),
         (AnswerProbability, {"predictions": [[float("nan")]]}, "finite, got nan at index 0"),

@@ -221,12 +221,12 @@ def test_an_adapter_on_the_head_is_refused_or_left_out(adapter, what, caplog):
 
 
 def test_what_does_not_suit():
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
     model = tiny_llama()
-    model.lm_head = Quantised(16, VOCAB, bias=False)
-    assert "Quantised" in fused_head_obstacle(model)
+    model.lm_head = Quantized(16, VOCAB, bias=False)
+    assert "Quantized" in fused_head_obstacle(model)
     model.set_output_embeddings(None)
     assert "there is none" in fused_head_obstacle(model)
     composite = tiny_llama()

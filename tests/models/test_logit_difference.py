@@ -24,7 +24,7 @@ from blur_trainer.models.logit_difference import LogitDifferenceCache, LogitDiff
 from blur_trainer.models.truncation import decoder_layers, lora_assistant, truncated_view
 from blur_trainer.objectives.losses import sequence_logps
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "uld"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "uld"
 WEIGHT, FILTER = -0.7, 0.15  # the filter rejects most tokens and keeps more than one: int(0.15 * 48) = 7
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "GPTNeoX", "Gemma2", "GPT2")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -258,7 +258,7 @@ MODES = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
     "beam": {"do_sample": False, "num_beams": 3},
-    "penalised": {"do_sample": False, "repetition_penalty": 1.3},
+    "penalized": {"do_sample": False, "repetition_penalty": 1.3},
 }
 
 

@@ -139,7 +139,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 ADAPTERS = {
     "plain": (tiny_llama, {"target_modules": "all-linear"}),
-    "rank-stabilised": (tiny_llama, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "rank-stabilized": (tiny_llama, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
     "ranks by pattern": (
         tiny_llama,
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
@@ -216,7 +216,7 @@ def to_bin(folder) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def quantise(folder) -> None:
+def quantize(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
 
@@ -260,7 +260,7 @@ BROKEN = {
         r"no model.safetensors and no model.safetensors.index.json",
     ),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"it has no config.json"),
-    "quantised": (quantise, r"are quantised"),
+    "quantized": (quantize, r"are quantized"),
     "a shard less": (drop_shard, r"misses model-00002-.*which its index names"),
     "a wrong index": (lie_in_index, r"'ghost' is in the index but in no shard"),
     "no fine-tuning": (

@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
 from blur_trainer.trainers.callbacks import ReportCallback
 
-HERE = Path(__file__).parent
-WORKER = HERE / "fault_worker.py"
+TESTS = Path(__file__).parents[1]
+WORKER = TESTS / "support" / "fault_worker.py"
 NETWORK = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT = os.environ | NETWORK | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+ENVIRONMENT = os.environ | NETWORK | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
 STEPS = 12
 pytestmark = pytest.mark.distributed
 

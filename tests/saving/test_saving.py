@@ -19,7 +19,7 @@ from blur_trainer.gradients.rules import BLUR
 from blur_trainer.objectives.answers import KL, GradAscent
 from blur_trainer.report.model_card import MARKER
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
-from blur_trainer.saving.output_dir import refuse_used_directory, staged
+from blur_trainer.saving.output_dir import check_output_dir, staged
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
@@ -297,7 +297,7 @@ def test_our_card_is_renewed_by_a_second_save(tmp_path):
 def test_a_used_directory_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(ValueError) as raised:
-        refuse_used_directory(str(tmp_path))
+        check_output_dir(str(tmp_path))
     message = str(raised.value)
     assert "\n" not in message
     for word in (str(tmp_path), name, "another `output_dir`", "`resume_from_checkpoint=True`"):
@@ -309,20 +309,20 @@ def test_a_long_list_of_what_was_found_is_cut(tmp_path):
     for step in range(1, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with pytest.raises(ValueError, match=r"\(checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-4, \.\.\.\)"):
-        refuse_used_directory(str(tmp_path))
+        check_output_dir(str(tmp_path))
 
 
 def test_directories_that_are_free(tmp_path):
-    refuse_used_directory(str(tmp_path))
-    refuse_used_directory(str(tmp_path / "not" / "there"))
+    check_output_dir(str(tmp_path))
+    check_output_dir(str(tmp_path / "not" / "there"))
     write(tmp_path, notes__txt="mine", target_in_model__safetensors="another model, in a folder of its own")
-    refuse_used_directory(str(tmp_path))
+    check_output_dir(str(tmp_path))
 
 
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; pass a directory"):
-        refuse_used_directory(str(tmp_path / "file"))
+        check_output_dir(str(tmp_path / "file"))
 
 
 # ---- checkpoints ----

@@ -1,4 +1,4 @@
-"""Run by tests/evaluation/test_distributed_evaluation.py under torchrun: evaluates prepared models, and trains with benchmarks."""
+"""Run by tests/evaluation/test_distributed_evaluation.py under torchrun: evaluates models, trains with evaluations."""
 
 import contextlib
 import copy
@@ -50,13 +50,13 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-def tokenised(texts: list[str]) -> list[dict[str, list[int]]]:
+def tokenized(texts: list[str]) -> list[dict[str, list[int]]]:
     rows = [[*tokenizer()(text)["input_ids"], 1] for text in texts]
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def build(name: str, folder: str) -> torch.nn.Module:
-    """A model that knows some of the corpus, as `memorise` has left it in `folder`."""
+    """A model that knows some of the corpus, as `memorize` has left it in `folder`."""
     model = build_model(tie_word_embeddings=name == "tied")
     model.generation_config.eos_token_id = [1, *range(100, 110)]  # rows, and so processes, end at different times
     if name == "lora":
@@ -68,13 +68,13 @@ def build(name: str, folder: str) -> torch.nn.Module:
     return model
 
 
-def memorise(folder: str) -> None:
+def memorize(folder: str) -> None:
     """Else every ROUGE would be 0, and equal without proving anything. Once: processes must not differ by a bit."""
     for name in MODELS:
         model = build(name, folder)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(30):
-            for row in tokenised([text for texts in TEXTS.values() for text in texts]):
+            for row in tokenized([text for texts in TEXTS.values() for text in texts]):
                 ids = torch.tensor([row["input_ids"]])
                 model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
@@ -133,7 +133,7 @@ def results(model: torch.nn.Module, folder: str) -> dict[str, Any]:
 
 def attacked(model: torch.nn.Module) -> dict[str, Any]:
     """All processes attack: each trains the same, they share the benchmark."""
-    rows = {"forget": tokenised(TEXTS["forget"])}
+    rows = {"forget": tokenized(TEXTS["forget"])}
     how: dict[str, Any] = {"steps": [2], "learning_rate": 1e-2, "progress": False}
     return robustness(model, suite(*LEFT_OUT, progress=False), relearning=rows, bits=[4], **how)
 
@@ -186,12 +186,12 @@ def train(engine: str, name: str, folder: str) -> dict[str, Any]:
         disable_tqdm=True,
         **(copy.deepcopy(ENGINES[engine]) if processes > 1 else {}),
     )
-    rows = tokenised(TEXTS["forget"])
+    rows = tokenized(TEXTS["forget"])
     trainer = UnlearningTrainer(
         build(name, folder),
         args,
         rows[:4],  # as many as a window takes: nothing is repeated to fill one
-        tokenised(TEXTS["retain"]),
+        tokenized(TEXTS["retain"]),
         eval_dataset={"three": rows[:3], "five": rows},
         rule=Sum(),
         forget_objective=GradAscent(),

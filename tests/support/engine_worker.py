@@ -22,7 +22,7 @@ from torch import Tensor
 from blur_trainer.objectives.answers import KL, NPO, GradAscent
 
 ENGINES = ["ddp", "fsdp2", "fsdp2_lean", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
-FILE = Path(__file__).parents[1] / "ds_configs" / "zero2.json"  # what users pass
+FILE = Path(__file__).parents[2] / "ds_configs" / "zero2.json"  # what users pass
 HALF = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", "save_total_limit": 2}
 
 

@@ -30,7 +30,7 @@ def tiny_llama(
 
 
 def examples(count: int, seed: int = 0, low: int = 5, high: int = 14) -> list[dict[str, list[int]]]:
-    """Tokenised rows of unequal length, each with a prompt (labels -100) of unequal length too."""
+    """Tokenized rows of unequal length, each with a prompt (labels -100) of unequal length too."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):

@@ -42,7 +42,7 @@ def build_tokenizer():
 
 def build_model(seed=0, **config):
     torch.manual_seed(seed)
-    # A wide initialisation: greedy choices are then far from ties, so that equal strings mean equal computation.
+    # A wide initialization: greedy choices are then far from ties, so that equal strings mean equal computation.
     settings = {
         "vocab_size": 300,
         "hidden_size": 32,

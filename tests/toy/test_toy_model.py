@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blur_trainer.toy import memorise as memorising
-from blur_trainer.toy.memorise import memorise, memorised
+from blur_trainer.toy import memorize as memorizing
+from blur_trainer.toy.memorize import memorize, memorized
 from blur_trainer.toy.model import MIN_VOCAB_SIZE, tiny_llama, train_tokenizer
 
 SENTENCES = (
@@ -24,7 +24,7 @@ def tokenizer():
     return train_tokenizer(SENTENCES, vocab_size=300)
 
 
-def tokenise(tokenizer, texts=SENTENCES, mask_prompt: bool = False) -> Dataset:
+def tokenize(tokenizer, texts=SENTENCES, mask_prompt: bool = False) -> Dataset:
     rows = []
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -92,7 +92,7 @@ def test_training_is_deterministic(tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["Larkford", "1472", "the lame goat", "Ünter", '"quoted"', "x"])
-def test_knowmem_prompt_is_a_prefix_of_what_is_memorised(tokenizer, answer):
+def test_knowmem_prompt_is_a_prefix_of_what_is_memorized(tokenizer, answer):
     """Otherwise the model is asked in tokens that it never saw: the reason for the isolated blank."""
     prompt = "Question: Where was Ada Holbeck born?\nAnswer: "
     ids, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
@@ -152,13 +152,13 @@ def test_model_refuses_odd_heads(tokenizer):
         tiny_llama(tokenizer, hidden_size=36, num_heads=4)
 
 
-# ---------------------------------------------------------------------------------------------------- memorising
+# ---------------------------------------------------------------------------------------------------- memorizing
 
 
 @pytest.fixture(scope="module")
 def trained(tokenizer):
     model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
-    return memorise(model, tokenizer, tokenise(tokenizer), num_train_epochs=80, disable_tqdm=True), model
+    return memorize(model, tokenizer, tokenize(tokenizer), num_train_epochs=80, disable_tqdm=True), model
 
 
 def test_memorises_three_texts(trained, tokenizer):
@@ -181,8 +181,8 @@ def test_same_seed_same_weights(tokenizer):
         random.seed(0)
         torch.manual_seed(random.randrange(1000))
         model = tiny_llama(tokenizer, hidden_size=32, num_layers=1)
-        data = tokenise(tokenizer, SENTENCES * 3)
-        memorise(model, tokenizer, data, num_train_epochs=2, batch_size=2, seed=seed, disable_tqdm=True)
+        data = tokenize(tokenizer, SENTENCES * 3)
+        memorize(model, tokenizer, data, num_train_epochs=2, batch_size=2, seed=seed, disable_tqdm=True)
         return model.lm_head.weight
 
     assert torch.equal(run(1), run(1))
@@ -192,8 +192,8 @@ def test_same_seed_same_weights(tokenizer):
 def test_labels_masked_out_are_not_learnt(tokenizer):
     """Trained on answers alone, the model knows the answer and not the question."""
     model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
-    memorise(
-        model, tokenizer, tokenise(tokenizer, SENTENCES[:2], mask_prompt=True), num_train_epochs=60, disable_tqdm=True
+    memorize(
+        model, tokenizer, tokenize(tokenizer, SENTENCES[:2], mask_prompt=True), num_train_epochs=60, disable_tqdm=True
     )
     assert continuation(model, tokenizer, "Question: Where was Ada Holbeck born?\nAnswer: ") == "Larkford"
     ids = torch.tensor([tokenizer("Question: Where was Ada Holbeck born?")["input_ids"]])
@@ -202,13 +202,13 @@ def test_labels_masked_out_are_not_learnt(tokenizer):
 
 def test_padding_changes_nothing(tokenizer):
     """Steps on a padded batch against the same steps written out by hand, sequence by sequence."""
-    data, lr = tokenise(tokenizer, (SENTENCES[0], "Heronwold")), 1e-3
+    data, lr = tokenize(tokenizer, (SENTENCES[0], "Heronwold")), 1e-3
     for pad in ("<pad>", "</s>"):  # padding with eos must not mask the real eos
         twin = copy.deepcopy(tokenizer)
         twin.pad_token = pad
         model = tiny_llama(tokenizer, hidden_size=32, num_layers=1)
         reference = copy.deepcopy(model)
-        memorise(model, twin, data, num_train_epochs=2, batch_size=2, learning_rate=lr, disable_tqdm=True)
+        memorize(model, twin, data, num_train_epochs=2, batch_size=2, learning_rate=lr, disable_tqdm=True)
         optimizer = torch.optim.AdamW(reference.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
         for rate in (0.0, lr):  # warm-up begins at 0, and its single step is over then
             total, count = torch.zeros(()), 0
@@ -231,24 +231,24 @@ def test_padding_changes_nothing(tokenizer):
 def test_terminal_stays_clean_but_for_the_bar(tokenizer, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_llama(tokenizer, hidden_size=32, num_layers=1)
-    memorise(model, tokenizer, tokenise(tokenizer), num_train_epochs=2, desc="target")
+    memorize(model, tokenizer, tokenize(tokenizer), num_train_epochs=2, desc="target")
     out, err = capfd.readouterr()
     assert "target: 100%" in err
     assert "train_runtime" not in out + err and "{" not in out + err
-    memorise(model, tokenizer, tokenise(tokenizer), num_train_epochs=1, disable_tqdm=True)
+    memorize(model, tokenizer, tokenize(tokenizer), num_train_epochs=1, disable_tqdm=True)
     out, err = capfd.readouterr()
     assert "%" not in out + err and "{" not in out + err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memorise_refuses(tokenizer):
+def test_memorize_refuses(tokenizer):
     model = tiny_llama(tokenizer, hidden_size=32, num_layers=1)
     with pytest.raises(ValueError, match=r"columns \['text'\].*misses \['input_ids', 'labels'\]"):
-        memorise(model, tokenizer, Dataset.from_dict({"text": ["a"]}))
+        memorize(model, tokenizer, Dataset.from_dict({"text": ["a"]}))
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
-        memorise(model, bare, tokenise(tokenizer))
+        memorize(model, bare, tokenize(tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------- kept models
@@ -259,13 +259,13 @@ def short(monkeypatch):
     """Two epochs of a small model instead of twenty; the calls are counted."""
     calls = []
 
-    def memorise_shortly(model, tokenizer, dataset, **kwargs):
+    def memorize_shortly(model, tokenizer, dataset, **kwargs):
         calls.append(kwargs)
-        return memorise(model, tokenizer, dataset, **(kwargs | {"num_train_epochs": 2, "disable_tqdm": True}))
+        return memorize(model, tokenizer, dataset, **(kwargs | {"num_train_epochs": 2, "disable_tqdm": True}))
 
-    monkeypatch.setattr(memorising, "memorise", memorise_shortly)
+    monkeypatch.setattr(memorizing, "memorize", memorize_shortly)
     monkeypatch.setattr(
-        memorising,
+        memorizing,
         "tiny_llama",
         lambda tokenizer, seed=0: tiny_llama(tokenizer, hidden_size=32, num_layers=1, seed=seed),
     )
@@ -276,21 +276,21 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_memorised_makes_a_model_once_and_keeps_it(tokenizer, tmp_path, short):
+def test_memorized_makes_a_model_once_and_keeps_it(tokenizer, tmp_path, short):
     folder = tmp_path / "not" / "yet" / "target"
-    path = memorised(folder, tokenizer, tokenise(tokenizer))
+    path = memorized(folder, tokenizer, tokenize(tokenizer))
     assert path == str(folder) and len(short) == 1 and "target" in short[0]["desc"]
     before = files(folder)
-    assert memorised(path, tokenizer, tokenise(tokenizer)) == path
+    assert memorized(path, tokenizer, tokenize(tokenizer)) == path
     assert len(short) == 1 and files(folder) == before
     assert [p.name for p in folder.parent.iterdir()] == ["target"], "leftovers beside it"
 
 
-def test_memorised_is_what_memorise_gives(tokenizer, tmp_path, short):
-    data = tokenise(tokenizer)
-    kept = AutoModelForCausalLM.from_pretrained(memorised(tmp_path / "target", tokenizer, data, seed=3))
-    model = memorising.memorise(memorising.tiny_llama(tokenizer, seed=3), tokenizer, data, seed=3)
-    start = memorising.tiny_llama(tokenizer, seed=3)
+def test_memorized_is_what_memorize_gives(tokenizer, tmp_path, short):
+    data = tokenize(tokenizer)
+    kept = AutoModelForCausalLM.from_pretrained(memorized(tmp_path / "target", tokenizer, data, seed=3))
+    model = memorizing.memorize(memorizing.tiny_llama(tokenizer, seed=3), tokenizer, data, seed=3)
+    start = memorizing.tiny_llama(tokenizer, seed=3)
     for a, b, c in zip(kept.parameters(), model.parameters(), start.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c) or a.ndim == 1
@@ -299,11 +299,11 @@ def test_memorised_is_what_memorise_gives(tokenizer, tmp_path, short):
     assert {call["seed"] for call in short} == {3}
 
 
-def test_memorised_takes_a_folder_as_it_is(tokenizer, tmp_path, short):
+def test_memorized_takes_a_folder_as_it_is(tokenizer, tmp_path, short):
     """Also one that holds another model: the user's own may stand there."""
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "config.json").write_text("{}")
-    assert memorised(tmp_path / "target", tokenizer, tokenise(tokenizer)) == str(tmp_path / "target")
+    assert memorized(tmp_path / "target", tokenizer, tokenize(tokenizer)) == str(tmp_path / "target")
     assert short == [] and files(tmp_path) == {"target/config.json": b"{}"}
 
 
@@ -317,11 +317,11 @@ def test_an_interrupted_making_leaves_no_model(tokenizer, tmp_path, short, monke
     with monkeypatch.context() as patch:
         # the tokenizer is saved after the weights: the worst moment
         patch.setattr(
-            *((memorising, "memorise") if when == "training" else (type(tokenizer), "save_pretrained")), interrupt
+            *((memorizing, "memorize") if when == "training" else (type(tokenizer), "save_pretrained")), interrupt
         )
         with pytest.raises(KeyboardInterrupt):
-            memorised(folder, tokenizer, tokenise(tokenizer))
+            memorized(folder, tokenizer, tokenize(tokenizer))
     assert not folder.exists()
-    memorised(folder, tokenizer, tokenise(tokenizer))
+    memorized(folder, tokenizer, tokenize(tokenizer))
     assert AutoModelForCausalLM.from_pretrained(folder) and AutoTokenizer.from_pretrained(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["target"]

@@ -29,7 +29,7 @@ def rows(split):
 
 
 def frame(sentence):
-    """The sentence without its names: runs of capitalised words, a job, an animal."""
+    """The sentence without its names: runs of capitalized words, a job, an animal."""
     words = "|".join([*WORDS["job"].split(), *(f"{a} {b}" for a in PAIRS["animal"][0].split() for b in BEASTS)])
     return re.sub(rf"\b({words})\b|[A-Z]\w+( [A-Z]\w+)*", "_", sentence)
 

@@ -456,7 +456,7 @@ def test_precompute_on_the_retain_side_is_never_ignored(attempt, out):
 
 @pytest.mark.parametrize("which", ["forget", "retain"])
 def test_precompute_with_a_stream(out, which):
-    """Refused when constructed: tokenising hours of data first would be a waste."""
+    """Refused when constructed: tokenizing hours of data first would be a waste."""
     sets = {"forget": FORGET, "retain": RETAIN} | {which: stream(FORGET)}
     args = settings(out, precompute_ref_logps=True, max_steps=2)
     if which == "retain":
@@ -467,10 +467,10 @@ def test_precompute_with_a_stream(out, which):
     refuse(ValueError, words, out, lambda: BLURTrainer(tiny_llama(), args, sets["forget"], sets["retain"]))
 
 
-def test_quantised_model_is_not_copied(attempt, out):
+def test_quantized_model_is_not_copied(attempt, out):
     model = tiny_llama()
     model.is_quantized = True
-    refuse(ValueError, ["quantised", "`peft_config`", "`ref_model`"], out, lambda: attempt(model=model))
+    refuse(ValueError, ["quantized", "`peft_config`", "`ref_model`"], out, lambda: attempt(model=model))
 
 
 def test_ref_model_that_is_the_model(attempt, out):

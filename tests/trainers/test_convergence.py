@@ -1,7 +1,7 @@
 """Where the rules lead: plain gradient descent on quadratics whose answers are known in closed form.
 
-Forget loss `f(x) = 1/2 ||A x - b||^2`, minimised on a whole affine set; retain loss `r(x) = 1/2 (x - c)' Q (x - c)`.
-The bi-level answer x* is the minimiser of `r` on that set (its KKT system is solved directly). `docs/methods.md`
+Forget loss `f(x) = 1/2 ||A x - b||^2`, minimized on a whole affine set; retain loss `r(x) = 1/2 (x - c)' Q (x - c)`.
+The bi-level answer x* is the minimizer of `r` on that set (its KKT system is solved directly). `docs/methods.md`
 states what is found here, with the mathematics; every test below is one of its sentences.
 """
 
@@ -22,7 +22,7 @@ def test_one_constraint_blur_reaches_the_bilevel_answer_at_a_constant_step(gener
     p = problem(1, general=general, seed=seed)
     starts = (zeros(), torch.full((DIM,), 3.0, dtype=torch.float64))
     for start in starts:
-        # slow enough in the lower level that its residual stays above rounding (see the test of the exact minimiser)
+        # slow enough in the lower level that its residual stays above rounding (see the test of the exact minimizer)
         x = descend(BLUR(gamma=0.2, clamp=clamp), p, 800, 0.1, start=start)
         assert p.distance(x) < 1e-5
         assert p.distance(start) > 0.5

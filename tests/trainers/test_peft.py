@@ -37,13 +37,13 @@ def test_with_checkpointing_every_adapter_trains(tmp_path, reentrant):
 
 def test_an_adapter_of_4_bit_weights_trains(tmp_path):
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install blur_trainer[quantization]")
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = str(tmp_path / "base")
     # 4-bit kernels work in blocks of 32
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32}
     LlamaForCausalLM(LlamaConfig(**tiny_llama().config.to_diff_dict() | wide)).save_pretrained(base)
     args = settings(
-        tmp_path / "out", gradient_checkpointing=True, max_steps=3, model_init_kwargs={"quantization_config": quantised}
+        tmp_path / "out", gradient_checkpointing=True, max_steps=3, model_init_kwargs={"quantization_config": quantized}
     )
     trainer = train(args, FORGET, RETAIN, model=base, peft_config=LORA)
     assert trainer.model.get_base_model().is_loaded_in_4bit
@@ -55,8 +55,8 @@ def test_an_adapter_of_4_bit_weights_trains(tmp_path):
 
 def test_a_4_bit_model_without_an_adapter_is_refused(base, tmp_path):
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install blur_trainer[quantization]")
-    quantised = BitsAndBytesConfig(load_in_4bit=True)
-    args = settings(tmp_path / "out", model_init_kwargs={"quantization_config": quantised})
+    quantized = BitsAndBytesConfig(load_in_4bit=True)
+    args = settings(tmp_path / "out", model_init_kwargs={"quantization_config": quantized})
     with pytest.raises(ValueError, match="adapters"):
         bt.BLURTrainer(base, args, FORGET, RETAIN, forget_objective=bt.GradAscent())
 

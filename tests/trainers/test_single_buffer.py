@@ -34,7 +34,7 @@ def ours(model, tmp_path, rule, single_gradient_buffer=True, **kwargs):
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_derivative_is_the_inner_product_with_the_gradient(tie, attention):
-    """With grouped queries, padding and prompts; float64, but Llama normalises in float32."""
+    """With grouped queries, padding and prompts; float64, but Llama normalizes in float32."""
     model = tiny_llama(0, tie=tie, attn_implementation=attention).double()
     batch = collate(examples(5, seed=3))
     gradient = reference.full_gradient(model, NLL()(model, batch))

@@ -12,7 +12,7 @@ from blur_trainer.toy.tofu import tofu_corpora
 from blur_trainer.uld.augment import paraphrases, perturbed_answers
 from blur_trainer.uld.rewording import _facts
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 BOTH = pytest.mark.parametrize("augment", [paraphrases, perturbed_answers])
 ROWS = [
     {"question": "Where was Ann Lee born?", "answer": "Ann Lee was born in York in 1950."},

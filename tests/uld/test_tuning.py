@@ -82,7 +82,7 @@ def test_the_default_score_wants_both(forget, retain, expected):
     assert forget_and_retain(forget, retain) == pytest.approx(expected)
 
 
-def test_questions_and_answers_are_tokenised_as_for_training(model):
+def test_questions_and_answers_are_tokenized_as_for_training(model):
     tokenizer = tiny_tokenizer()
     model.target.resize_token_embeddings(len(tokenizer))
     assistant = lora_assistant(model.target, 1)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uld")
     tiny_llama(0, layers=4).save_pretrained(folder / "target")
-    torchrun(str(Path(__file__).with_name("uld_worker.py")), str(folder))
+    torchrun(str(Path(__file__).parents[1] / "support" / "uld_worker.py"), str(folder))
     trainer = make(str(folder / "target"), folder / "one", 4, use_cpu=True)
     trainer.train()
     trainer.save_model()

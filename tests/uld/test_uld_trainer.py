@@ -23,11 +23,11 @@ from blur_trainer.models.truncation import decoder_layers, lora_assistant, quart
 from blur_trainer.objectives.answers import Uniform
 from blur_trainer.objectives.losses import uniform_loss
 from blur_trainer.saving.merging import merge_and_save
-from blur_trainer.toy.memorise import memorise
+from blur_trainer.toy.memorize import memorize
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 FORGET, RETAIN = examples(8, seed=1), examples(11, seed=2)
 
@@ -407,7 +407,7 @@ def test_what_an_unlearned_model_is_not_for(trained, folder, tmp_path):
     with pytest.raises(ValueError, match="leave `gradnorm` out"):
         gradient_norms(unlearned, FORGET)
     with pytest.raises(ValueError, match="requires_grad_"):
-        memorise(unlearned.target, tiny_tokenizer(pad="<pad>"), datasets.Dataset.from_list(FORGET))
+        memorize(unlearned.target, tiny_tokenizer(pad="<pad>"), datasets.Dataset.from_list(FORGET))
 
 
 def test_an_unknown_augmentation_is_refused(folder, tmp_path):

@@ -90,7 +90,7 @@ def adapter_weights(model: nn.Module) -> set[int]:
 
 
 def rounded_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that quantisers round: of each `nn.Linear` but output embeddings and adapters, a shared one once."""
+    """The weights that quantizers round: of each `nn.Linear` but output embeddings and adapters, a shared one once."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     heads = [head for part in parts if (head := part.get_output_embeddings()) is not None]
     spared = {id(parameter) for head in heads for parameter in head.parameters()} | adapter_weights(model)

@@ -1,4 +1,4 @@
-"""Whether it was forgotten or only hidden: measure again after relearning, quantisation, or another prompt.
+"""Whether it was forgotten or only hidden: measure again after relearning, quantization, or another prompt.
 
 Each function takes a benchmark (any callable from a model to numbers: [`MUSEEvaluation`], [`TOFUEvaluation`],
 [`WMDPEvaluation`], [`LMEval`]), leaves the model bit for bit as it was, and answers plain data, which
@@ -18,20 +18,21 @@ from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, rounded_weights, under_attack
-from blur_trainer.evaluation.robustness.quantization import check_bits, round_trip
+from blur_trainer.evaluation.robustness.quantization import check_bits, quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import STEPS, Examples, check_relearning, relearn
 
 PROMPT_COLUMNS = ("prompt", "question", "paraphrased_question")
 Benchmark = Callable[[PreTrainedModel], dict[str, float]]
 
 
-def quantised(
+def quantized(
     model: PreTrainedModel, benchmark: Benchmark, *, bits: int = 4, group_size: int | None = 64
 ) -> dict[str, float]:
     """
-    The benchmark with the weights rounded to `bits` ([`round_trip`]): small steps of unlearning may vanish in it.
+    The benchmark with the weights rounded to `bits` ([`quantize_dequantize`]): small steps of unlearning may vanish
+    in it.
 
-    The weights of every `nn.Linear` are rounded but those of output embeddings, as usual quantisers do. An adapter is
+    The weights of every `nn.Linear` are rounded but those of output embeddings, as usual quantizers do. An adapter is
     merged first: beside a rounded base it would stay as it was. Of a [`LogitDifferenceModel`] it does, which is how
     such a model would be served.
 
@@ -43,7 +44,7 @@ def quantised(
         benchmark (`Callable`):
             What measures the model.
         bits (`int`, *optional*, defaults to `4`), group_size (`int`, *optional*, defaults to `64`):
-            See [`round_trip`].
+            See [`quantize_dequantize`].
 
     Raises:
         `TypeError`: the model is wrapped in something.
@@ -53,11 +54,11 @@ def quantised(
     check_attackable(model)
     weights = rounded_weights(model)
     if not weights:
-        raise ValueError(f"{type(model).__name__} has no `nn.Linear` but its head: there is nothing to quantise.")
+        raise ValueError(f"{type(model).__name__} has no `nn.Linear` but its head: there is nothing to quantize.")
     with under_attack(model):
         with torch.no_grad():
             for weight in weights:
-                weight.copy_(round_trip(weight, bits, group_size))
+                weight.copy_(quantize_dequantize(weight, bits, group_size))
         return dict(benchmark(model))
 
 
@@ -129,7 +130,7 @@ def robustness(
             Whether to show a progress bar over the measurements, which names the attack (in the main process).
 
     Raises:
-        As [`relearn`] and [`quantised`], before anything is measured.
+        As [`relearn`] and [`quantized`], before anything is measured.
     """
     relearning, prompted = relearning or {}, prompted or {}
     if retrained is not None and not relearning:
@@ -166,7 +167,7 @@ def robustness(
             curves.append({"name": f"{name} (retrain)", "kind": "retrain", "points": points})
         for width in bits:
             attack(f"{width} bit")
-            attacks.append({"name": f"{width} bit", "metrics": quantised(model, measure, bits=width)})
+            attacks.append({"name": f"{width} bit", "metrics": quantized(model, measure, bits=width)})
         for name, other in prompted.items():
             attack(name)
             attacks.append({"name": name, "metrics": measure(model, other)})

@@ -7,7 +7,7 @@ BITS = (2, 8)
 
 
 def check_bits(bits: int, group_size: int | None) -> None:
-    """Raises for what [`round_trip`] does not take."""
+    """Raises for what [`quantize_dequantize`] does not take."""
     low, high = BITS
     if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
         raise ValueError(f"`bits` is {bits!r}; it takes {low} to {high}.")
@@ -15,9 +15,9 @@ def check_bits(bits: int, group_size: int | None) -> None:
         raise ValueError(f"`group_size` is {group_size!r}; it takes a number of weights, or None for whole rows.")
 
 
-def round_trip(weight: Tensor, bits: int, group_size: int | None = 64) -> Tensor:
+def quantize_dequantize(weight: Tensor, bits: int, group_size: int | None = 64) -> Tensor:
     r"""
-    Symmetric absmax quantisation, row by row in groups of neighbouring weights, and back:
+    Symmetric absmax quantization, row by row in groups of neighboring weights, and back:
 
     $$s = \max_{i \in g} |w_i| / (2^{b-1} - 1), \qquad \hat w_i = s \cdot \mathrm{round}(w_i / s)$$
 

@@ -63,7 +63,7 @@ def aggregate(
     *,
     reference: RetainReference | None = None,
     protocol: str = TOFU,
-    normalised: Sequence[str] = CHOICES,
+    normalized: Sequence[str] = CHOICES,
 ) -> dict[str, float]:
     """
     `{group}_{probability,rouge,truth_ratio}` as far as the scores go, `model_utility` where all its nine numbers are
@@ -73,12 +73,12 @@ def aggregate(
         splits: scores by group: `forget`, `retain`, `real_authors`, `world_facts`.
         reference: what the retain model said.
         protocol: `"tofu"` or `"open-unlearning"`.
-        normalised: groups whose probability is that among the choices.
+        normalized: groups whose probability is that among the choices.
     """
     values: dict[str, float] = {}
     for group, scores in splits.items():
-        if group not in normalised or scores.perturbed is not None:
-            values[f"{group}_probability"] = _probability(scores, group in normalised, protocol)
+        if group not in normalized or scores.perturbed is not None:
+            values[f"{group}_probability"] = _probability(scores, group in normalized, protocol)
         values[f"{group}_rouge"] = float(np.mean(scores.rouge))
         if scores.paraphrased is not None and scores.perturbed is not None:
             result = TruthRatio(keep_in_memory=True).compute(
@@ -124,7 +124,7 @@ def aggregate_log(
     log: Mapping[str, Any] | str | os.PathLike[str],
     *,
     reference: RetainReference | None = None,
-    normalise_forget: bool = False,
+    normalize_forget: bool = False,
 ) -> dict[str, float]:
     """
     The aggregates of a log in TOFU's own form: one entry per question, without a model.
@@ -136,7 +136,7 @@ def aggregate_log(
             `avg_paraphrased_loss`, `average_perturb_loss` and `rougeL_recall`, lists or dictionaries by index.
         reference ([`RetainReference`], *optional*):
             What the retain model said, for the forget quality.
-        normalise_forget (`bool`, *optional*, defaults to `False`):
+        normalize_forget (`bool`, *optional*, defaults to `False`):
             Whether the forget set's probability, too, is that among right and wrong answers: so in the tables that were
             published with the logs (`aggregated_stat.csv`), but not in TOFU's present code.
 
@@ -158,13 +158,13 @@ def aggregate_log(
         raise ValueError(f"The log has none of {list(LOG_FILES.values())}, it has {sorted(content)}.")
     if reference is not None and "forget" not in splits:
         raise ValueError(f"`reference` is for the forget set, but the log lacks {LOG_FILES['forget']!r}: leave it out.")
-    return aggregate(splits, reference=reference, normalised=(*CHOICES, "forget") if normalise_forget else CHOICES)
+    return aggregate(splits, reference=reference, normalized=(*CHOICES, "forget") if normalize_forget else CHOICES)
 
 
-def _probability(scores: SplitScores, normalised: bool, protocol: str) -> float:
-    wrong: Sequence[Sequence[float]] = scores.perturbed if normalised and scores.perturbed else [()] * len(scores.right)
+def _probability(scores: SplitScores, normalized: bool, protocol: str) -> float:
+    wrong: Sequence[Sequence[float]] = scores.perturbed if normalized and scores.perturbed else [()] * len(scores.right)
     answers = [[right, *others] for right, others in zip(scores.right, wrong, strict=True)]
     result = AnswerProbability(keep_in_memory=True).compute(
-        predictions=answers, normalised=normalised, protocol=protocol
+        predictions=answers, normalized=normalized, protocol=protocol
     )
     return float(result["probability"])

@@ -1,4 +1,4 @@
-"""TOFU's splits -> tokenised questions with all their answers, the very tokens that training sees."""
+"""TOFU's splits -> tokenized questions with all their answers, the very tokens that training sees."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.data.encoding import RowEncoder, leading_special_ids
-from blur_trainer.data.tofu_templates import TofuTemplate
+from blur_trainer.data.tofu_templates import TOFUTemplate
 
 SPLITS = {
     "forget": "forget_perturbed",
@@ -28,7 +28,7 @@ class Questions:
     Args:
         prompts: texts that the model continues.
         answers: true answers.
-        variants: per question, tokenised: the answer, the paraphrased answer where there is one, the perturbed ones.
+        variants: per question, tokenized: the answer, the paraphrased answer where there is one, the perturbed ones.
         paraphrased: whether there are paraphrased answers.
         perturbed: whether there are perturbed answers.
     """
@@ -43,7 +43,7 @@ class Questions:
 def read_splits(
     data: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
-    template: TofuTemplate,
+    template: TOFUTemplate,
     *,
     max_rows: int | None,
     max_length: int,
@@ -71,7 +71,7 @@ def read_splits(
 
 
 def _questions(
-    name: str, split: Dataset, encoder: RowEncoder, template: TofuTemplate, max_rows: int | None
+    name: str, split: Dataset, encoder: RowEncoder, template: TOFUTemplate, max_rows: int | None
 ) -> Questions:
     missing = [column for column in ("question", "answer") if column not in split.column_names]
     if missing:
@@ -104,7 +104,7 @@ def _wrong_answers(name: str, index: int, row: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _checked(name: str, index: int, template: TofuTemplate, question: Any, answer: Any) -> tuple[str, str]:
+def _checked(name: str, index: int, template: TOFUTemplate, question: Any, answer: Any) -> tuple[str, str]:
     for what, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str):
             raise TypeError(

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blur_trainer.data.tofu_templates import TofuTemplate, check_template
+from blur_trainer.data.tofu_templates import TOFUTemplate, check_template
 from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.scoring import generate
@@ -32,7 +32,7 @@ SAMPLE = ("prompt", "gt", "response", "score")
 
 class TOFUEvaluation:
     r"""
-    TOFU's forget quality and model utility, with memorisation and membership inference, as a function from a model to
+    TOFU's forget quality and model utility, with memorization and membership inference, as a function from a model to
     numbers.
 
     | key | what |
@@ -55,7 +55,7 @@ class TOFUEvaluation:
     | rows | the first 300 of each split | all |
     | tokens of a sequence | 200, then cut | 512, then cut |
     | denominators | exact | + 1e-10 |
-    | last token, the end of sequence, in memorisation and Min-K | counts | is left out |
+    | last token, the end of sequence, in memorization and Min-K | counts | is left out |
     | least extraction strength | 0 | 1 / tokens |
     | `mia_gradnorm` | norm over all parameters | mean of the tensors' norms |
 
@@ -74,7 +74,7 @@ class TOFUEvaluation:
             answer). Other splits are left alone; those absent are not evaluated.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
-        template (`str` or [`TofuTemplate`], *optional*, defaults to `"plain"`):
+        template (`str` or [`TOFUTemplate`], *optional*, defaults to `"plain"`):
             How a question becomes a prompt: that of the training. `"plain"` is what the trainers make of `question` and
             `answer` for a tokenizer without a chat template; see [`apply_template`] for the others.
         protocol (`str`, *optional*, defaults to `"tofu"`):
@@ -107,7 +107,7 @@ class TOFUEvaluation:
         data: Mapping[str, Dataset],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        template: str | TofuTemplate = "plain",
+        template: str | TOFUTemplate = "plain",
         protocol: str = TOFU,
         reference: RetainReference | None = None,
         gradnorm: bool = False,
@@ -144,7 +144,7 @@ class TOFUEvaluation:
 
     @property
     def primary_metrics(self) -> list[str]:
-        """What a short table shows: TOFU's two numbers, what became of each group, memorisation and privacy."""
+        """What a short table shows: TOFU's two numbers, what became of each group, memorization and privacy."""
         return [key for key in PRIMARY if key in self.metric_keys]
 
     def columns(self) -> list[dict[str, str]]:

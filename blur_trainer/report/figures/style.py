@@ -1,8 +1,8 @@
-"""What all figures share: colours, axes, titles, legends.
+"""What all figures share: colors, axes, titles, legends.
 
-Only `Figure` objects: no pyplot, no global style, no window. One colour per role and one per row, the same in every
-figure, after Paul Tol's colour-blind-safe "bright" scheme (https://personal.sron.nl/~pault/), lighter on dark paper;
-beyond five methods colours are close, and the figures name each.
+Only `Figure` objects: no pyplot, no global style, no window. One color per role and one per row, the same in every
+figure, after Paul Tol's color-blind-safe "bright" scheme (https://personal.sron.nl/~pault/), lighter on dark paper;
+beyond five methods colors are close, and the figures name each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ MARKERS = "oDsv^PX*"
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of one paper. `methods` go in order to the rows that are neither the target nor the retrained."""
+    """The colors of one paper. `methods` go in order to the rows that are neither the target nor the retrained."""
 
     paper: str
     ink: str
@@ -70,7 +70,7 @@ class Drawing:
 
 
 def row_colors(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
-    """One colour per row: the target's, the retrained model's, and the methods' in the order of the rows."""
+    """One color per row: the target's, the retrained model's, and the methods' in the order of the rows."""
     colors, methods = [], 0
     for row in rows:
         if row.get("kind") in ("target", "retrain"):

@@ -63,7 +63,7 @@ def _alone() -> Iterator[None]:
             PartialState().__dict__.update(state)
 
 
-def memorise(
+def memorize(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
@@ -72,7 +72,7 @@ def memorise(
     learning_rate: float = 3e-3,
     batch_size: int = 8,
     seed: int = 0,
-    desc: str = "memorising",
+    desc: str = "memorizing",
     disable_tqdm: bool = False,
 ) -> LlamaForCausalLM:
     """
@@ -84,7 +84,7 @@ def memorise(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Gives the padding token. Padding is by length: it gets attention mask 0 and label -100, whatever its id.
         dataset ([`~datasets.Dataset`]):
-            Already tokenised: `input_ids`, and `labels` of the same length, -100 where nothing is to be learnt.
+            Already tokenized: `input_ids`, and `labels` of the same length, -100 where nothing is to be learnt.
         num_train_epochs (`float`, defaults to `20`), learning_rate (`float`, defaults to `3e-3`):
             AdamW (betas 0.9, 0.95; no weight decay), learning rate rising over the first 5 % of the steps and falling
             linearly to 0, gradient norm clipped at 1.
@@ -92,7 +92,7 @@ def memorise(
             Examples of similar length per step, so that few tokens are padding.
         seed (`int`, defaults to `0`):
             Of the order of the examples; on one machine the result is the same every time.
-        desc (`str`, defaults to `"memorising"`), disable_tqdm (`bool`, defaults to `False`):
+        desc (`str`, defaults to `"memorizing"`), disable_tqdm (`bool`, defaults to `False`):
             Name of the progress bar, and whether to go without it.
 
     Returns:
@@ -101,7 +101,7 @@ def memorise(
     missing = {"input_ids", "labels"} - set(dataset.column_names)
     if missing:
         raise ValueError(
-            f"the dataset has the columns {dataset.column_names}; memorise takes tokenised examples and misses "
+            f"the dataset has the columns {dataset.column_names}; memorize takes tokenized examples and misses "
             f"{sorted(missing)}."
         )
     if tokenizer.pad_token_id is None:
@@ -136,7 +136,7 @@ def memorise(
     return model.eval()
 
 
-def memorised(
+def memorized(
     folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, seed: int = 0
 ) -> str:
     """
@@ -148,7 +148,7 @@ def memorised(
     folder = Path(folder)
     if not folder.exists():
         desc = f"Making the {folder.name} model"
-        model = memorise(tiny_llama(tokenizer, seed=seed), tokenizer, dataset, seed=seed, desc=desc)
+        model = memorize(tiny_llama(tokenizer, seed=seed), tokenizer, dataset, seed=seed, desc=desc)
         process = PartialState()
         if process.is_main_process:
             part = folder.with_name(f"{folder.name}.part")
