@@ -21,6 +21,7 @@ import run_tofu
 import run_wmdp
 
 import blur_trainer as bt
+from blur_trainer.saving.output_dir import check_output_dir
 
 BENCHMARKS = {  # script, methods, arguments of all runs; attacks are of one run's model and cannot be averaged
     "tofu": (run_tofu, ["blur-npo", "npo", "simnpo", "uld"], []),
@@ -54,7 +55,7 @@ def begin(out, resume, shared):
         raise ValueError(f"{str(out)!r} holds a comparison: --resume_from_checkpoint True, or another --output_dir.")
     if noted.exists() and (before := noted.read_text()) != shlex.join(shared):
         raise ValueError(f"The comparison in {str(out)!r} was begun with {before!r}: pass the same.")
-    bt.check_output_dir(str(out))
+    check_output_dir(str(out))
     out.mkdir(parents=True, exist_ok=True)
     noted.write_text(shlex.join(shared))
 

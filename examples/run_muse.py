@@ -22,6 +22,15 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import blur_trainer as bt
+from blur_trainer.data.formats import chunk_documents
+from blur_trainer.data.muse import AUC_RETRAIN, limit_documents, muse_stages
+from blur_trainer.data.subset import sample_rows
+from blur_trainer.report.tables import robustness_rows
+from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.toy.memorize import memorized
+from blur_trainer.toy.model import train_tokenizer
+from blur_trainer.toy.muse import training_texts
+from blur_trainer.trainers.loading import unsharded_loading
 
 TINY = {  # for a Llama of 1M parameters that knows its texts by heart; docs/quickstart.md has the settings of a 7B
     "output_dir": "outputs/muse", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 10,
@@ -57,9 +66,7 @@ def attacked(model, evaluation, data, forget, tokenizer, args, settings, **how):
     beside = "hold" if "raw_hold" in data else "retain"
     few = max(4, len(forget) // 10)
     relearning = {
-        name: bt.tokenize_dataset(
-            bt.sample_rows(rows, few, args.seed), tokenizer, role=name, max_length=args.max_length
-        )
+        name: bt.tokenize_dataset(sample_rows(rows, few, args.seed), tokenizer, role=name, max_length=args.max_length)
         for name, rows in {"forget set": forget, f"{beside} set": data[f"raw_{beside}"]}.items()
     }
     anew = bt.MUSEEvaluation(bt.prefixed(data, PREFIX), tokenizer, **settings)
@@ -92,7 +99,7 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.check_output_dir(str(out))
+        check_output_dir(str(out))
     elif not any(out.rglob("checkpoint-*")):
         raise ValueError(f"output_dir {str(out)!r} holds no checkpoint: leave --resume_from_checkpoint out.")
 
@@ -100,27 +107,27 @@ def main():
     corpus = "news" if script.data_dir and script.corpus == "embedded" else script.corpus
     data = bt.load_muse(corpus, script.data_dir)
     if script.max_documents is not None:
-        data = bt.limit_documents(data, script.max_documents, seed=args.seed)
+        data = limit_documents(data, script.max_documents, seed=args.seed)
     protocol = "sust" if script.sequence else "scal" if script.scale else None
-    folds = bt.muse_stages(data, protocol) if protocol else None
+    folds = muse_stages(data, protocol) if protocol else None
 
     # 3. Models: the target that knows all, the one retrained without the forget set. What to forget, and to retain
     retrain = None
     if tiny:
         torch.set_num_threads(1)  # a second thread waits longer than it works on so small a model
-        tokenizer = bt.train_tokenizer(bt.training_texts(data)["text"])
+        tokenizer = train_tokenizer(training_texts(data)["text"])
         groups = {"target": ["forget", "retain", "hold"], "retrain": ["retain", "hold"]}
-        known = {name: bt.training_texts(data, g) for name, g in groups.items()}
+        known = {name: training_texts(data, g) for name, g in groups.items()}
         rows = {name: bt.tokenize_dataset(t, tokenizer, role=name, max_length=2048) for name, t in known.items()}
-        target, retrain = (bt.memorized(out / name, tokenizer, rows[name]) for name in rows)
-        stages = folds or [("all", bt.training_texts(data, ["forget"]))]  # the answers too: it has learnt them apart
-        retain = data["raw_retain"] if folds else bt.training_texts(data, ["retain"])  # the folds are articles
+        target, retrain = (memorized(out / name, tokenizer, rows[name]) for name in rows)
+        stages = folds or [("all", training_texts(data, ["forget"]))]  # the answers too: it has learnt them apart
+        retain = data["raw_retain"] if folds else training_texts(data, ["retain"])  # the folds are articles
     else:
         target = model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or target)
         stages = folds or [("all", data["raw_forget"])]
-        stages = [(name, bt.chunk_documents(texts["text"], tokenizer, args.max_length)) for name, texts in stages]
-        retain = bt.chunk_documents(data["raw_retain"]["text"], tokenizer, args.max_length)
+        stages = [(name, chunk_documents(texts["text"], tokenizer, args.max_length)) for name, texts in stages]
+        retain = chunk_documents(data["raw_retain"]["text"], tokenizer, args.max_length)
 
     options = {
         "dtype": model_args.dtype,
@@ -129,14 +136,14 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name, **changed):  # to evaluate; the trainer loads by name what it trains, in parts where it is sharded
-        with bt.unsharded_loading(args):
+        with unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options, **changed})
 
     # 4. Evaluation. PrivLeak's zero is the retrained model: ours, or the published one
     settings = {"icl": not tiny, "progress": not tiny}  # solved examples only distract a tiny model
     zero = bt.MUSEEvaluation(data, tokenizer, **settings)
-    auc = zero.privleak_auc(load(retrain)) if tiny else bt.AUC_RETRAIN.get(corpus)
+    auc = zero.privleak_auc(load(retrain)) if tiny else AUC_RETRAIN.get(corpus)
     evaluation = bt.MUSEEvaluation(data, tokenizer, auc_retrain=auc, **settings)
     results = bt.Results(f"MUSE ({corpus})", evaluation, plane={"x": "forget_knowmem", "y": "retain_knowmem"})
     PartialState().print("Evaluating the target")
@@ -200,7 +207,7 @@ def main():
         print(f"\n{bt.format_table(results.columns, results.rows)}")
         if script.robustness:
             columns = [column for column in results.columns if column["name"] in evaluation.primary_metrics]
-            print(f"\n{bt.format_table(columns, bt.robustness_rows(results.robustness, results.rows))}")
+            print(f"\n{bt.format_table(columns, robustness_rows(results.robustness, results.rows))}")
         print(f"\nReport: {bt.write_report(out)}")
 
 

@@ -22,6 +22,14 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import blur_trainer as bt
+from blur_trainer.data.subset import limit_rows, sample_rows
+from blur_trainer.data.tofu import TOFU_MODELS, TOFU_SPLITS, tofu_training_rows
+from blur_trainer.data.tofu_templates import TOFU_TEMPLATES, apply_template
+from blur_trainer.report.tables import robustness_rows
+from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.toy.memorize import memorized
+from blur_trainer.toy.model import train_tokenizer
+from blur_trainer.trainers.loading import unsharded_loading
 
 NPO, SIMNPO, DPO, IDK = ({"forget_objective": name} for name in ("npo", "simnpo", "dpo", "idk"))
 TINY_NPO = {"forget_objective_kwargs": {"beta": 0.03}, "precompute_ref_logps": True}
@@ -68,10 +76,10 @@ class TOFUArguments:
     compare: list[str] | None = field(
         default=None, metadata={"help": "Further methods, with the settings of this file (default: uld, if tiny)."}
     )
-    split: str = field(default="forget10", metadata={"choices": list(bt.TOFU_SPLITS), "help": "Forget set."})
+    split: str = field(default="forget10", metadata={"choices": list(TOFU_SPLITS), "help": "Forget set."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with TOFU's sets as JSON or JSONL."})
     max_rows: int | None = field(default=None, metadata={"help": "Use that many questions of each set only."})
-    template: str = field(default="plain", metadata={"choices": list(bt.TOFU_TEMPLATES), "help": "Prompt format."})
+    template: str = field(default="plain", metadata={"choices": list(TOFU_TEMPLATES), "help": "Prompt format."})
     protocol: str = field(
         default="tofu", metadata={"choices": ["tofu", "open-unlearning"], "help": "Whose conventions of measuring."}
     )
@@ -133,23 +141,23 @@ def tiny_models(data, script):
     """A tokenizer, and the names of two tiny models that know the data by heart: all of it, all but the forget set."""
     groups = {"target": ["forget", "retain", "real_authors", "world_facts"]}
     groups["retain"] = groups["target"][1:]
-    rows = {name: bt.apply_template(bt.tofu_training_rows(data, g), script.template) for name, g in groups.items()}
+    rows = {name: apply_template(tofu_training_rows(data, g), script.template) for name, g in groups.items()}
     texts = [row["prompt"] + row["completion"] for row in rows["target"]]
-    tokenizer = bt.train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts)
     folder = Path(script.models_dir, f"{script.split}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}")
     known = {name: bt.tokenize_dataset(r, tokenizer, role=name, max_length=512) for name, r in rows.items()}
-    return tokenizer, *(bt.memorized(folder / name, tokenizer, dataset) for name, dataset in known.items())
+    return tokenizer, *(memorized(folder / name, tokenizer, dataset) for name, dataset in known.items())
 
 
 def datasets_of(method, data, script):
     """What a method trains on, as its trainer's arguments."""
-    sets = {name: bt.apply_template(data[name], script.template) for name in ("forget", "retain")}
+    sets = {name: apply_template(data[name], script.template) for name in ("forget", "retain")}
     given = {"forget_dataset": sets["forget"], "retain_dataset": None if method == "gradascent" else sets["retain"]}
     if method == "uld":
         for role, make in (("forget", bt.paraphrases), ("retain", bt.perturbed_answers)):
             by = getattr(script, f"augment_{role}")
             rows = data["forget_perturbed" if by == "columns" else "forget"]
-            given[f"augment_{role}"] = "none" if by == "none" else bt.apply_template(make(rows, by=by), script.template)
+            given[f"augment_{role}"] = "none" if by == "none" else apply_template(make(rows, by=by), script.template)
     return given
 
 
@@ -173,7 +181,7 @@ def attacked(model, evaluation, data, tokenizer, script, args, settings, **how):
     few, beside = max(4, len(data["forget"]) // 10), "holdout" if "holdout" in data else "retain"
     relearning = {}
     for name in ("forget", beside):
-        rows = bt.apply_template(bt.sample_rows(data[name], few, args.seed), script.template)
+        rows = apply_template(sample_rows(data[name], few, args.seed), script.template)
         relearning[f"{name} set"] = bt.tokenize_dataset(rows, tokenizer, role=name, max_length=args.max_length)
     anew = bt.TOFUEvaluation(bt.prefixed(data, PREFIX), tokenizer, **settings)
     return bt.robustness(model, evaluation, relearning=relearning, prompted={"prefix": anew}, **how)
@@ -189,13 +197,13 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.check_output_dir(str(out))
+        check_output_dir(str(out))
 
     # 2. Data
     embedded = tiny and script.data_dir is None
     data = bt.load_tofu("embedded" if embedded else "tofu", script.split, script.data_dir)
     if script.max_rows is not None:
-        data = bt.limit_rows(data, script.max_rows)  # the same of every seed, which are compared
+        data = limit_rows(data, script.max_rows)  # the same of every seed, which are compared
     if "holdout" not in data:
         PartialState().print("No membership inference, no PrivLeak: the data has no holdout set.")
     training = {method: datasets_of(method, data, script) for method in configs}
@@ -207,8 +215,8 @@ def main():
     else:
         target = model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(target)
-        published = {models.full: models for models in bt.TOFU_MODELS.values()}.get(target)
-        retrained = script.retain_model or (published and getattr(published, bt.TOFU_SPLITS[script.split]))
+        published = {models.full: models for models in TOFU_MODELS.values()}.get(target)
+        retrained = script.retain_model or (published and getattr(published, TOFU_SPLITS[script.split]))
     options = {
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
@@ -216,7 +224,7 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name, **changed):  # to evaluate; the trainer loads by name what it trains
-        with bt.unsharded_loading(args):
+        with unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options, **changed})
 
@@ -268,7 +276,7 @@ def main():
         columns = [column for column in results.columns if column["name"] in evaluation.primary_metrics]
         print(f"\n{bt.format_table(columns, results.rows)}")
         if script.robustness:
-            print(f"\n{bt.format_table(columns, bt.robustness_rows(results.robustness, results.rows), width=130)}")
+            print(f"\n{bt.format_table(columns, robustness_rows(results.robustness, results.rows), width=130)}")
         print(f"\nReport: {bt.write_report(out)}")
 
 

@@ -19,6 +19,14 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import blur_trainer as bt
+from blur_trainer.data.subset import sample_rows
+from blur_trainer.evaluation.lm_eval_tasks import write_tasks
+from blur_trainer.report.tables import robustness_rows
+from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.toy.memorize import memorized
+from blur_trainer.toy.model import train_tokenizer
+from blur_trainer.toy.wmdp import topic_lessons
+from blur_trainer.trainers.loading import unsharded_loading
 
 RMU = {"forget_objective": "rmu", "retain_objective": "activation_match"}
 TINY_RMU = {  # layer 2 of 4, whose activations have norms of 70 to 90
@@ -124,12 +132,12 @@ def configure(method, script, tiny, args):
 
 def tiny_models(script, topics):
     """A tokenizer, and the names of two tiny models: one knows all invented topics by heart, one what is to be kept."""
-    sheets = [text for rows in bt.load_wmdp_corpora(corpus="embedded").values() for text in rows["text"]]
-    tokenizer = bt.train_tokenizer([*sheets, *(row["prompt"] + row["completion"] for row in bt.topic_lessons())])
+    sheets = [text for rows in bt.load_wmdp(corpus="embedded").values() for text in rows["text"]]
+    tokenizer = train_tokenizer([*sheets, *(row["prompt"] + row["completion"] for row in topic_lessons())])
     kept = [topic for topic in ("potions", "machines", "dishes") if topic not in topics]
-    lessons = {"target": bt.topic_lessons(), f"retrain-{'-'.join(kept)}": bt.topic_lessons(kept)}
+    lessons = {"target": topic_lessons(), f"retrain-{'-'.join(kept)}": topic_lessons(kept)}
     known = {name: bt.tokenize_dataset(r, tokenizer, role=name, max_length=256) for name, r in lessons.items()}
-    return tokenizer, *(bt.memorized(Path(script.models_dir, name), tokenizer, rows) for name, rows in known.items())
+    return tokenizer, *(memorized(Path(script.models_dir, name), tokenizer, rows) for name, rows in known.items())
 
 
 def unlearn(method, target, args, evaluation, **given):
@@ -153,7 +161,7 @@ def attacked(model, evaluation, topics, retain, tokenizer, args, **how):
     sets = {"forget set": datasets.concatenate_datasets(list(topics.values())), "retain set": retain}
     few, relearning = max(4, len(sets["forget set"]) // 10), {}
     for name, rows in sets.items():
-        rows = bt.sample_rows(rows, few, args.seed)
+        rows = sample_rows(rows, few, args.seed)
         relearning[name] = bt.tokenize_dataset(rows, tokenizer, role=name, max_length=args.max_length)
     return bt.robustness(model, evaluation, relearning=relearning, **how)
 
@@ -168,10 +176,10 @@ def main():
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
-        bt.check_output_dir(str(out))
+        check_output_dir(str(out))
 
     # 2. Data: what to forget, topic by topic, and what to keep
-    corpora = bt.load_wmdp_corpora(script.forget_topics, script.data_dir, corpus="embedded" if tiny else "wmdp")
+    corpora = bt.load_wmdp(script.forget_topics, script.data_dir, corpus="embedded" if tiny else "wmdp")
     topics = {key.removeprefix("forget_"): rows for key, rows in corpora.items() if key.startswith("forget_")}
 
     # 3. Models: the target that knows too much; among the tiny ones also one that never saw what is to be forgotten
@@ -188,7 +196,7 @@ def main():
     } | (args.model_init_kwargs or {})
 
     def load(name):  # to evaluate; the trainer loads by name what it trains
-        with bt.unsharded_loading(args):
+        with unsharded_loading(args):
             device_map = {"": PartialState().device}
             return AutoModelForCausalLM.from_pretrained(name, **{"device_map": device_map, **options})
 
@@ -241,10 +249,10 @@ def main():
             trainer.create_model_card(metrics=metrics)
         print(f"\n{bt.format_table(results.columns, results.rows)}")
         if script.robustness:
-            print(f"\n{bt.format_table(results.columns, bt.robustness_rows(results.robustness, results.rows))}")
+            print(f"\n{bt.format_table(results.columns, robustness_rows(results.robustness, results.rows))}")
         print(f"\nReport: {bt.write_report(out)}")
         if tiny:
-            tasks = ",".join(bt.write_tasks(out / "tasks", questions))
+            tasks = ",".join(write_tasks(out / "tasks", questions))
             print(f"Questions for lm_eval: --include_path {out / 'tasks'} --tasks {tasks}")
 
 

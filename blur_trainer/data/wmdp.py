@@ -38,7 +38,7 @@ WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 SUFFIXES = (".jsonl", ".json", ".txt")
 
 
-def load_wmdp_corpora(
+def load_wmdp(
     topics: Sequence[str] | None = None,
     data_dir: str | Path | None = None,
     *,
@@ -118,7 +118,7 @@ def load_wmdp_questions(
         [`~datasets.Dataset`]: `question`, `choices` (list of 4 strings), `answer` (index of the right one, from 0).
 
     Raises:
-        As [`load_wmdp_corpora`].
+        As [`load_wmdp`].
     """
     if subset not in (*WMDP_QUESTIONS, *TOPICS):
         raise ValueError(f"subset is {subset!r}; it must be one of {[*WMDP_QUESTIONS, *TOPICS]}.")

@@ -14,15 +14,19 @@ from support.scoring_helpers import build_model, build_tokenizer, muse_data
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import blur_trainer as bt
+from blur_trainer.data.subset import limit_rows, sample_rows
 from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.robustness.battery import prefixed, quantized, robustness
 from blur_trainer.evaluation.robustness.quantization import quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.scoring import answer_logps
+from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
+from blur_trainer.models.truncation import lora_assistant
 from blur_trainer.report.figures import LIGHT
 from blur_trainer.report.figures.robustness import draw_relearning
 from blur_trainer.report.html import write_report
 from blur_trainer.report.seeds import mean_and_spread
+from blur_trainer.report.tables import robustness_rows
 
 ROWS = examples(6, seed=3)
 
@@ -159,12 +163,12 @@ def adapted(model=None, injected=False):
 
 
 def uld(weight=-0.5):
-    assistant = bt.lora_assistant(target := tiny_llama(), 1, LoraConfig(r=2, target_modules="all-linear"))
+    assistant = lora_assistant(target := tiny_llama(), 1, LoraConfig(r=2, target_modules="all-linear"))
     torch.manual_seed(1)
     for name, parameter in assistant.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return bt.LogitDifferenceModel(bt.LogitDifferenceConfig(weight=weight, top_logit_filter=0.001), target, assistant)
+    return bt.LogitDifferenceModel(LogitDifferenceConfig(weight=weight, top_logit_filter=0.001), target, assistant)
 
 
 def seen_by(benchmark, seen):
@@ -332,7 +336,7 @@ def test_what_is_known_is_not_measured_again(capsys):
 def test_of_tofu_and_wmdp():
     """Both on a random model: all attacks, each measured under all metrics."""
     tokenizer, model = build_tokenizer(), build_model()
-    tofu = bt.limit_rows(bt.load_tofu("embedded", "forget01"), 2)
+    tofu = limit_rows(bt.load_tofu("embedded", "forget01"), 2)
     questions = {"forget_potions": bt.load_wmdp_questions("potions").select(range(3))}
     suites = {
         "tofu": lambda data: bt.TOFUEvaluation(data, tokenizer, max_new_tokens=2, progress=False),
@@ -340,10 +344,10 @@ def test_of_tofu_and_wmdp():
     }
     for name, data in (("tofu", tofu), ("wmdp", questions)):
         suite, changed = suites[name](data), suites[name](prefixed(data, "Truly: "))
-        rows = bt.tokenize_dataset(bt.sample_rows(tofu["forget"], 2), tokenizer, role="forget", max_length=128)
+        rows = bt.tokenize_dataset(sample_rows(tofu["forget"], 2), tokenizer, role="forget", max_length=128)
         how = {"steps": [3], "learning_rate": 1e-2, "progress": False}
         found = robustness(model, suite, relearning={"forget": rows}, bits=[2], prompted={"truly": changed}, **how)
-        table = bt.robustness_rows(found, [{"name": "t", "kind": "target"}, {"name": "u", "kind": "unlearned"}])
+        table = robustness_rows(found, [{"name": "t", "kind": "target"}, {"name": "u", "kind": "unlearned"}])
         assert [row["name"] for row in table] == ["t", "unchanged", "2 bit", "truly", "relearned forget, 3 steps"]
         assert all(set(row["metrics"]) == set(suite.metric_keys) for row in table[1:])
         if name == "tofu":
@@ -353,16 +357,16 @@ def test_of_tofu_and_wmdp():
 
 def test_sample_rows():
     rows = Dataset.from_dict({"text": [str(i) for i in range(20)]})
-    few = bt.sample_rows(rows, 5)["text"]
+    few = sample_rows(rows, 5)["text"]
     assert len(set(few)) == 5 and list(few) == sorted(few, key=int)
-    assert list(few) == list(bt.sample_rows(rows, 5)["text"]) != list(bt.sample_rows(rows, 5, seed=1)["text"])
-    assert len(bt.sample_rows(rows, 99)) == 20
-    assert bt.sample_rows(rows.to_list(), 5) == bt.sample_rows(rows, 5).to_list()
+    assert list(few) == list(sample_rows(rows, 5)["text"]) != list(sample_rows(rows, 5, seed=1)["text"])
+    assert len(sample_rows(rows, 99)) == 20
+    assert sample_rows(rows.to_list(), 5) == sample_rows(rows, 5).to_list()
     for wrong, kind in ((0, ValueError), (0.1, ValueError), (True, ValueError)):
         with pytest.raises(kind, match="n is"):
-            bt.sample_rows(rows, wrong)
+            sample_rows(rows, wrong)
     with pytest.raises(TypeError, match="one `Dataset`"):
-        bt.sample_rows(muse_data(), 2)
+        sample_rows(muse_data(), 2)
 
 
 def test_everything_of_a_suite_reaches_the_report(tmp_path):

@@ -21,6 +21,9 @@ from support.runs import distance, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
+from blur_trainer.data.muse import limit_documents
+from blur_trainer.toy.model import tiny_llama, train_tokenizer
+from blur_trainer.toy.muse import muse_corpora, training_texts
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_muse.py"
 QUICK = ["--num_train_epochs", "1", "--eval_strategy", "no", "--no_baseline", "--disable_tqdm", "True"]
@@ -80,7 +83,7 @@ def main(monkeypatch):
 
 def as_the_hub(folder):
     """MUSE-News as the Hub has it: {config}/{split}.json, `retain1`, no hold groups."""
-    for key, rows in bt.muse_corpora(num_authors=16).items():
+    for key, rows in muse_corpora(num_authors=16).items():
         config, split = key.split("_", 1)
         if "hold" in split.split("_") or key == "verbmem_retain":
             continue
@@ -103,9 +106,9 @@ def attacked_briefly(monkeypatch):
 
 def with_ignorant_models(folder, data):
     """`target/` and `retrain/` where the example looks for those it made before."""
-    tokenizer = bt.train_tokenizer(bt.training_texts(data)["text"])
+    tokenizer = train_tokenizer(training_texts(data)["text"])
     for seed, name in enumerate(("target", "retrain")):
-        bt.tiny_llama(tokenizer, hidden_size=16, num_layers=1, num_heads=2, seed=seed).save_pretrained(folder / name)
+        tiny_llama(tokenizer, hidden_size=16, num_layers=1, num_heads=2, seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 
@@ -184,7 +187,7 @@ def test_the_models_load_and_are_those_of_the_table(first):
     pairs = [(".", "target"), ("baseline", "target"), (".", "baseline")]
     assert all(distance(weights(models[a]), weights(models[b])) > 1e-3 for a, b in pairs)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = bt.limit_documents(bt.load_muse("embedded"), 3, seed=42)
+    data = limit_documents(bt.load_muse("embedded"), 3, seed=42)
     evaluation = bt.MUSEEvaluation(
         {key: data[key] for key in ("knowmem_forget_qa", "knowmem_retain_qa")}, tokenizer, icl=False, progress=False
     )
@@ -324,7 +327,7 @@ def test_a_model_by_name_with_lora(main, out, local, tmp_path, capfd, attacked_b
 
 def test_a_model_by_name_on_the_embedded_corpora_has_no_known_zero(main, tmp_path):
     """No AUC of a retrained model is published for them: PrivLeak is left out, its AUC is there."""
-    data = bt.limit_documents(bt.load_muse("embedded"), 2, seed=42)
+    data = limit_documents(bt.load_muse("embedded"), 2, seed=42)
     with_ignorant_models(tmp_path, data)
     other = ["--max_steps", 1, "--report_to", "none", "--use_cpu", "True", "--max_documents", 2]
     main("--model_name_or_path", tmp_path / "target", *other, *QUICK, "--output_dir", tmp_path / "run")

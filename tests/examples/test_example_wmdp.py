@@ -22,6 +22,7 @@ from support.runs import distance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
+from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
@@ -161,7 +162,7 @@ def test_every_method_took_its_steps_and_left_a_card(quick, example):
 def test_a_model_local_corpora_and_tasks_by_the_harness(first, models, main, tmp_path):
     """The way of a published model, all of it from folders: WMDP's file names, and tasks of one's own."""
     pytest.importorskip("lm_eval", reason="needs the extra wmdp")
-    data, invented = tmp_path / "data", bt.load_wmdp_corpora(corpus="embedded")
+    data, invented = tmp_path / "data", bt.load_wmdp(corpus="embedded")
     data.mkdir()
     for name, rows in (
         ("bio_remove_dataset", invented["forget_potions"]),
@@ -170,7 +171,7 @@ def test_a_model_local_corpora_and_tasks_by_the_harness(first, models, main, tmp
     ):
         (data / f"{name}.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in rows["text"]))
     questions = Dataset.from_list(bt.load_wmdp_questions("potions").to_list()[:6])
-    bt.write_tasks(tmp_path / "tasks", {"forget_bio": questions}, subjects={"bio": "potions"})
+    write_tasks(tmp_path / "tasks", {"forget_bio": questions}, subjects={"bio": "potions"})
     layer = '{"layer":1,"coefficient":100}'
     main(
         *QUICK, "--recipe", "none", "--model_name_or_path", models / "target", "--data_dir", data,

@@ -185,10 +185,8 @@ def test_the_checker_finds_what_it_looks_for(source, offence):
 
 
 def test_the_checker_sees_every_kind_of_import():
-    source = (
-        "import blur_trainer.report\nfrom blur_trainer import report\ndef f():\n    from blur_trainer.data.x import y"
-    )
-    assert list(imported(ast.parse(source))) == ["losses", "report", "data.x"]
+    source = "import blur_trainer.toy\nfrom blur_trainer import data\ndef f():\n    from blur_trainer.data.x import y"
+    assert list(imported(ast.parse(source))) == ["toy", "data", "data.x"]
 
 
 def test_the_checker_leaves_the_innocent_alone():

@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import blur_trainer as bt
+from blur_trainer.data.muse import limit_documents
 from blur_trainer.gradients.deepspeed import check_deepspeed
+from blur_trainer.toy.model import tiny_llama, train_tokenizer
+from blur_trainer.toy.wmdp import topic_lessons
 
 ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))}
@@ -44,7 +47,7 @@ def test_deepspeed_takes_its_sizes_from_the_arguments(name, bf16, tmp_path, monk
     )
     settings = HfTrainerDeepSpeedConfig(str(DS_CONFIGS[name]))
     settings.trainer_config_process(args)
-    settings.trainer_config_finalize(args, bt.tiny_llama(bt.train_tokenizer(["a"]), hidden_size=16), 10)
+    settings.trainer_config_finalize(args, tiny_llama(train_tokenizer(["a"]), hidden_size=16), 10)
     assert "auto" not in json.dumps(settings.config)
     assert settings.get_value("train_micro_batch_size_per_gpu") == 3
     assert settings.get_value("gradient_accumulation_steps") == 5
@@ -104,7 +107,7 @@ def test_the_line_runs(line, tmp_path):
     if "ddp" in line:  # both processes read a folder
         more = ["--data_dir", as_the_hub(tmp_path / "news")]
         data = bt.load_muse("news", more[1])
-    out = with_ignorant_models(tmp_path / "run", bt.limit_documents(data, 2, seed=42))
+    out = with_ignorant_models(tmp_path / "run", limit_documents(data, 2, seed=42))
     done = launch(*command(line), *SHORT.split(), *more, "--output_dir", out, folder=ROOT)
     # gloo's teardown aborts an exit now and then, with this message, after everything is written
     assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
@@ -127,10 +130,10 @@ def test_the_line_runs(line, tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launcher would take the accelerator, not the CPU")
 def test_deepspeed_runs_wmdp(options, tmp_path):
     """The control vectors are in the checkpoint, and only what lies below the chosen layer was trained."""
-    sheets = [text for rows in bt.load_wmdp_corpora(corpus="embedded").values() for text in rows["text"]]
-    lessons = bt.topic_lessons()
-    tokenizer = bt.train_tokenizer([*sheets, *(row["prompt"] + row["completion"] for row in lessons)])
-    target, out = bt.tiny_llama(tokenizer), tmp_path / "run"  # knows nothing: to learn takes longer than the launch
+    sheets = [text for rows in bt.load_wmdp(corpus="embedded").values() for text in rows["text"]]
+    lessons = topic_lessons()
+    tokenizer = train_tokenizer([*sheets, *(row["prompt"] + row["completion"] for row in lessons)])
+    target, out = tiny_llama(tokenizer), tmp_path / "run"  # knows nothing: to learn takes longer than the launch
     for name in ("target", "retrain-dishes"):
         target.save_pretrained(tmp_path / "models" / name)
     zero3 = ["--deepspeed", "ds_configs/zero3.json"] if options else []

@@ -13,14 +13,14 @@ import pytest
 from trl import ModelConfig
 
 import blur_trainer as bt
-from blur_trainer.recipes import BENCHMARKS
+from blur_trainer.recipes import BENCHMARKS, recipe_names
 from blur_trainer.trainers.topics import check_settings
 
 ROOT = Path(bt.__file__).parents[1]
 FOLDER = Path(bt.__file__).parent / "recipes"
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 TITLES = {"muse-news": "MUSE News", "muse-books": "MUSE Books", "tofu": "TOFU", "wmdp": "WMDP"}
-ALL = [(benchmark, name) for benchmark in BENCHMARKS for name in bt.recipe_names(benchmark)]
+ALL = [(benchmark, name) for benchmark in BENCHMARKS for name in recipe_names(benchmark)]
 EVERY = pytest.mark.parametrize(("benchmark", "name"), ALL)
 METRICS = {
     "muse-news": {"forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak"},
@@ -97,8 +97,8 @@ def test_script_options_are_those_of_the_script(benchmark, name, examples):
 
 def test_each_benchmark_has_what_its_authors_did():
     assert {name for benchmark, name in ALL if benchmark == "wmdp"} >= {"paper", "official", "rmu"}
-    assert all({"paper", "official"} <= set(bt.recipe_names(f"muse-{corpus}")) for corpus in ("news", "books"))
-    assert {"official", "open-unlearning", "simnpo", "uld"} <= set(bt.recipe_names("tofu"))
+    assert all({"paper", "official"} <= set(recipe_names(f"muse-{corpus}")) for corpus in ("news", "books"))
+    assert {"official", "open-unlearning", "simnpo", "uld"} <= set(recipe_names("tofu"))
 
 
 def test_wmdp_has_a_topic_each():
@@ -115,7 +115,7 @@ def test_a_recipe_is_a_copy():
 def test_unknown_names_list_what_there_is():
     with pytest.raises(ValueError, match=r"tofu has no recipe 'papre'; there are: official, .*uld\."):
         bt.recipe("tofu", "papre")
-    for ask in (lambda: bt.recipe("muse", "paper"), lambda: bt.recipe_names("muse")):
+    for ask in (lambda: bt.recipe("muse", "paper"), lambda: recipe_names("muse")):
         with pytest.raises(ValueError, match=r"no recipes for 'muse'; there are for: muse-news, .*wmdp\."):
             ask()
 
@@ -164,7 +164,7 @@ def in_cell(text, known):
 def test_the_table_has_the_numbers_of_the_data(benchmark):
     (_, *names), _, *lines = rows(section(benchmark), "| | `")
     names = [name.strip("`") for name in names]
-    assert names == bt.recipe_names(benchmark)
+    assert names == recipe_names(benchmark)
     known = sources(benchmark)
     table = {name: {} for name in names}
     for key, *cells in lines:
@@ -186,7 +186,7 @@ def test_published_numbers_are_those_of_the_data(benchmark):
     for name, what, numbers, source in rows(section(benchmark), "| recipe | what")[2:]:
         metrics = {key: float(value) for key, value in (pair.split(" ") for pair in numbers.split(", "))}
         listed.append((name.strip("`"), what, metrics, known[source.strip("[]")]))
-    names = bt.recipe_names(benchmark)
+    names = recipe_names(benchmark)
     entries = [(name, entry) for name in names for entry in bt.recipe(benchmark, name)["published"]]
     assert listed == [(name, entry["what"], entry["metrics"], entry["source"]) for name, entry in entries]
 

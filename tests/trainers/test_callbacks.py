@@ -67,7 +67,10 @@ def interrupt_self(number=signal.SIGINT):
 def killed(tmp_path_factory):
     """One training per signal, each in a process of its own and interrupted from outside; both at the same time."""
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parents[1])]),
+        "OMP_NUM_THREADS": "1",
+    }
     folders = {number: tmp_path_factory.mktemp(number.name) / "child" for number in SIGNALS}
     children = {
         number: subprocess.Popen(

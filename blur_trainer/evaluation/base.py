@@ -1,0 +1,98 @@
+"""The contract of every evaluation: MUSE, TOFU, WMDP, lm-evaluation-harness, and one's own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from transformers import PreTrainedModel
+
+Goal = Literal["min", "max", "zero"]
+
+
+class Column(TypedDict, total=False):
+    """What a table shows of one metric."""
+
+    name: str  # the key in what the evaluation returns
+    label: str  # what stands above it
+    goal: Goal  # which values are good
+
+
+class Evaluation:
+    """
+    What is measured of a model. A subclass gives `columns` and `__call__`; all that compares, shows or schedules
+    evaluations ([`Results`], [`robustness`], the trainers' `benchmarks`) reads nothing else.
+
+    A trainer calls it on every process, at the same step, with the unwrapped model in evaluation mode. It must return
+    the same numbers on each. Under FSDP2 and ZeRO-3 each process holds a part of every parameter: then all processes
+    must run equally many forward passes.
+
+    Example:
+
+    ```python
+    class Perplexity(bt.Evaluation):
+        columns = [{"name": "forget_ppl", "label": "Perplexity forget", "goal": "max"}]
+
+        def __init__(self, batch):
+            self.batch = batch
+
+        def __call__(self, model):
+            with torch.no_grad():
+                return {"forget_ppl": model(**self.batch, labels=self.batch["input_ids"]).loss.exp().item()}
+    ```
+    """
+
+    @property
+    def columns(self) -> Sequence[Mapping[str, Any]]:
+        """The metrics that a table shows, in its order: see [`Column`]. The first one is the primary metric."""
+        raise NotImplementedError(f"{type(self).__name__} has no `columns`: say which metrics a table shows.")
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """All numbers of one model, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no `__call__`: measure the model there.")
+
+    @property
+    def primary_metrics(self) -> list[str]:
+        """The few that say it all, where there are more columns than fit in one line. Default: all columns."""
+        return [column["name"] for column in self.columns]
+
+    @property
+    def primary_metric(self) -> str:
+        """What `metric_for_best_model` means where it names the evaluation."""
+        return self.primary_metrics[0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Of the primary metric."""
+        goals = {column["name"]: column.get("goal") for column in self.columns}
+        return goals[self.primary_metric] == "max"
+
+    def samples(self, n: int = 3) -> list[dict[str, Any]]:
+        """Up to `n` prompts per metric with reference and response, of the model evaluated last. Default: none."""
+        return []
+
+
+class FunctionEvaluation(Evaluation):
+    """A plain function as an evaluation: its columns are the keys of what it returned last, without a goal."""
+
+    def __init__(self, function: Callable[[PreTrainedModel], Mapping[str, float]]) -> None:
+        self.function = function
+        self._keys: list[str] = []
+
+    @property
+    def columns(self) -> list[Column]:
+        return [{"name": key} for key in self._keys]
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        metrics = dict(self.function(model))
+        self._keys = list(dict.fromkeys([*self._keys, *metrics]))
+        return metrics
+
+
+def as_evaluation(given: Any) -> Evaluation:
+    """An evaluation as it is, a function wrapped; `TypeError` for anything else."""
+    if isinstance(given, Evaluation):
+        return given
+    if callable(given) and not isinstance(given, type):
+        return FunctionEvaluation(given)
+    raise TypeError(
+        f"An evaluation is a `blur_trainer.Evaluation`, or a function from a model to a dict of numbers, got {given!r}."
+    )
