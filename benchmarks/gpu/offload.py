@@ -9,7 +9,6 @@ where the slots are under ZeRO-3 offload, and the highest point of the GPU's mem
 
 import argparse
 import copy
-import json
 import os
 import sys
 from pathlib import Path
