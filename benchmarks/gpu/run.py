@@ -148,6 +148,17 @@ def environment(device: str) -> dict[str, str]:
     return os.environ | more
 
 
+RUNNING: set[int] = set()  # process groups
+
+
+def stop(*_: Any) -> None:
+    """Told to end: so does everything that was started. What results.json has so far stays."""
+    for group in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(124)
+
+
 class Log:
     """What the sections print, on the screen and in the file, line by line with the section's name."""
 
@@ -175,6 +186,7 @@ def perform(name: str, options: argparse.Namespace, log: Log, folder: Path, resu
         errors="replace",
         start_new_session=True,  # ended as a whole
     )
+    RUNNING.add(process.pid)
     cut = threading.Event()
 
     def end() -> None:
@@ -190,6 +202,7 @@ def perform(name: str, options: argparse.Namespace, log: Log, folder: Path, resu
         kept.append(line.rstrip())
     process.wait()
     timer.cancel()
+    RUNNING.discard(process.pid)
     verdict = "timeout" if cut.is_set() else "passed" if process.returncode == 0 else "failed"
     result = {"what": section.what, "verdict": verdict, "seconds": round(time.monotonic() - start, 1)}
     try:
@@ -213,6 +226,7 @@ def main() -> int:
         for name, section in SECTIONS.items():
             print(f"{name:14} {section.limit:5.0f} s  {section.what}{'' if section.timed else ', not timed'}")
         return 0
+    signal.signal(signal.SIGTERM, stop)
     names = options.only.split(",") if options.only else list(SECTIONS)
     if unknown := set(names) - SECTIONS.keys():
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
