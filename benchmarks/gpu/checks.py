@@ -48,7 +48,7 @@ def environment(device: str) -> dict[str, Any]:
             found[name] = "not there"
     found["card"] = told("nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.sm", "--format=csv")
     for compiler in ("gcc", "cc", "nvcc"):
-        found[compiler] = told(compiler, "--version").split("\n")[-1]
+        found[compiler] = told(compiler, "--version").split("\n")[-1 if compiler == "nvcc" else 0]
     if device == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("no GPU is visible")

@@ -5,9 +5,9 @@
     python benchmarks/gpu/run.py --list
     python benchmarks/gpu/run.py --out results --device cpu --tiny # does every section run at all? No GPU needed
 
-Each section is a process of its own with its own limit, ended with all that it started when that is over. First the
-environment; then, all at once, what is not timed; then what is, one after the other. Written to the folder:
-`results.json` (verdict, seconds and what the section wrote as JSON, also if it was cut off), `log.txt` (all output).
+Each section is a process of its own with its own limit, then ended with all that it started. First the environment;
+then, all at once, what is not timed; then the rest, one after the other. Written: `results.json` (verdict, seconds and
+what the section wrote as JSON, also if it was cut off), `log.txt` (all output).
 """
 
 import argparse
@@ -20,9 +20,12 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
@@ -40,7 +43,7 @@ MEASURED = [
 
 @dataclass(frozen=True)
 class Section:
-    """`{device}` and `{json}` in the command are filled in; `tiny` is the command for a machine without a GPU."""
+    """`{device}` and `{json}` are filled in; `tiny` is the command for a machine without a GPU."""
 
     what: str
     limit: float  # seconds
@@ -111,10 +114,7 @@ TIMED = {
             *("uld_generate.py", "--hidden", "2048", "--layers", "16", "4", "--vocabulary", "32000"),
             *("--lengths", "32", "64", "--rounds", "2"),
         ),
-        bench(
-            *("uld_generate.py", "--hidden", "64", "--layers", "4", "1", "--lengths", "32", "--rounds", "1"),
-            *("--batch-sizes", "2"),
-        ),
+        bench("uld_generate.py", "--hidden", "64", "--layers", "4", "1", "--lengths", "32", "--rounds", "1"),
     ),
     "evaluation": Section(
         "TOFU's evaluation: questions per second",
@@ -148,14 +148,22 @@ def environment(device: str) -> dict[str, str]:
     return os.environ | more
 
 
-RUNNING: set[int] = set()  # process groups
+RUNNING: set[int] = set()
+
+
+def end(process: int) -> None:
+    """With all that it started: torchrun gives its workers sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        section = psutil.Process(process)
+        for one in [*section.children(recursive=True), section]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def stop(*_: Any) -> None:
     """Told to end: so does everything that was started. What results.json has so far stays."""
-    for group in list(RUNNING):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    for process in list(RUNNING):
+        end(process)
     os._exit(124)
 
 
@@ -184,17 +192,10 @@ def perform(name: str, options: argparse.Namespace, log: Log, folder: Path, resu
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # ended as a whole
     )
     RUNNING.add(process.pid)
     cut = threading.Event()
-
-    def end() -> None:
-        cut.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(section.limit * options.patience, end)
+    timer = threading.Timer(section.limit * options.patience, lambda: (cut.set(), end(process.pid)))
     timer.start()
     kept = []
     for line in process.stdout or ():
@@ -227,23 +228,17 @@ def main() -> int:
             print(f"{name:14} {section.limit:5.0f} s  {section.what}{'' if section.timed else ', not timed'}")
         return 0
     signal.signal(signal.SIGTERM, stop)
-    names = options.only.split(",") if options.only else list(SECTIONS)
-    if unknown := set(names) - SECTIONS.keys():
-        parser.error(f"no such section: {', '.join(sorted(unknown))}")
+    names = [name for name in SECTIONS if not options.only or name in options.only.split(",")]
+    if not names:
+        parser.error("no such section")
     options.out.mkdir(parents=True, exist_ok=True)
     log, results, start = Log(options.out / "log.txt"), {}, time.monotonic()
-    at_once = [name for name in names if name in UNTIMED]
-    rounds = [["environment"]] if "environment" in names else []
-    rounds += [[name] for name in at_once] if options.tiny else [at_once]
-    rounds += [[name] for name in names if name in TIMED]
-    with tempfile.TemporaryDirectory() as folder:
+    at_once = [name for name in names if name in UNTIMED and not options.tiny]
+    rounds = [[name] for name in names if name not in at_once]
+    rounds.insert(1 if names[0] == "environment" else 0, at_once)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(SECTIONS)) as pool:
         for together in rounds:
-            shared = (options, log, Path(folder), results)
-            workers = [threading.Thread(target=perform, args=(name, *shared)) for name in together]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+            list(pool.map(lambda name: perform(name, options, log, Path(folder), results), together))
             (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name in names:
         result = results.get(name, {"verdict": "not run", "seconds": 0.0})
