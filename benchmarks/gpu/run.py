@@ -190,7 +190,6 @@ def perform(name: str, options: argparse.Namespace, log: Log, folder: Path, resu
         env=environment(options.device),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         errors="replace",
     )
     RUNNING.add(process.pid)
