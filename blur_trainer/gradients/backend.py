@@ -1,7 +1,8 @@
 """The backend holds the two gradients. This one serves one process and DDP, where `.grad` is the whole gradient.
 
 Each objective makes one pass over the accumulation window, with the engine's own accumulation and reduction. Then
-`take` moves the finished gradient to its slot. After the last pass the trainer calls `gramian`, then `write` or `discard`.
+`take` moves the finished gradient to its slot. After the last pass the trainer calls `gramian`, then `write` or
+`discard`.
 Sharding engines override how a gradient is read, emptied and written (`_read`, `_empty`, `_put`) and how the processes'
 shares of an inner product are summed (`_reduce`).
 """
