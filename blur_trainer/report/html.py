@@ -65,7 +65,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _absent(state: Any, metrics: Any) -> list[str]:
-    """Sentences about missing files. With rows of several trainings, no training log is missed."""
+    """Names of the missing files. A mean over several runs needs no training log."""
     several = over_runs((metrics or {}).get("rows") or [])
     files = {"trainer_state.json": state is None and not several, "metrics.json": metrics is None}
     return [name for name, missing in files.items() if missing]
