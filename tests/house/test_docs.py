@@ -114,7 +114,8 @@ def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
     tokenizer = train_tokenizer([first])
     tiny_llama(tokenizer, num_layers=1).save_pretrained("my-model")
     tokenizer.save_pretrained("my-model")
-    exec(compile(first, "README.md", "exec"), {})
+    (tmp_path / "first.py").write_text(first, encoding="utf-8")
+    runpy.run_path("first.py")
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
 
 
