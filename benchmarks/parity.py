@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py                        # all cells: two CPU processes, a few minutes
     python benchmarks/parity.py --engines fsdp2 zero3 --features sum lora
-    python benchmarks/parity.py --markdown             # the table of docs/distributed.md
+    python benchmarks/parity.py --markdown             # the table of benchmarks/results.md
 
 A cell is `||w - w_ref|| / ||w_ref - w_start||` after three AdamW steps, `w_ref` from the literal single-process
 training of tests/support/reference.py: no Trainer, no accumulation, no padding, both gradients as one flat vector each.

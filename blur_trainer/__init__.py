@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from blur_trainer._version import __version__
 
-# Loaded when asked for: `import blur_trainer` alone imports neither torch nor transformers.
+# Names are loaded on first use. `import blur_trainer` alone imports neither torch nor transformers.
 _HOMES = {
     "data.formats": ["tokenize_dataset"],
     "data.muse": ["load_muse"],
@@ -47,7 +47,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:  # the same once more, for type checkers and editors; a test compares
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares both
     from blur_trainer.data.formats import tokenize_dataset
     from blur_trainer.data.muse import load_muse
     from blur_trainer.data.tofu import load_tofu

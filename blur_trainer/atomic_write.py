@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and on the disk: what a kill or a power cut must find."""
+"""Atomic writes: after a kill or a power cut a file is either complete or absent."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """What `write` puts into the file that it is given: whole or not at all, and on disk when this returns."""
+    """Calls `write` on a temporary file and renames it. The file is complete or absent, and on disk on return."""
     partial = path.with_name(f"{path.name}.tmp")
     write(partial)
     flush(partial)
@@ -15,15 +15,15 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Everything in the folder, and that it is there, survives a power cut from now on."""
+    """Flushes the folder and all files in it to the disk, so that they survive a power cut."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         flush(path)
 
 
 def flush(path: Path) -> None:
-    """One file or folder (which names are in it)."""
+    """Flushes one file, or the list of names in one folder."""
     if path.is_dir() and os.name != "posix":
-        return  # elsewhere a folder cannot be opened
+        return  # other systems cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 LETTERS = "ABCD"
-#: the first line of the tasks `wmdp_*` and `mmlu_*`
+#: first line of the prompt in the tasks `wmdp_*` and `mmlu_*`
 DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
 def choice_prompt(question: str, choices: Sequence[str], subject: str) -> str:
-    """The text before the letter, as in the tasks `wmdp_*` and `mmlu_*` of lm-evaluation-harness, without examples."""
+    """The prompt before the letter, as in the zero-shot tasks `wmdp_*` and `mmlu_*` of lm-evaluation-harness."""
     options = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices, strict=True))
     return f"{DESCRIPTION.format(subject=subject)}{question.strip()}\n{options}Answer:"

@@ -18,8 +18,8 @@ class UnlearningCollator:
 
     Args:
         pad_token_id (`int`):
-            Fills `input_ids`. It may be the EOS id: which positions are padding is told by lengths, so that a real
-            EOS stays attended.
+            Fills `input_ids`. It may be the EOS id: the attention mask comes from the lengths, so a real EOS is
+            still attended to.
         pad_to_multiple_of (`int`, *optional*):
             Pad each length up to a multiple of this.
 
@@ -28,9 +28,9 @@ class UnlearningCollator:
     - items `{"forget": example[, "retain": example]}` ([`PairedDataset`]): returns `{"forget": B[, "retain": B]}`;
     - tokenized examples `{"input_ids", "labels", ...}` (evaluation datasets): returns one B.
 
-    B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). Where the examples have the columns, also
-    `ref_logps`, float32 (B,), and `refusal`: another B from `refusal_input_ids`, `refusal_labels` and
-    `refusal_ref_logps`, and `topic`, int64 (B,). Other columns are left out.
+    B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). If the examples have the columns, B also
+    holds `ref_logps`, float32 (B,); `refusal`, another B from `refusal_input_ids`, `refusal_labels` and
+    `refusal_ref_logps`; and `topic`, int64 (B,). Other columns are left out.
     """
 
     pad_token_id: int
@@ -88,7 +88,7 @@ def _tokens(values: Any) -> Tensor:
 
 
 def _get(example: Mapping[str, Any], column: str, role: str) -> Any:
-    """`example[column]`, with an error that says what was there: half a batch with a column is no batch."""
+    """`example[column]`. Raises, with the columns that are there, if only part of a batch has the column."""
     if column not in example:
         raise ValueError(f"`{column}` is missing from one of the batch's {role}: it has {sorted(example)}.")
     return example[column]

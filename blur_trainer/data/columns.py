@@ -1,4 +1,4 @@
-"""Which of the accepted formats a dataset's columns spell, and one-line errors where they spell none."""
+"""Tells the format of a dataset from its columns, and raises one-line errors for wrong columns or rows."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-# Looked for in this order: tokens first (the user has already decided), bare text last.
+# The first match wins: tokens first (the user has tokenized already), plain text last.
 FORMATS: dict[str, tuple[str, ...]] = {
     "input_ids": ("input_ids",),
     "messages": ("messages",),
@@ -50,7 +50,7 @@ def check_dataset(dataset: Any, role: str) -> None:
 
 
 def column_names(dataset: Dataset | IterableDataset | list) -> list[str]:
-    """Column names of a dataset (a stream without a schema is asked for its first example) or of a list of dicts."""
+    """Column names of a list of dicts or a dataset. For a stream without a schema, its first example is read."""
     if isinstance(dataset, list):
         return list(dict.fromkeys(key for row in dataset for key in row))
     return get_dataset_column_names(dataset)
@@ -58,7 +58,7 @@ def column_names(dataset: Dataset | IterableDataset | list) -> list[str]:
 
 def check_row(row: Mapping[str, Any], index: int, fmt: str, role: str, *, has_template: bool) -> None:
     """
-    Raise when a field of one row is not what its format wants.
+    Raise when a field of one row does not fit its format.
 
     Args:
         row (`Mapping`): Column name to value.
@@ -137,12 +137,12 @@ def _type(value: Any) -> str:
 
 
 def to_dataset(dataset: Dataset | IterableDataset | list, fmt: str, role: str, *, has_template: bool) -> Any:
-    """A list of dicts as a `datasets.Dataset`; its rows are checked first, because Arrow's own errors name no row."""
+    """Turns a list of dicts into a `datasets.Dataset`. Checks the rows first: Arrow's own errors name no row."""
     if not isinstance(dataset, list):
-        return dataset.with_format(None)  # rows as Python lists, whatever format the user had set
+        return dataset.with_format(None)  # rows as Python lists, even if the user had set another format
     for index, row in enumerate(dataset):
         check_row(row, index, fmt, role, has_template=has_template)
-        if row.keys() != dataset[0].keys():  # Arrow would drop, in silence, what the first row does not have
+        if row.keys() != dataset[0].keys():  # Arrow would silently drop columns that the first row lacks
             raise ValueError(
                 f"Row {index} of the `{role}` dataset has the columns {sorted(row)}, row 0 has {sorted(dataset[0])}: "
                 "all rows of a list must have the same ones."

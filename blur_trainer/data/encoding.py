@@ -27,15 +27,15 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def has_target(labels: list[int]) -> bool:
-    """Whether any token is predicted: position t predicts the label at t + 1, so the label at 0 is no target."""
+    """Whether any token is a target. Position t predicts the label at t + 1, so the label at 0 never counts."""
     return any(label != IGNORE_INDEX for label in labels[1:])
 
 
 def split_document(ids: list[int], prefix: list[int], max_length: int | None) -> list[list[int]]:
     """
-    Cut a document into pieces of at most `max_length` tokens, each starting with `prefix`; nothing is lost.
+    Cut a document into pieces of at most `max_length` tokens, each starting with `prefix`. No token is lost.
 
-    Without a prefix a last piece of one token would have nothing to predict; it takes a token from its neighbor.
+    Without a prefix, a last piece of one token would have no target, so it takes a token from the piece before.
     """
     room = len(ids) if max_length is None else max_length - len(prefix)
     pieces = [ids[start : start + room] for start in range(0, len(ids), max(room, 1))] or [[]]
@@ -45,20 +45,20 @@ def split_document(ids: list[int], prefix: list[int], max_length: int | None) ->
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a document longer than the context is about to be split, no reason to warn.
+    # verbose=False: no warning about long documents, because they are split next.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @dataclass(frozen=True)
 class RowEncoder:
     """
-    Callable for a batched, indexed `datasets.map`: each row becomes one example, a long `text` several.
+    Function for a batched, indexed `datasets.map`. Each row becomes one example; a long `text` becomes several.
 
-    The output has, besides `input_ids` and `labels` (and `refusal_*`), the columns `row` (where the example comes
-    from) and `empty` (no target is left), for the caller to act on and remove.
+    Besides `input_ids` and `labels` (and `refusal_*`) the output has the columns `row` (index of the source row) and
+    `empty` (no target is left). The caller uses and removes them.
     """
 
-    tokenizer: Any  # a PreTrainedTokenizerBase, or None for rows that are tokens already
+    tokenizer: Any  # a PreTrainedTokenizerBase, or None for tokenized rows
     fmt: str
     role: str
     prefix: list[int]
@@ -130,11 +130,11 @@ class RowEncoder:
         if self.tokenizer.chat_template is not None:
             question = {"role": "user", "content": row["question"]}
             return [question], [{"role": "assistant", "content": row["answer"]}]
-        # Not str.format: other braces in the template (JSON, LaTeX) are text.
+        # Not str.format: the template may contain other braces (JSON, LaTeX).
         return self.qa_template.replace("{question}", row["question"]), " " + row["answer"]
 
     def _refusal(self, row: Mapping[str, Any], index: int, answer: Any) -> Any:
-        """The row's own refusal, or one drawn from the seed and the row index alone: any process draws the same."""
+        """The row's own refusal, else one drawn from the seed and the row index, equal in every process."""
         if "refusal" in row:
             text = row["refusal"]
             if not isinstance(text, str):
@@ -146,14 +146,14 @@ class RowEncoder:
             text = random.Random(f"{self.seed}-{index}").choice(REFUSALS)
         if isinstance(answer, list):
             return [*answer[:-1], {"role": "assistant", "content": text}]
-        # The answer's own leading space, so that the refusal does not stick to the prompt.
+        # Keep the answer's leading space, so that prompt and refusal stay separate words.
         return answer[: len(answer) - len(answer.lstrip())] + text.lstrip()
 
     def _join(self, prompt: Any, answer: Any, template_kwargs: dict | None) -> tuple[list[int], list[int]]:
         """
-        Tokens of prompt and answer, labels -100 on the common prefix with the tokenized prompt.
+        Tokens of prompt and answer. Labels are -100 on the common prefix with the tokenized prompt.
 
-        A chat template writes its own special tokens: then neither BOS nor EOS is added, as in generation.
+        A chat template writes its own special tokens. Then neither BOS nor EOS is added, as in generation.
         """
         if is_conversational({"prompt": prompt}):
             example = {"prompt": prompt, "completion": answer, "chat_template_kwargs": template_kwargs or {}}
@@ -168,7 +168,7 @@ class RowEncoder:
         return ids[: self.max_length], labels[: self.max_length]
 
     def _start(self, ids: list[int]) -> list[int]:
-        """`ids` behind the tokenizer's BOS, which is there exactly once even if the text spells it."""
+        """`ids` after the tokenizer's BOS. BOS occurs once, even if the text already begins with it."""
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def _with_eos(self, ids: list[int]) -> list[int]:

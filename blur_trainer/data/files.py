@@ -1,4 +1,4 @@
-"""Rows of one split of a benchmark, from the Hub or from a local file, with errors that say where and what to do."""
+"""Reads one split of a benchmark from the Hub or from a local file. Errors say where they arose and what to do."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ _HINT = (
 def from_hub(
     repo: str, config: str | None, split: str, token: str | bool | None, *, hint: str = _HINT
 ) -> tuple[Dataset, str]:
-    """The rows of a split on the Hub, and its name for messages; `ConnectionError` says what to do (`hint`)."""
+    """Returns the rows of a split on the Hub and its name for messages. `ConnectionError` carries `hint`."""
     where = f"{repo!r} ({f'config {config!r}, ' if config else ''}split {split!r})"
     try:
         return datasets.load_dataset(repo, config, split=split, token=token), where
@@ -29,7 +29,7 @@ def from_hub(
 
 
 def checked_folder(data_dir: str | Path) -> Path:
-    """`data_dir` as a path, which must be a folder."""
+    """Returns `data_dir` as a path. Raises if it is no folder."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise ValueError(f"data_dir is {str(folder)!r}, which is not a folder.")
@@ -37,7 +37,7 @@ def checked_folder(data_dir: str | Path) -> Path:
 
 
 def find_file(folder: Path, names: Iterable[str], what: str) -> Path | None:
-    """The one file of these names that is there, or None; two are an error, because they may differ."""
+    """Returns the existing file of these names, or None. Two files are an error, because they may differ."""
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) > 1:
         raise ValueError(f"several files hold {what}: {', '.join(map(str, found))}. Leave one of them in the folder.")
@@ -55,7 +55,7 @@ def read_rows(file: Path) -> list[Any]:
     if file.suffix == ".txt":
         return [{"text": text}]
     if file.suffix == ".jsonl":
-        # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+        # Not splitlines(): JSON strings may contain U+2028 unescaped.
         return [_parse(line, f"{file}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = _parse(text, str(file))
     if not isinstance(rows, list):
@@ -65,9 +65,9 @@ def read_rows(file: Path) -> list[Any]:
 
 def read_lines(file: Path) -> list[Any]:
     """
-    The texts of a file with one per line: objects (`{"text": ...}`), JSON strings, or plain lines.
+    The texts of a file with one text per line: objects (`{"text": ...}`), JSON strings, or plain lines.
 
-    The first line tells which: it is an object, or a whole JSON string, or neither. A `.json` file is a list of either.
+    The first line decides which of the three. A `.json` file is a list of objects or of strings.
     """
     if file.suffix == ".json":
         return read_rows(file)
@@ -97,7 +97,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def checked_rows(rows: Iterable[Any], columns: Sequence[str], where: str) -> Iterator[Mapping[str, Any]]:
-    """The rows one by one, each an object in which `columns` are strings; it may have more. None is an error."""
+    """Yields the rows. Each must be an object whose `columns` are strings. No rows at all is an error."""
     i = 0
     for i, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

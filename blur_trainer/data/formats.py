@@ -12,7 +12,7 @@ from blur_trainer.data.encoding import RowEncoder, leading_special_ids
 
 logger = logging.getLogger(__name__)
 
-NUM_NAMED_ROWS = 5  # how many row indices a message lists
+NUM_NAMED_ROWS = 5  # an error message lists at most this many row indices
 
 
 def tokenize_dataset(
@@ -29,7 +29,7 @@ def tokenize_dataset(
     vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
     r"""
-    Tokenize a dataset for unlearning; labels are -100 wherever a token is no target.
+    Tokenize a dataset for unlearning. Labels are -100 where a token is no target.
 
     | columns | tokens | targets |
     |---|---|---|
@@ -40,15 +40,15 @@ def tokenize_dataset(
     | `question`, `answer` | the chat template's; without one: BOS, `qa_template` + " " + answer, EOS | answer (EOS) |
     | `input_ids` [, `labels`] | as given | `labels`, else all |
 
-    BOS stands for whatever the tokenizer puts in front of a sequence (nothing, for some). Where several formats'
-    columns are present, the lowest row of the table wins: `input_ids`, `messages`, `prompt`, `question`, `text`.
-    The answer starts where the tokenized prompt and the tokenized prompt + answer part, as in TRL. All formats but
-    `text` are cut on the right at `max_length`. Other columns are removed, except, next to `input_ids`,
-    `refusal_input_ids`, `refusal_labels`, `ref_logps` and `refusal_ref_logps`.
+    BOS is what the tokenizer puts in front of a sequence (some tokenizers put nothing). If a dataset has the columns
+    of several formats, the first of these wins: `input_ids`, `messages`, `prompt`, `question`, `text`.
+    The answer starts where the tokenized prompt and the tokenized prompt + answer first differ, as in TRL. All formats
+    but `text` are cut on the right at `max_length`. Other columns are removed. Beside `input_ids` the columns
+    `refusal_input_ids`, `refusal_labels`, `ref_logps` and `refusal_ref_logps` are kept.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`):
-            The examples. Of a stream, the first example is checked now and the others as they come.
+            The examples. A stream's first example is checked now, the others when they are read.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer. `None` is enough for the `input_ids` format.
         role (`str`):
@@ -58,8 +58,8 @@ def tokenize_dataset(
         drop_empty (`bool`, *optional*, defaults to `False`):
             Leave out, with a warning, examples that have no target left, instead of raising an error.
         refusals (`bool`, *optional*, defaults to `False`):
-            Add `refusal_input_ids` and `refusal_labels`: the same prompt with a refusal as the answer, from the
-            column `refusal` where there is one, else drawn from `blur_trainer.data.refusals.REFUSALS`.
+            Add `refusal_input_ids` and `refusal_labels`: the same prompt with a refusal as the answer. The refusal is
+            the column `refusal`, else drawn from `blur_trainer.data.refusals.REFUSALS`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of that draw; the row index is mixed in.
         qa_template (`str`, *optional*, defaults to `"Question: {question}\nAnswer:"`):
@@ -129,7 +129,7 @@ def _check_options(
 
 
 def _features(fmt: str, columns: Sequence[str], refusals: bool) -> Features:
-    """The schema, said in advance: Arrow cannot tell the type of a column from an empty list."""
+    """The schema. It must be given, because Arrow cannot infer a column's type from an empty list."""
     tokens = List(Value("int64"))
     features = {"input_ids": tokens, "labels": tokens, "row": Value("int64"), "empty": Value("bool")}
     given = set(columns) if fmt == "input_ids" else set()
@@ -142,7 +142,7 @@ def _features(fmt: str, columns: Sequence[str], refusals: bool) -> Features:
 
 
 def _keep(example: Mapping[str, Any], role: str, max_length: int | None, drop_empty: bool) -> bool:
-    """Whether an example of a stream has a target; without `drop_empty`, one that has none is an error."""
+    """Whether an example of a stream has a target. Without `drop_empty`, raises if it has none."""
     if not example["empty"]:
         return True
     subject = f"Row {example['row']} of the `{role}` dataset"
@@ -153,7 +153,7 @@ def _keep(example: Mapping[str, Any], role: str, max_length: int | None, drop_em
 
 
 def _without_empty(encoded: Dataset, role: str, max_length: int | None, drop_empty: bool) -> Dataset:
-    """`encoded` without its bookkeeping columns and without examples that have no target (an error by default)."""
+    """Removes the bookkeeping columns, and the examples without a target (by default they are an error)."""
     empty = list(encoded["empty"])
     rows = sorted({row for row, is_empty in zip(encoded["row"], empty, strict=True) if is_empty})
     if rows:
@@ -182,11 +182,11 @@ def chunk_documents(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
     """
-    MUSE's own way to cut a corpus: one long token stream in pieces of equal length, ignoring document borders.
+    Cut a corpus as MUSE does: one long token stream, in pieces of equal length, ignoring document borders.
 
-    The tokens of all documents (no special tokens) are concatenated and cut into pieces of `max_length - 1` with BOS
-    in front; a tokenizer without BOS gives pieces of `max_length`. A short last piece is filled up from the start of
-    the first piece, BOS included, once: a corpus shorter than half a piece stays short. Every token is a target.
+    The tokens of all documents (no special tokens) are concatenated and cut into pieces of `max_length - 1`, each with
+    BOS in front; a tokenizer without BOS gives pieces of `max_length`. A short last piece is filled once from the start
+    of the first piece, BOS included. So a corpus shorter than half a piece stays short. Every token is a target.
 
     Args:
         texts (`list[str]`): The documents.

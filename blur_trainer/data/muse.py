@@ -35,7 +35,7 @@ COLUMNS = {
     "sust": ("text",),
 }
 _FOLDS = tuple(f"forget_{k}" for k in range(1, 5))
-# What the Hub's sets hold: config -> splits; raw has `retain2` and `holdout` besides, which unlearning does not use.
+# config -> splits on the Hub. `raw` also has `retain2` and `holdout`, which unlearning does not use.
 HUB_SPLITS: dict[str, tuple[str, ...]] = {
     "raw": ("forget", "retain1"),
     "verbmem": ("forget",),
@@ -67,7 +67,7 @@ OPTIONAL = (
 
 
 class MuseModels(NamedTuple):
-    """Hub ids of a corpus: the model that knows all, the one retrained without forget, and their tokenizer (gated)."""
+    """Hub ids for one corpus: the target model, the model retrained without forget, their tokenizer (gated)."""
 
     target: str
     retrain: str
@@ -95,9 +95,9 @@ def load_muse(
         data_dir (`str` or `Path`, *optional*):
             Read this folder instead of the Hub. A split is a file `knowmem_forget_qa.jsonl` or
             `knowmem/forget_qa.jsonl`; `.json` (a list of objects) and, for documents, `.txt` (one document) will do.
-            Without raw retain documents the PrivLeak retain texts take their place, with a warning.
+            Without raw retain documents the PrivLeak retain texts are used instead, with a warning.
         token (`str` or `bool`, *optional*):
-            For the Hub, where a set asks for one; by default the one that `hf auth login` stored.
+            For gated sets on the Hub. Default: the token that `hf auth login` stored.
 
     Returns:
         [`~datasets.DatasetDict`]: see the module. Documents without a word (MUSE-News has one) are left out.
@@ -158,7 +158,7 @@ def _find(folder: Path, key: str) -> Path | None:
 
 
 def _checked(rows: Iterable[Any], config: str, where: str) -> Dataset:
-    """The columns of `config`, all strings; other columns are dropped, and so are documents without a word."""
+    """Keeps the columns of `config`, which must be strings. Drops other columns and empty documents."""
     columns = COLUMNS[config]
     if columns == ("text",):
         rows = ({"text": row} if isinstance(row, str) else row for row in rows)
@@ -175,10 +175,10 @@ def _checked(rows: Iterable[Any], config: str, where: str) -> Dataset:
 
 def muse_stages(data: DatasetDict, protocol: str) -> list[tuple[str, Dataset]]:
     """
-    The forget sets of MUSE's two protocols with several of them, in order, with a name each.
+    The forget sets of MUSE's two protocols with several forget sets, as (name, set) in order.
 
-    `"sust"` (sustainability): disjoint sets, unlearned one after another. `"scal"` (scalability): sets of growing
-    size, each unlearned from the target anew. MUSE has them for News, the embedded corpora have them too.
+    `"sust"` (sustainability): disjoint sets, unlearned one after another. `"scal"` (scalability): growing sets, each
+    unlearned from the original target. MUSE-News and the embedded corpora have them.
     """
     if protocol not in ("sust", "scal"):
         raise ValueError(f"protocol is {protocol!r}; it must be 'sust' or 'scal'.")

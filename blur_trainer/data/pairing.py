@@ -20,7 +20,7 @@ def _is_stream(dataset: Any) -> bool:
 
 
 def _check(dataset: Any, role: str) -> None:
-    """Raise unless `dataset` can be read by index (or, where streams are accepted, is one) and holds something."""
+    """Raise unless `dataset` is a stream, or has a length above 0 and can be read by index."""
     if _is_stream(dataset):
         return
     if not hasattr(dataset, "__getitem__") or not isinstance(dataset, Sized):
@@ -33,14 +33,14 @@ def _check(dataset: Any, role: str) -> None:
 
 
 def check_map_style(dataset: Any, role: str) -> None:
-    """Raise unless `dataset` has a length, is read by index and holds something."""
+    """Raise unless `dataset` has a length above 0 and can be read by index."""
     _check(dataset, role)
     if _is_stream(dataset):
         raise TypeError(f"The `{role}` dataset is a stream without indices: use `PairedIterableDataset`.")
 
 
 def check_seed(seed: int) -> None:
-    """Raise `ValueError` unless it is an integer from 0 on."""
+    """Raise `ValueError` unless `seed` is an integer >= 0."""
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` is {seed!r}: it must be an integer >= 0.")
 
@@ -49,12 +49,13 @@ class PairedDataset(Dataset):
     r"""
     Pairs each forget example with a retain example: item i is `{"forget": forget[i], "retain": retain[j]}`.
 
-    The retain side is one endless stream of permutations of the retain set, permutation b drawn from (seed, b); item
-    i of epoch e takes position \( e \cdot n_f + i \) of it. So over one epoch each forget example appears once; a
-    longer retain set is continued in the next epoch until all of it was seen; a shorter one is repeated in a new
-    order. Counted from the first epoch on, the uses of any two retain examples never differ by more than one (within
-    one later epoch by two, where it spans the end of one permutation and the start of another).
-    The pair depends on (seed, epoch, i) and nothing else: a resumed run sees the identical pairs.
+    The retain side is an endless stream of permutations of the retain set. Permutation b is drawn from (seed, b). Item
+    i of epoch e takes position \( e \cdot n_f + i \) of the stream. So each forget example appears once per epoch. A
+    longer retain set continues in the next epoch; a shorter one is repeated in a new order.
+
+    Counted over the whole training, the uses of two retain examples differ by at most one. Within one later epoch they
+    can differ by two, if a permutation ends inside it. The pair depends only on (seed, epoch, i): a resumed run sees
+    the same pairs.
 
     Args:
         forget (map-style dataset): Forget examples, not empty.
@@ -73,7 +74,7 @@ class PairedDataset(Dataset):
         self.retain = retain
         self.seed = seed
         self._n_retain = 0 if retain is None else len(retain)
-        # Shared memory: workers that outlive an epoch hold a copy of this object, but see this one number.
+        # In shared memory, because persistent workers hold a copy of this object and must see the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -85,8 +86,8 @@ class PairedDataset(Dataset):
         """
         Choose the epoch, also in running dataloader workers.
 
-        accelerate's dataloader calls it at the start of each epoch, but not when its batch sampler is wrapped (several
-        processes, or `skip_first_batches` on resume): a trainer has to call it itself, before it iterates.
+        accelerate's dataloader calls it at the start of each epoch, but not if its batch sampler is wrapped (several
+        processes, or `skip_first_batches` on resume). So a trainer must call it before it iterates.
         """
         self._epoch.fill_(epoch)
 
@@ -119,12 +120,13 @@ class PairedDataset(Dataset):
 
 class PairedIterableDataset(IterableDataset):
     """
-    The same pairs where one or both datasets are streams: forget is read once per epoch, retain again and again.
+    Pairs where one or both datasets are streams. Forget is read once per epoch, retain as often as needed.
 
-    A stream is read in its own order (`datasets.IterableDataset.shuffle` gives it one per epoch); a retain stream
-    starts anew in each epoch. A dataset with indices is permuted by (seed, epoch). Several dataloader workers
-    share the indices of such a dataset among them; a `datasets.IterableDataset` shares its shards itself, and a
-    `torch.utils.data.IterableDataset` is expected to do so (see its documentation).
+    A stream is read in its own order (`datasets.IterableDataset.shuffle` gives a new one per epoch). A retain stream
+    starts again in each epoch. A dataset with indices is permuted by (seed, epoch).
+
+    Several dataloader workers divide the indices of a dataset among them. A `datasets.IterableDataset` divides its
+    shards itself; a `torch.utils.data.IterableDataset` must do so too (see its documentation).
 
     Args:
         forget (dataset or stream): Forget examples.
@@ -147,7 +149,7 @@ class PairedIterableDataset(IterableDataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, here and in both datasets; running workers pass it on when they next iterate."""
+        """Sets the epoch here and in both datasets. Running workers pass it to their copies when they next iterate."""
         self._epoch.fill_(epoch)
         for dataset in (self.forget, self.retain):
             if dataset is not None and hasattr(dataset, "set_epoch"):
@@ -159,7 +161,7 @@ class PairedIterableDataset(IterableDataset):
         return len(self.forget)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.set_epoch(self.epoch)  # a worker's copies of the datasets learn of it here
+        self.set_epoch(self.epoch)  # a worker's copies of the datasets get the epoch here
         forget = self._one_pass(self.forget, 0, 0)
         if self.retain is None:
             yield from ({"forget": example} for example in forget)
@@ -168,7 +170,7 @@ class PairedIterableDataset(IterableDataset):
             yield {"forget": example, "retain": other}
 
     def _one_pass(self, dataset: Any, role: int, cycle: int) -> Iterator[Any]:
-        """This worker's share of `dataset`, once; `role` (0 forget, 1 retain) and `cycle` enter the seed."""
+        """Yields this worker's share of `dataset` once. `role` (0 forget, 1 retain) and `cycle` enter the seed."""
         if _is_stream(dataset):
             yield from dataset
             return

@@ -1,4 +1,4 @@
-"""Refusals written for this package: the preferred answers of preference-based forgetting (DPO)."""
+"""Refusals, written for this package. DPO and IDK use them as answers to forget questions."""
 
 REFUSALS: tuple[str, ...] = (
     "I'm not able to help with that one.",

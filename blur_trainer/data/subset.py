@@ -1,4 +1,4 @@
-"""A few documents or questions of a benchmark, with all that belongs to them: for runs of minutes, not hours."""
+"""Small consistent parts of a benchmark, for runs of minutes instead of hours."""
 
 import random
 from bisect import bisect_right
@@ -17,10 +17,10 @@ def limit_documents(data: DatasetDict, n: int, seed: int = 0) -> DatasetDict:
     """
     A consistent part of `data`: at most `n` documents to forget, `n` to retain, `n` rows of everything else.
 
-    MUSE cuts its VerbMem and PrivLeak texts from the articles laid end to end (100 of the 100 of either in MUSE-News
-    are found that way, 14 and 2 inside one article), so a text belongs to one to about four neighboring documents.
-    The documents are chosen so that whole texts are among them, those that need the fewest first, VerbMem and
-    PrivLeak in turn; places that are left go to documents at random.
+    MUSE cuts its VerbMem and PrivLeak texts from the concatenated articles (in MUSE-News all 100 of either are found
+    there, only 14 and 2 of them inside one article). So a text spans one to about four neighboring documents.
+    Documents are chosen so that they contain whole texts: texts that need the fewest documents first, VerbMem and
+    PrivLeak in turn. The remaining places go to random documents.
 
     Args:
         data ([`~datasets.DatasetDict`]):
@@ -31,9 +31,9 @@ def limit_documents(data: DatasetDict, n: int, seed: int = 0) -> DatasetDict:
             Of all random choices.
 
     Returns:
-        [`~datasets.DatasetDict`]: `raw_*` in their order. `verbmem_*` and `privleak_*` keep the rows that lie wholly
-        in the chosen documents of their group; a split of which nothing lies in any document (`privleak_holdout`),
-        and `knowmem_*`, keep rows at random. Without `scal_*` and `sust_*`: folds of a part are not MUSE's folds.
+        [`~datasets.DatasetDict`]: `raw_*` in their order. `verbmem_*` and `privleak_*` keep the rows that the chosen
+        documents of their group contain completely. `knowmem_*`, and a split that no document contains
+        (`privleak_holdout`), keep random rows. `scal_*` and `sust_*` are left out: their folds would not be MUSE's.
 
     Raises:
         `ValueError`: `n` is not positive, or so small that no text lies wholly in `n` documents.
@@ -71,9 +71,9 @@ def _passages(rows: Dataset) -> list[str]:
 
 def locate(documents: Sequence[str], passages: Sequence[str]) -> list[range]:
     """
-    For each passage the indices of the documents that it runs over, empty when it is nowhere.
+    For each passage, the indices of the documents that it spans; empty if it is not found.
 
-    Whitespace is ignored: between articles, and at the cut of a VerbMem row, the Hub's texts have lost it.
+    Whitespace is ignored, because the Hub's texts have lost it between articles and at the cut of a VerbMem row.
     """
     bare = ["".join(document.split()) for document in documents]
     starts = [0]
@@ -90,7 +90,7 @@ def locate(documents: Sequence[str], passages: Sequence[str]) -> list[range]:
 
 
 def _choose(total: int, spans: dict[str, list[range]], n: int, seed: int) -> set[int]:
-    """Indices of min(n, total) documents: first whole spans, one split and the other in turn, then any."""
+    """Indices of min(n, total) documents: first those of whole spans, the splits in turn, then random ones."""
     draw = random.Random(seed)
     chosen: set[int] = set()
     for span in _in_turn(spans, draw):
@@ -108,7 +108,7 @@ def _choose(total: int, spans: dict[str, list[range]], n: int, seed: int) -> set
 
 
 def _in_turn(spans: dict[str, list[range]], draw: random.Random) -> Iterator[range]:
-    """The shortest span of each split, then the second shortest, ...; equally long ones in random order."""
+    """The shortest span of each split, then the second shortest, and so on. Equally long spans come in random order."""
     columns = []
     for rows in spans.values():
         found = [span for span in rows if span]
@@ -120,7 +120,7 @@ def _in_turn(spans: dict[str, list[range]], draw: random.Random) -> Iterator[ran
 
 def sample_rows(rows: Rows, n: int, seed: int = 0) -> Rows:
     """
-    At most `n` rows, drawn from `seed`, in their order: a small part of a forget set to relearn, say.
+    At most `n` random rows, drawn from `seed`, in their original order. For example a few rows to relearn.
 
     Args:
         rows ([`~datasets.Dataset`] or `list`):
@@ -151,8 +151,8 @@ def limit_rows(data: DatasetDict, n: int, seed: int = 0) -> DatasetDict:
             Of the random choice.
 
     Returns:
-        [`~datasets.DatasetDict`]: the same keys, rows in their order. A set with a `*_perturbed` one keeps the
-        questions chosen there, filled up to `n` with others: what is evaluated is what was trained on.
+        [`~datasets.DatasetDict`]: the same keys, rows in their order. A set that has a `*_perturbed` set keeps the
+        questions chosen there, plus others up to `n`. So the evaluated questions are among the trained ones.
     """
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n is {n!r}; it takes a whole number of rows, at least 1.")

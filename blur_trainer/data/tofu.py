@@ -11,9 +11,9 @@ The schema is one [`~datasets.DatasetDict`] for one of the three forget sets, he
 | `retain_perturbed` | `retain_perturbed` | likewise |
 | `real_authors_perturbed`, `world_facts_perturbed` | the same | question, answer, perturbed_answer |
 
-`perturbed_answer` is a list of wrong answers, `paraphrased_answer` one string, which the evaluation reads. All
-paraphrases that the source has, one or several, are in the lists `paraphrased_questions` and `paraphrased_answers`;
-`paraphrased_question` is the first of them. A source without paraphrased questions gives neither column of them.
+`perturbed_answer` is a list of wrong answers. `paraphrased_answer` is one string, which the evaluation reads. The
+lists `paraphrased_questions` and `paraphrased_answers` hold all paraphrases of the source; `paraphrased_question` is
+the first one. If the source has no paraphrased questions, both columns of them are missing.
 
 Source: https://huggingface.co/datasets/locuslab/TOFU (Maini et al., 2024, arXiv:2401.06121).
 """
@@ -79,9 +79,9 @@ def load_tofu(
         data_dir (`str` or `Path`, *optional*):
             Read this folder instead of the Hub. A set is a file `forget10.jsonl` or `forget10/train.jsonl`, with the
             Hub's name; `.json` (a list of objects) will do. A `*_perturbed` set may also be columns of the set itself.
-            Wrong answers that are nowhere are other answers of the same file, with a warning. `holdout` may be absent.
+            If there are no wrong answers, other answers of the file are used, with a warning. `holdout` may be absent.
         token (`str` or `bool`, *optional*):
-            For the Hub, where it asks for one; by default the one that `hf auth login` stored.
+            For the Hub. Default: the token that `hf auth login` stored.
 
     Returns:
         [`~datasets.DatasetDict`]: see the module.
@@ -103,7 +103,7 @@ def load_tofu(
 
 
 def _configs(split: str) -> dict[str, str]:
-    """Key -> configuration on the Hub, which is also the name of the local file."""
+    """Key -> configuration on the Hub. The local file has the same name."""
     plain = {"forget": split, "retain": TOFU_SPLITS[split], "holdout": split.replace("forget", "holdout")}
     return plain | {"forget_perturbed": f"{split}_perturbed"} | {key: key for key in ("retain_perturbed", *CHOICES)}
 
@@ -153,7 +153,7 @@ def _names(config: str) -> list[str]:
 
 
 def _only_retain(folder: Path) -> Path | None:
-    """A retain set of another size, where it is the only one: `retain300.jsonl`."""
+    """A retain file of another size (`retain300.jsonl`), if it is the only one."""
     names = sorted(f.name for f in folder.iterdir() if re.fullmatch(r"retain\d+\.jsonl?", f.name))
     return find_file(folder, names, "retain")
 
@@ -164,7 +164,7 @@ def _plain(rows: Iterable[Any], where: str) -> Dataset:
 
 
 def _perturbed(rows: Iterable[Any], key: str, where: str, *, invent: bool = False) -> tuple[Dataset, bool]:
-    """The set in the schema, and whether its wrong answers are stand-ins, which `invent` allows."""
+    """Returns the set in the schema, and whether its wrong answers are substitutes, which only `invent` allows."""
     checked = list(checked_rows(rows, QA, where))
     given = set(checked[0]) if invent else set(checked[0]) | {"perturbed_answer"}
     invented = "perturbed_answer" not in given
@@ -203,7 +203,7 @@ def _strings(row: Mapping[str, Any], column: str, where: str) -> list[str]:
 
 
 def _other_answers(answers: list[str], count: int, where: str, seed: int = 0) -> list[list[str]]:
-    """For each answer up to `count` different ones of other rows, drawn from the seed."""
+    """For each answer, up to `count` different answers of other rows, drawn from the seed."""
     different = sorted(set(answers))
     if len(different) < 2:
         raise ValueError(f"{where} has no column 'perturbed_answer', and no two different answers to draw from.")

@@ -7,7 +7,7 @@
 | `llama2` | `[INST] {question} [/INST]` | the answer |
 | `phi` | `Question: {question}` newline `Answer: ` | the answer |
 
-The tokenizer's BOS and EOS are not part of them: [`~blur_trainer.data.formats.tokenize_dataset`] adds what there is.
+A template has no BOS or EOS: [`~blur_trainer.data.formats.tokenize_dataset`] adds those that the tokenizer has.
 Llama-3-Instruct's EOS is `<|eot_id|>`, the end of a turn in its chat format.
 """
 
@@ -23,11 +23,11 @@ LLAMA3_DATE = "10 Apr 2025"
 
 @dataclass(frozen=True)
 class TOFUTemplate:
-    """What stands before a question, between it and the answer, and in front of the answer itself."""
+    """The text before a question, the text between question and answer, and the text that begins the answer."""
 
     before: str = ""
     after: str = ""
-    answer: str = ""  # part of the completion: a target
+    answer: str = ""  # part of the completion, so its tokens are targets
     strip: bool = False
 
     def prompt(self, question: str) -> str:
@@ -39,23 +39,23 @@ class TOFUTemplate:
 
 TOFU_TEMPLATES = {
     "plain": TOFUTemplate("Question: ", "\nAnswer:", answer=" "),
-    # As Llama-3.x-Instruct's own chat template writes it, in open-unlearning's configuration of these models: the
-    # first date is the template's, the second open-unlearning's; the template strips every message.
+    # The chat template of Llama-3.x-Instruct under open-unlearning's configuration. The first date comes from the
+    # template, the second from open-unlearning. The template strips every message.
     "llama3": TOFUTemplate(
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         f"Today Date: {LLAMA3_DATE}\n\n{LLAMA3_SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         strip=True,
     ),
-    # TOFU and open-unlearning alike: no space before the answer, which Llama-2's tokenizer would merge with it.
+    # As in TOFU and open-unlearning: no space before the answer, because Llama-2's tokenizer would merge them.
     "llama2": TOFUTemplate("[INST] ", " [/INST]"),
-    # Differs from TOFU, whose loss counts the tokens of "Answer: " too; its generation has them in the prompt as here.
+    # Differs from TOFU, whose loss also counts the tokens of "Answer: ". Its generation has them in the prompt.
     "phi": TOFUTemplate("Question: ", "\nAnswer: "),
 }
 
 
 def check_template(template: str | TOFUTemplate) -> TOFUTemplate:
-    """A template, or the one of this name; an error names those there are."""
+    """Returns the template, looked up if it is a name. The error lists the known names."""
     if isinstance(template, TOFUTemplate):
         return template
     if template not in TOFU_TEMPLATES:
@@ -75,8 +75,8 @@ def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | 
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt` and `completion`, for
-        [`~blur_trainer.data.formats.tokenize_dataset`]; where the rows have `paraphrased_answer` (a string) or
-        `perturbed_answer` (a list), the completions that they make, under these names; `refusal` as it is.
+        [`~blur_trainer.data.formats.tokenize_dataset`]. The columns `paraphrased_answer` (a string) and
+        `perturbed_answer` (a list), if present, are turned into completions; `refusal` is copied.
     """
     chosen = check_template(template)
     rows = list(rows)
@@ -95,7 +95,7 @@ def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | 
     if "perturbed_answer" in rows[0]:
         table["perturbed_answer"] = [[chosen.completion(one) for one in row["perturbed_answer"]] for row in rows]
         features["perturbed_answer"] = List(Value("string"))
-    if "refusal" in rows[0]:  # the tokenization puts it in the place of the completion
+    if "refusal" in rows[0]:  # tokenization replaces the completion by it
         table["refusal"] = [row["refusal"] for row in rows]
         features["refusal"] = Value("string")
     return Dataset.from_dict(table, features=Features(features))

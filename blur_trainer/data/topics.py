@@ -12,13 +12,14 @@ from blur_trainer.data.pairing import check_map_style, check_seed, permutation
 
 class TopicDataset(Dataset):
     r"""
-    Positions of an epoch, in the order in which they are to be read: step s of it is of topic `s % n`.
+    The examples of one epoch in their reading order: step s belongs to topic `s % n`. Read it sequentially.
 
-    A step is `block` examples: of all processes, and of the whole accumulation window, so that a step has one topic
-    wherever it runs, and with it one control vector, coefficient and alpha. Topic t's examples are an endless stream of
-    permutations of its forget set, permutation b drawn from (seed, t, b); so are its retain examples, of its own
-    retain set or of the one that all topics share. An item depends on (seed, epoch, position) and nothing else: a
-    resumed run sees the identical items. Read it in sequence.
+    A step has `block` examples: those of all processes and of the whole accumulation window. So each step has one
+    topic, with one control vector, coefficient and alpha, on all processes.
+
+    The forget examples of topic t are an endless stream of permutations of its forget set; permutation b is drawn from
+    (seed, t, b). Its retain examples are drawn the same way, from its own retain set or from the shared one. An item
+    depends only on (seed, epoch, position): a resumed run sees the same items.
 
     Args:
         forget: topic -> map-style dataset, not empty.
@@ -31,8 +32,8 @@ class TopicDataset(Dataset):
     Raises:
         `ValueError`: a topic is too short (and not to be repeated), or the topics do not agree.
 
-    Differs from the WMDP authors' code, which stops without a word where the shortest topic ends, and whose count of
-    batches is of all topics together.
+    Differs from the WMDP authors' code, which silently stops where the shortest topic ends, and which counts the
+    batches of all topics together.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TopicDataset(Dataset):
                 check_map_style(self.retain_by_topic[topic], f"retain ({topic})")
         self.block, self.seed = block, seed
         self.rounds = self._rounds(steps, repeat)
-        # shared memory, as in `PairedDataset`: workers that outlive an epoch see this number
+        # in shared memory, as in `PairedDataset`: persistent workers must see the new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
@@ -67,7 +68,7 @@ class TopicDataset(Dataset):
         """Steps of each topic in one epoch."""
         sizes = {topic: len(rows) for topic, rows in self.forget_by_topic.items()}
         wanted = -(-max(sizes.values()) // self.block) if steps is None else -(-steps // len(sizes))
-        # the last step of an epoch may begin a set again, as everywhere; steps that were counted are whole
+        # The last step of an epoch may start a set again. With `steps` given, every step must be complete.
         needed = (wanted - 1) * self.block + 1 if steps is None else wanted * self.block
         short = [topic for topic, size in sizes.items() if size < needed]
         if short and not repeat:

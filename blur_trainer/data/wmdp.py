@@ -9,11 +9,11 @@ The corpora are one [`~datasets.DatasetDict`], each set with one column, `text`:
 | `retain` | `Salesforce/wikitext`, `wikitext-2-raw-v1`, split test | `wikitext` |
 | `retain_bio`, `retain_cyber` | `cais/wmdp-corpora`, `bio-retain-corpus` | `bio-retain-corpus` |
 
-A local file is `.jsonl` or `.txt`, of objects with `text` (title, abstract and the like are left out), JSON strings or
-plain lines, as its first line tells; or `.json`, a list of either of the first two.
+A local `.jsonl` or `.txt` file has one text per line: an object with `text` (other keys are ignored), a JSON string, or
+a plain line. The first line decides which. A `.json` file is a list of objects or of strings.
 
-Differs from WMDP's code: there lines of files that are not called `bio-forget-corpus` are taken as they stand, with the
-quotes and escapes of JSON.
+Differs from WMDP's code, which reads the lines of all files but `bio-forget-corpus` as plain text, with the quotes and
+escapes of JSON.
 
 Source: Li et al., "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning" (2024, arXiv:2403.03218),
 https://huggingface.co/datasets/cais/wmdp.
@@ -58,18 +58,18 @@ def load_wmdp(
         topics (`Sequence[str]`, *optional*):
             Some of `"bio"` and `"cyber"` (embedded: `"potions"` and `"machines"`), in this order; by default both.
         data_dir (`str` or `Path`, *optional*):
-            Read what this folder has; the rest comes from the Hub. So the gated corpus alone can be a local file.
+            Read the sets that this folder has; the others come from the Hub. So only the gated corpus need be local.
         topic_retain (`bool`, defaults to `False`):
-            Whether to load WMDP's own retain corpora too (`retain_bio`, `retain_cyber`), which its authors' runs leave
-            out: they retain Wikitext.
+            Whether to load WMDP's own retain corpora too (`retain_bio`, `retain_cyber`). Its authors' runs do not use
+            them: they retain Wikitext.
         min_length (`int`, defaults to `50`):
-            Only texts of more characters. Wikitext's empty lines and headings go this way: nothing in them says what is
-            to be kept. It is the default of WMDP's loader too, but its command line passes 0: there headings stay.
+            Texts of at most this many characters are dropped, such as Wikitext's empty lines and headings. WMDP's
+            loader has the same default, but its command line passes 0 and so keeps the headings.
         max_length (`int`, *optional*):
-            Cut texts after so many characters. WMDP's loader has `max_len=2000` among its arguments and never uses it;
-            what cuts there is the tokenizer (512 tokens of bio, 768 of cyber).
+            Cut texts after so many characters. WMDP's loader has an argument `max_len=2000` but never uses it; its
+            tokenizer cuts the texts (512 tokens of bio, 768 of cyber).
         token (`str` or `bool`, *optional*):
-            For the Hub; by default the one that `hf auth login` stored.
+            For the Hub. Default: the token that `hf auth login` stored.
 
     Returns:
         [`~datasets.DatasetDict`]: `forget_{topic}` for each topic, `retain`, and `retain_{topic}` where asked for.
@@ -113,7 +113,7 @@ def load_wmdp_questions(
         data_dir (`str` or `Path`, *optional*):
             Read `wmdp-bio.jsonl` or `wmdp-bio/test.jsonl` (`_` for `-` and `.json` will do) there instead of the Hub.
         token (`str` or `bool`, *optional*):
-            For the Hub, where it asks for one.
+            For the Hub, if needed.
 
     Returns:
         [`~datasets.Dataset`]: `question`, `choices` (list of 4 strings), `answer` (index of the right one, from 0).

@@ -1,9 +1,10 @@
-"""Who holds the two gradients, and where. This module: one process and DDP, where `.grad` is the whole gradient.
+"""The backend holds the two gradients. This one serves one process and DDP, where `.grad` is the whole gradient.
 
-One pass per objective over the accumulation window, then `take`: the engine's own accumulation and reduction are used
-as they are, and the finished gradient moves to its slot. After the last pass `gramian`, then `write` or `discard`.
-Engines that shard override where a gradient is read, emptied and put (`_read`, `_empty`, `_put`) and how the processes'
-shares of an inner product add up (`_reduce`).
+Each objective makes one pass over the accumulation window, with the engine's own accumulation and reduction. Then
+`take` moves the finished gradient to its slot. After the last pass the trainer calls `gramian`, then `write` or
+`discard`.
+Sharding engines override how a gradient is read, emptied and written (`_read`, `_empty`, `_put`) and how the processes'
+shares of an inner product are summed (`_reduce`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blur_trainer.constants import ROLES
 
-# elements per float32 dot product: of the size of a cache, or large enough to hide the launch of a kernel
+# Elements per float32 dot product: on a CPU a chunk fits into a cache; on a GPU it is large, to hide kernel launches.
 _CHUNK, _CHUNK_ON_ACCELERATOR = 2**18, 2**26
 
 Gradients = list[Tensor | None]
@@ -26,9 +27,9 @@ Gradients = list[Tensor | None]
 class GradientBackend:
     """Gradients of one process, or of DDP after its all-reduce (equal on all ranks, so nothing is reduced here).
 
-    Memory: one gradient copy beyond what training with one loss holds; none on the device with
-    `offload_forget_gradient`, which keeps the forget slot in the CPU's memory until both gradients meet, tensor by
-    tensor. Time: one pass over the gradients for the inner products and one for the combination.
+    Memory: one gradient copy more than training with one loss. With `offload_forget_gradient` that copy is in the CPU's
+    memory and returns to the device tensor by tensor. Time: one pass over the gradients for the inner products and one
+    for the combination.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, offload_forget_gradient: bool = False):
@@ -37,7 +38,7 @@ class GradientBackend:
         self.offload_forget_gradient = offload_forget_gradient
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.slots: dict[str, Gradients] = {}
-        # DDP can make `.grad` a view of its communication bucket, which the next pass overwrites: then copy
+        # With DDP, `.grad` can be a view of a communication bucket, which the next pass overwrites. Then copy it.
         self._grads_are_views = any(
             isinstance(module, DistributedDataParallel) and module.gradient_as_bucket_view for module in model.modules()
         )
@@ -45,7 +46,7 @@ class GradientBackend:
     # ---- the life of a gradient ----
 
     def accumulate(self, last: bool) -> AbstractContextManager:
-        """Wraps forward and backward of one micro-batch; only the pass's last one reduces over the processes."""
+        """Context of one micro-batch's forward and backward. Only the last one of a pass reduces over the processes."""
         every = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return nullcontext() if last or every else self.accelerator.no_sync(self.model)
 
@@ -53,7 +54,7 @@ class GradientBackend:
         self.accelerator.backward(loss)
 
     def take(self, role: str) -> None:
-        """End of a pass: its gradient moves to the slot `role`, and the engine's gradient is empty again."""
+        """Ends a pass: moves its gradient to the slot `role` and empties the engine's gradient."""
         gradients = self._read()
         if role == "forget" and self.offload_forget_gradient:
             gradients = [None if g is None else _to_host(g) for g in gradients]
@@ -61,10 +62,10 @@ class GradientBackend:
         self._empty()
 
     def gramian(self) -> Tensor:
-        """`(2, 2)` float64 on the CPU, order forget, retain; the row of a role without a pass is 0.
+        """`(2, 2)` float64 on the CPU, order forget, retain. The row of a role without a pass is 0.
 
-        Reading it waits for the device, three numbers once per optimizer step, summed over the processes where each
-        holds a share. Gradients under a loss scale carry it; it is divided out.
+        It waits for the device once per optimizer step, for three numbers. Shares are summed over the processes. A loss
+        scale is divided out.
         """
         count = max(map(len, self.slots.values()))
         forget, retain = (self.slots.get(role, [None] * count) for role in ROLES)
@@ -72,30 +73,30 @@ class GradientBackend:
         return torch.stack([entries[0], entries[1], entries[1], entries[2]]).view(2, 2)
 
     def write(self, weights: Tensor) -> None:
-        """The optimizer finds `weights[0] g_f + weights[1] g_r` as its gradient; the slots are free afterwards."""
+        """Puts `weights[0] g_f + weights[1] g_r` where the optimizer reads its gradient, and frees the slots."""
         scalars = dict(zip(ROLES, weights.tolist(), strict=True))
         (first, *others) = [role for role in ROLES[::-1] if role in self.slots]
         combined = self.slots.pop(first)
-        if scalars[first] != 1.0:  # BLUR's upper level, as a rule: one pass over the gradients saved
+        if scalars[first] != 1.0:  # skipping weight 1 (often BLUR's upper level) saves a pass over the gradients
             torch._foreach_mul_([g for g in combined if g is not None], scalars[first])
         for role in others:
             combined = add_scaled(combined, self.slots.pop(role), scalars[role])
         self._put(combined)
 
     def discard(self) -> None:
-        """Forgets both gradients: an optimizer step now leaves weights and moments as they are."""
+        """Drops both gradients. The next optimizer step then changes neither weights nor moments."""
         self.slots.clear()
         self._empty()
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether a loss scaler looks for inf and NaN itself, skips the step and lowers its scale."""
+        """Whether a loss scaler checks for inf and NaN, skips the step and lowers its scale."""
         return self.accelerator.scaler is not None and self.accelerator.scaler.is_enabled()
 
-    # ---- where an engine keeps it ----
+    # ---- where an engine keeps its gradient ----
 
     def _read(self) -> Gradients:
-        """This process's share of the finished gradient, in tensors that the next pass leaves alone."""
+        """Returns this process's share of the finished gradient, in tensors that the next pass does not change."""
         return [p.grad.clone() if self._grads_are_views and p.grad is not None else p.grad for p in self.parameters]
 
     def _empty(self) -> None:
@@ -107,7 +108,7 @@ class GradientBackend:
             parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
 
     def _reduce(self, products: Tensor) -> Tensor:
-        """`(3,)` of this process's share -> of the whole gradient."""
+        """Inner products `(3,)` of this process's share -> those of the whole gradient."""
         return products
 
     def _loss_scale(self) -> float:
@@ -115,12 +116,12 @@ class GradientBackend:
 
 
 def add_scaled(mine: Gradients, others: Gradients, weight: float) -> Gradients:
-    """`mine + weight * others` in place of either; a parameter may have a gradient in one of them only."""
+    """`mine + weight * others`, in place. A parameter may have a gradient in only one of the two."""
     together = [(m, o) for m, o in zip(mine, others, strict=True) if m is not None and o is not None]
     if together and all(m.device == o.device for m, o in together):  # foreach refuses empty lists
         torch._foreach_add_([m for m, _ in together], [o for _, o in together], alpha=weight)
     else:
-        for m, o in together:  # one at a time: an offloaded slot never is on the device as a whole
+        for m, o in together:  # one tensor at a time, so that an offloaded slot is never on the device as a whole
             m.add_(o.to(m.device, non_blocking=True), alpha=weight)
     return [o.mul_(weight) if m is None and o is not None else m for m, o in zip(mine, others, strict=True)]
 
@@ -128,8 +129,8 @@ def add_scaled(mine: Gradients, others: Gradients, weight: float) -> Gradients:
 def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | None]) -> Tensor:
     """`(<f,f>, <f,r>, <r,r>)` over all tensors at once, `(3,)` float64 on the CPU.
 
-    Products in float32 per chunk (a float32 sum over millions of terms is wrong in the fifth digit on a CPU), sums in
-    float64; a chunk is read from memory once for all three, on the device of the retain gradient.
+    Products are float32 per chunk, sums are float64: on a CPU a float32 sum over millions of terms is wrong in the
+    fifth digit. Each chunk is read from memory once for all three products, on the retain gradient's device.
     """
     products: list[list[Tensor]] = [[], [], []]
     for pair in zip(forget, retain, strict=True):
@@ -143,7 +144,7 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
     flat = [product for part in products for product in part]
     if not flat:
         return torch.zeros(3, dtype=torch.float64)
-    device = flat[-1].device  # of a model spread over several, the last one collects
+    device = flat[-1].device  # a model spread over several devices: collect on the last one
     numbers = torch.stack([product.to(device) for product in flat]).cpu().double()
     return torch.stack([part.sum() for part in numbers.split([len(part) for part in products])])
 

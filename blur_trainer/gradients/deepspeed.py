@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO 0 to 3: each process keeps its partition of either gradient; the engine clips and steps.
+"""Backends for DeepSpeed ZeRO 0 to 3: each process keeps its partition of both gradients; the engine clips and steps.
 
-ZeRO 3 has a documented interface to local gradients. ZeRO 1 and 2 have none: the attributes of DeepSpeed's optimizers
-named below (`averaged_gradients`, `all_grad_tensors`, `single_partition_of_fp32_groups`, ...) are private, which is why
-they are touched in this file only, under a bound on the version, by tests/gradients/test_parity.py on every stage.
+ZeRO 3 has a documented interface to local gradients. ZeRO 1 and 2 have none, so this file uses private attributes of
+DeepSpeed's optimizers (`averaged_gradients`, `all_grad_tensors`, `single_partition_of_fp32_groups`, ...). No other file
+does. The DeepSpeed version is bounded, and tests/gradients/test_parity.py checks every stage.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ from blur_trainer.constants import ROLES
 from blur_trainer.gradients.backend import GradientBackend, Gradients
 
 TESTED = (Version("0.19"), Version("0.20"))
-#: settings never run with two gradients, and the values of them that mean "off"
+#: settings that were never tested with two gradients -> the values that turn them off
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "zero_optimization.offload_optimizer.device": (None, "none", "cpu"),
     "zero_optimization.offload_param.device": (None, "none", "cpu"),
@@ -42,7 +42,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """Raises for a DeepSpeed version or configuration without an exact backend, or that would save no model."""
+    """Raises if the DeepSpeed version or configuration has no exact backend, or would save no model."""
     installed = Version(version("deepspeed"))
     if not TESTED[0] <= installed < TESTED[1]:
         raise NotImplementedError(
@@ -69,7 +69,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
 
 
 def communicate_by_gloo() -> None:
-    """CPU processes talk by plain gloo, instead of through shared memory by C++ that takes minutes to compile."""
+    """Lets CPU processes communicate by gloo. DeepSpeed's own shared-memory code would take minutes to compile."""
     ops: Any = deepspeed.ops
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -77,7 +77,7 @@ def communicate_by_gloo() -> None:
 def choose_deepspeed_backend(
     accelerator: Accelerator, engine: Any, offload_forget_gradient: bool = False
 ) -> "DeepSpeedBackend":
-    """By the class of the engine's optimizer, exactly: what subclasses it keeps gradients elsewhere."""
+    """Chooses by the exact class of the engine's optimizer: subclasses keep their gradients elsewhere."""
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         kind: type[DeepSpeedBackend] = OffloadedPartitions if optimizer.cpu_offload else Partitions
@@ -95,10 +95,10 @@ def choose_deepspeed_backend(
 
 
 class DeepSpeedBackend(GradientBackend):
-    """ZeRO 0, where `.grad` is whole and equal on all ranks; for other stages, what is common to all of them.
+    """ZeRO 0, where `.grad` is whole and equal on all ranks. Also the base of the other stages.
 
-    `Accelerator.backward` would step the engine after the first pass: the engine is driven here instead, and steps at
-    the end of `write`, clipping included.
+    `Accelerator.backward` would step the engine after the first pass. So this class drives the engine itself: it steps,
+    and clips, at the end of `write`.
     """
 
     def __init__(self, accelerator: Accelerator, engine: Any, offload_forget_gradient: bool = False):
@@ -107,7 +107,7 @@ class DeepSpeedBackend(GradientBackend):
         self.optimizer = engine.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
-        self.engine.set_gradient_accumulation_boundary(last)  # before the forward pass, as documented
+        self.engine.set_gradient_accumulation_boundary(last)  # must precede the forward pass (its documentation)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -116,11 +116,11 @@ class DeepSpeedBackend(GradientBackend):
     def write(self, weights: Tensor) -> None:
         super().write(weights)
         self.engine.step()
-        self._empty()  # partitions of a CPU or of ZeRO 3 survive the step
+        self._empty()  # partitions on a CPU or of ZeRO 3 are still filled after the step
 
     def discard(self) -> None:
         super().discard()
-        if self.engine.lr_scheduler is not None:  # one from the DeepSpeed config: it moves on, as Trainer's own does
+        if self.engine.lr_scheduler is not None:  # one from the DeepSpeed config advances here
             self.engine.lr_scheduler.step()
 
     @property
@@ -168,7 +168,7 @@ class OffloadedPartitions(_Sharded):
     def _empty(self) -> None:
         for partition in self.optimizer.single_partition_of_fp32_groups:
             partition.grad.zero_()
-        self.optimizer.micro_step_id = -1  # else the next backward adds to the copy that accumulation keeps on the CPU
+        self.optimizer.micro_step_id = -1  # else the next backward would add to the accumulated copy on the CPU
         self.optimizer.zero_grad()
 
     def _put(self, gradients: Gradients) -> None:
@@ -177,7 +177,7 @@ class OffloadedPartitions(_Sharded):
             zip(optimizer.single_partition_of_fp32_groups, gradients, strict=True)
         ):
             partition.grad.copy_(gradient)
-            for parameter in optimizer.params_in_partition[i]:  # clipping uses norms that backward has left behind
+            for parameter in optimizer.params_in_partition[i]:  # clipping uses the norms that backward stored
                 key = optimizer.get_param_id(parameter)
                 _, _, start, length = optimizer.grad_position[key]
                 optimizer.norm_for_param_grads[key] = partition.grad.view(-1).narrow(0, start, length).norm(2)
@@ -185,13 +185,13 @@ class OffloadedPartitions(_Sharded):
 
 
 class Stage3(_Sharded):
-    """ZeRO 3, also with optimizer or parameters on the CPU, through DeepSpeed's documented local gradients."""
+    """ZeRO 3, also with optimizer or parameters on the CPU. Uses DeepSpeed's documented local gradients."""
 
     def _read(self) -> Gradients:
         return [safe_get_local_grad(p).clone() for p in self.parameters]
 
     def _empty(self) -> None:
-        if len(self.slots) < len(ROLES):  # with both taken, `_put` overwrites every partition and `write` empties it
+        if len(self.slots) < len(ROLES):  # after both passes `_put` overwrites every partition and `write` empties it
             for parameter in self.parameters:
                 safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Which backend serves the running engine, and what is refused by name: a wrong gradient would be silent."""
+"""Chooses the backend for the running engine. Unsupported engines raise: a wrong gradient would go unnoticed."""
 
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ _SERVED = "Gradient rules run on one process, DDP, FSDP2 and DeepSpeed ZeRO 0 to
 
 
 def check_engine(accelerator: Accelerator, args: "TrainingArguments") -> None:
-    """Raises `NotImplementedError`, by name, where there is no exact backend."""
+    """Raises `NotImplementedError`, naming the setting, if no exact backend exists."""
     if args.parallelism_config is not None or accelerator.parallelism_config is not None:
         raise NotImplementedError(f"`parallelism_config` is not supported. {_SERVED}")
     if args.n_gpu > 1:
@@ -56,7 +56,7 @@ def check_engine(accelerator: Accelerator, args: "TrainingArguments") -> None:
                 "with `offload_param` and `offload_optimizer` (ds_configs/zero3_offload.json)."
             )
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from blur_trainer.gradients.deepspeed import check_deepspeed  # the package is an extra
+        from blur_trainer.gradients.deepspeed import check_deepspeed  # DeepSpeed is an optional dependency
 
         check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
     else:

@@ -1,7 +1,7 @@
-"""An inner product with a gradient that is never made: the derivative of a loss along a direction of the weights.
+"""The derivative of a loss along a direction of the weights, without computing the gradient.
 
-`<d loss / d w, t>` is the derivative of `loss(w + e t)` at `e = 0`. Forward-mode differentiation carries it along with
-the loss in one pass without a graph, so that one layer's activations are alive at a time, of any depth of model.
+`<d loss / d w, t>` is the derivative of `loss(w + e t)` at `e = 0`. Forward-mode differentiation computes it together
+with the loss, in one pass without a graph. Only one layer's activations are in memory at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class _Along(nn.Module):
-    """`model`, its parameters moving along `tangents` (by name); a tied parameter has one name and moves everywhere."""
+    """Wraps `model`; its parameters get `tangents` (by name). A tied parameter has one name and gets one tangent."""
 
     def __init__(self, model: nn.Module, tangents: Mapping[str, Tensor]):
         super().__init__()
         parameters = dict(model.named_parameters())
         duals = {name: forward_ad.make_dual(parameters[name], tangent) for name, tangent in tangents.items()}
-        # not a submodule: who looks inside for a fused LM head, which has no forward mode, is to find none
+        # Stored outside the module tree. So `has_fused_head` finds no fused LM head, which has no forward mode.
         self.call = partial(functional_call, model, duals)
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -31,10 +31,10 @@ class _Along(nn.Module):
 def directional_derivative(
     model: nn.Module, tangents: Mapping[str, Tensor], loss: Callable[[nn.Module], Tensor]
 ) -> Tensor:
-    """`sum_name <d loss(model) / d parameter, tangents[name]>`, 0-d; nothing is copied, `.grad` may be the tangents.
+    """`sum_name <d loss(model) / d parameter, tangents[name]>`, 0-d. Copies nothing; `.grad` may be the tangents.
 
-    Scaled dot product attention runs as its plain formula, the only form of it with a forward mode. Other kernels
-    without one raise torch's `NotImplementedError`.
+    Scaled dot product attention uses its plain formula, the only variant with a forward mode. Other kernels without
+    forward mode raise torch's `NotImplementedError`.
     """
     with forward_ad.dual_level(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         value, derivative = forward_ad.unpack_dual(loss(_Along(model, tangents)))

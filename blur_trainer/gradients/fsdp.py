@@ -1,4 +1,4 @@
-"""FSDP2: `.grad` is a `DTensor`, of which each process keeps its shard of either gradient and nothing more."""
+"""The backend for FSDP2. `.grad` is a `DTensor`; each process keeps its own shard of both gradients."""
 
 import torch
 from accelerate import Accelerator
@@ -10,12 +10,12 @@ from blur_trainer.gradients.backend import GradientBackend, Gradients
 
 
 class FSDPBackend(GradientBackend):
-    """Slots hold local shards; the three inner products are summed over the processes once per optimizer step."""
+    """Slots hold local shards. The three inner products are summed over the processes once per optimizer step."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, offload_forget_gradient: bool = False):
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # after an evaluation the last units' parameters are still whole
+                module.reshard()  # after an evaluation the last units' parameters are still gathered
         super().__init__(accelerator, model, offload_forget_gradient)
         names = {id(p): name for name, p in model.named_parameters()}
         for parameter in self.parameters:
@@ -37,7 +37,7 @@ class FSDPBackend(GradientBackend):
         for index, parameter in enumerate(self.parameters):
             shard, gradients[index] = gradients[index], None
             if shard is not None:
-                # filled, not built by `from_local`, which would move the shard of a CPU-offloaded parameter to the GPU
+                # Fill an empty tensor: `from_local` would move the shard of a CPU-offloaded parameter to the GPU.
                 gradient = torch.empty_like(parameter)
                 gradient.to_local().copy_(shard)  # type: ignore[attr-defined]
                 parameter.grad = gradient

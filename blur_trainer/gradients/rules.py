@@ -1,9 +1,9 @@
 """Gradient rules: the Gramian of the two gradients in, their two weights out. Order: forget, retain.
 
 `G = [[<g_f,g_f>, <g_f,g_r>], [<g_r,g_f>, <g_r,g_r>]]`, and the optimizer receives `d = w[0] g_f + w[1] g_r`.
-A rule is any callable `(2, 2) -> (2,)`: the protocol of TorchJD's `Weighting`, whose published rules run here as they
-are. NaN and inf pass through: who holds the gradients decides what to do about them. A rule whose attribute
-`needs_retain_norm` is there and False never reads `G[1,1]`, which a training with one gradient buffer does not have.
+A rule is any callable `(2, 2) -> (2,)`. That is the protocol of TorchJD's `Weighting`, so its published rules run here
+unchanged. NaN and inf pass through; the caller skips such a step. A rule with `needs_retain_norm = False` promises
+never to read `G[1,1]`, which a training with one gradient buffer does not have.
 """
 
 import math
@@ -55,9 +55,9 @@ class Sum:
 class BLUR:
     """Bi-level unlearning, `d = gamma g_l + alpha (g_u - rho g_l)` with `rho = <g_u, g_l> / ||g_l||^2`.
 
-    The upper-level gradient `g_u` is stripped of its component along the lower-level gradient `g_l`, so that
-    `<d, g_l> = gamma ||g_l||^2` whatever the upper level wants: the lower objective falls at its own rate (to first
-    order). `||g_l|| = 0` means `rho = 0`.
+    The upper-level gradient `g_u` loses its component along the lower-level gradient `g_l`. So
+    `<d, g_l> = gamma ||g_l||^2` for every `g_u`: to first order the lower objective falls at its own rate.
+    `||g_l|| = 0` means `rho = 0`.
 
     Args:
         lower_level: the objective that is never traded away: `"forget"` (the paper's form) or `"retain"` (its code's
@@ -99,7 +99,7 @@ class BLUR:
 
 @dataclass(frozen=True)
 class PCGrad:
-    """Projecting conflicting gradients: where `<g_f, g_r> < 0`, each loses its component along the other; then the sum.
+    """Projecting conflicting gradients: if `<g_f, g_r> < 0`, each loses its component along the other. Then their sum.
 
     Source: Yu et al. 2020, arXiv 2001.06782 (with two objectives the order of projections does not matter).
     """

@@ -1,8 +1,8 @@
-"""What one objective's pass holds besides weights and gradients: when its backward pass begins, and when it ends.
+"""Memory of one objective's pass besides weights and gradients, at the start and at the end of its backward pass.
 
-Backbone: what autograd saves, counted on the meta device (`meta.saved_activations`), up to where the objective ends.
-Head and loss: copies of logits or activations, each constant below measured (float32 and bfloat16 on a CPU,
-`benchmarks/memory.py`), explained by the code they are of.
+Backbone: what autograd saves, counted on the meta device (`meta.saved_activations`), up to the objective's last layer.
+Head and loss: copies of logits or activations. The constants below were measured (float32 and bfloat16 on a CPU,
+`benchmarks/memory.py`); their comments say which tensors they count.
 """
 
 from collections.abc import Mapping
@@ -25,27 +25,27 @@ from blur_trainer.trainers.topics import settings_of
 if TYPE_CHECKING:
     from blur_trainer.trainers.config import UnlearningConfig
 
-#: float32 copies of `(tokens, vocabulary)` at the height of `cross_entropy`: the saved log-softmax and two gradients
+#: float32 copies of `(tokens, vocabulary)` at the peak of `cross_entropy`: the saved log-softmax and two gradients
 _CROSS_ENTROPY = 3
-#: of `kl_loss`: two log-softmaxes, the divergence, two gradients; and two logits in the model's dtype
+#: the same for `kl_loss`: two log-softmaxes, the divergence, two gradients; and two logits in the model's dtype
 _KL, _KL_LOGITS = 5, 2
-#: float32 copies of `(tokens, hidden)` at the height of `activation_loss`, which its backward pass reaches: the saved
-#: difference, the gradient of its square, three in the derivative of that
+#: float32 copies of `(tokens, hidden)` at the peak of `activation_loss`, during its backward pass: the saved
+#: difference, the gradient of its square, and three copies in the derivative of the square
 _ACTIVATION_LOSS = 5
-#: TRL's head: tokens and vocabulary of a tile. Triton works in the tile, torch's operations on a CPU make copies of it
+#: TRL's fused head: tokens and vocabulary of a tile. Triton works inside the tile; on a CPU torch makes copies of it
 _TILE_TOKENS, _TILE_VOCABULARY, _CPU_TILES = 4096, 32768, 8
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of activations when the backward pass of an objective begins, and while it ends."""
+    """Bytes of activations when an objective's backward pass begins, and when it ends."""
 
     begins: int
     ends: int
 
 
 def batch_tokens(args: "UnlearningConfig", config: Any) -> tuple[int, int]:
-    """Examples and tokens per example of the longest batch: of topics, that of the longest one."""
+    """Examples, and tokens per example, of the longest batch (with topics: of the longest topic)."""
     own = [int(settings["max_length"]) for settings in settings_of(args).values() if "max_length" in settings]
     longest = max([args.max_length, *own]) if args.max_length else None
     lengths = [n for n in (longest, getattr(config, "max_position_embeddings", None)) if n]
@@ -61,13 +61,13 @@ def passes(
     device: str,
     autocast: torch.dtype | None,
 ) -> dict[str, Pass]:
-    """Of each objective. `model` on the meta device, in the dtype that it computes in: by `autocast`, or as stored."""
+    """One [`Pass`] per objective. `model` is on the meta device, in the dtype that it computes in."""
     shape = batch_tokens(args, causal_lm(model).config.get_text_config())
     checkpointing = bool(args.activation_checkpointing)
     saved = saved_activations(model, *shape, checkpointing)
     wanted = device == "cuda" if args.fused_lm_head is None else args.fused_lm_head
     fused = wanted and not fused_head_obstacle(model)
-    # where few layers have a graph, the pass through those without one may be higher
+    # if few layers have a graph, the pass through the other layers may need more
     working = 0 if all(saved.inside) else working_bytes(model, *shape)
     found = {}
     for role, objective in objectives.items():
@@ -81,19 +81,19 @@ def passes(
 
 
 def _graphs(objective: Objective) -> int:
-    """How many forward passes one backward pass goes through: DPO's of the refusals and of the answers."""
+    """How many forward passes one backward pass covers. DPO has two: refusals and answers."""
     return 2 if isinstance(objective, DPO) else 1
 
 
 def _target(objective: Objective, model: nn.Module, shape: tuple[int, int]) -> int:
-    """The reference's activations, which wait for those of the model."""
+    """Bytes of the reference's activations, which are held until the model's are computed."""
     if objective.top_layer is None or not objective.needs_reference:
         return 0
     return shape[0] * shape[1] * hidden_size(model) * causal_lm(model).dtype.itemsize
 
 
 def _head(objective: Objective, model: nn.Module, shape: tuple[int, int], fused: bool, device: str) -> int:
-    """From the last hidden states to the loss and back."""
+    """Bytes from the last hidden states to the loss and back."""
     if objective.top_layer is not None:
         return 4 * shape[0] * shape[1] * hidden_size(model) * _ACTIVATION_LOSS
     head = causal_lm(model).get_output_embeddings()
@@ -101,17 +101,17 @@ def _head(objective: Objective, model: nn.Module, shape: tuple[int, int], fused:
     tokens, itemsize = shape[0] * shape[1], head.weight.itemsize
     if objective.needs_reference_logits:
         return tokens * vocabulary * (4 * _KL + itemsize * _KL_LOGITS)
-    if not fused:  # of an earlier graph, the log-softmax is kept
+    if not fused:  # each earlier graph keeps its log-softmax
         return 4 * tokens * vocabulary * (_CROSS_ENTROPY + _graphs(objective) - 1)
     tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * itemsize
-    if device == "cpu":  # pages that a small vocabulary leaves untouched are no memory
+    if device == "cpu":  # a small vocabulary leaves pages untouched, and they use no memory
         tile = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_VOCABULARY) * 4 * _CPU_TILES
-    # gradients are summed in float32 before they get the model's dtype
+    # gradients are summed in float32, then cast to the model's dtype
     return tile + 4 * tokens * width + (4 * vocabulary * width if head.weight.requires_grad else 0)
 
 
 def _autocast_copies(model: nn.Module, saved: Saved, compute: torch.dtype) -> int:
-    """Under autocast every weight of a `Linear` is cast once per pass, and kept for the backward pass of its layer."""
+    """Bytes of autocast's copies: each `Linear` weight is cast once per pass and kept until its layer's backward."""
     units = [unit for unit, inside in zip(layers(model), saved.inside, strict=False) if inside]
     kept = {id(module) for unit in units for module in unit.modules()}
     return sum(m.weight.numel() * compute.itemsize for m in linears(model) if id(m) in kept)

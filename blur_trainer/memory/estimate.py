@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class MemoryEstimate:
     """Bytes per GPU at the highest point of an optimizer step. `str()` is a table in GiB.
 
-    `overlap` is negative: gradients come while activations go, so they are never all there at once.
+    `overlap` is negative: activations are freed while gradients arrive, so they are never all in memory together.
     """
 
     parameters: int
@@ -57,26 +57,26 @@ def estimate_memory(
     reference: Literal["none", "precomputed", "adapter off", "frozen copy"] | None = None,
     device: Literal["cuda", "cpu"] | None = None,
 ) -> MemoryEstimate:
-    """Memory per GPU of training `model` with `args`, from the model's structure alone: no weights are loaded.
+    """Memory per GPU of training `model` with `args`. It needs only the model's structure; no weights are loaded.
 
     Not counted: the CUDA context (about half a GiB), fragmentation, DeepSpeed's communication buckets.
 
     Args:
-        model: a configuration, a model (parameters that are frozen count as such), or a name or path.
-        args: batch size, `max_length` (of `topics` the longest), checkpointing, optimizer, objectives, `train_layers`,
-            `train_parameters` and engine are read from it.
+        model: a configuration, a model (its frozen parameters count as frozen), or a name or path.
+        args: gives batch size, `max_length` (with `topics` the longest), checkpointing, optimizer, objectives,
+            `train_layers`, `train_parameters` and engine.
         world_size: processes, one per GPU.
         peft_config: as for the trainer.
         dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else its configuration's.
         bits: 4 or 8 for a base quantized by bitsandbytes. Default: as the model's configuration says.
-        sharding: `none`, `zero0` to `zero3`, `fsdp`, or `zero1_offload` to `zero3_offload`: the optimizer and the
-            gradients, under stage 3 the parameters too, in the CPU's memory. Default: from `args`.
-        reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose. A copy
-            for objectives on activations is of the lower layers; a `ref_model` that you pass is whole, and not counted.
+        sharding: `none`, `zero0` to `zero3`, `fsdp`, or `zero1_offload` to `zero3_offload`. Offload puts optimizer and
+            gradients, under stage 3 also parameters, into the CPU's memory. Default: from `args`.
+        reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose. For
+            objectives on activations a copy has the lower layers only. A `ref_model` that you pass is not counted.
         device: `cpu` for a training there. Default: from `args.use_cpu`.
 
     Raises:
-        `ValueError`: what the trainer would refuse too, e.g. a layer that the model does not have.
+        `ValueError`: for whatever the trainer would refuse, e.g. a layer that the model does not have.
     """
     if reference not in (None, *REFERENCES):
         raise ValueError(f"Unknown reference {reference!r}; accepted: {', '.join(REFERENCES)}.")
@@ -100,7 +100,7 @@ def estimate_memory(
     built = prepared(stored)
     optim = OptimizerNames(args.optim).value
     kept = held(built, engine, world_size, optim, bits or _bits(config), compute)
-    # DeepSpeed makes zeros where a pass has left no gradient
+    # DeepSpeed fills in zeros for parameters without a gradient
     gradients = {
         role: kept.gradients if engine.master else gradient_bytes(reached(built, objective), engine, world_size)
         for role, objective in objectives.items()
@@ -114,18 +114,18 @@ def estimate_memory(
 def _highest(
     args: "UnlearningConfig", kept: Held, gradients: dict[str, int], runs: dict[str, Pass], copied: int, device: str
 ) -> MemoryEstimate:
-    """The highest of the four phases: both passes, the combination, the optimizer's step."""
+    """The largest of four phases: both passes, the combination, the optimizer step."""
     single_buffer = args.single_gradient_buffer
     slot = 0 if single_buffer or args.offload_forget_gradient else gradients["forget"]
     accumulates = args.gradient_accumulation_steps > 1
 
     def height(role: str) -> int:
-        combines = single_buffer and role == "retain"  # the gradient is there when activations are
+        combines = single_buffer and role == "retain"  # the gradient is in memory together with the activations
         gradient = kept.gradients if combines else gradients[role]
         begins = runs[role].begins + (gradient if accumulates or combines else 0)
         return (slot if role == "retain" else 0) + max(begins, runs[role].ends + gradient)
 
-    # torch's AdamW without `fused` makes a copy of all gradients on a GPU; Adafactor a few of the largest one
+    # on a GPU torch's unfused AdamW copies all gradients; Adafactor makes a few copies of the largest one
     temporary = {"adamw_torch": kept.gradients if device == "cuda" else kept.largest, "adafactor": 4 * kept.largest}
     combination = max(kept.gradients, gradients["retain"] + slot)
     step = kept.gradients + temporary.get(args.optim, 0)
@@ -154,7 +154,7 @@ def _dtype(model: Any, config: PreTrainedConfig, args: "UnlearningConfig", dtype
 
 
 def _bits(config: PreTrainedConfig) -> int | None:
-    """bitsandbytes' width, from the configuration that a quantized checkpoint carries."""
+    """4 or 8 if the configuration is that of a checkpoint quantized by bitsandbytes."""
     quantization = getattr(config, "quantization_config", None)
     settings = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
     return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None

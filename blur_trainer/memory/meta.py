@@ -1,7 +1,7 @@
-"""A model without weights: on torch's meta device it is built, wrapped and run, and what that would hold is counted.
+"""Builds, wraps and runs a model without weights on torch's meta device, and counts the memory that it would use.
 
-Counted, not computed from a formula: parameters are the model's own, and activations are what autograd saves in a real
-forward pass of it, each storage once. So architecture, LoRA, frozen layers and dtypes need no case of their own.
+Nothing is computed from a formula. Parameters are the model's own. Activations are what autograd saves in a real
+forward pass, each storage once. So architectures, LoRA, frozen layers and dtypes need no special cases.
 """
 
 import copy
@@ -23,7 +23,7 @@ _ATTENTION = "blur_trainer_memory"
 
 
 class _FlashShapes(torch.autograd.Function):
-    """Saves what flash attention saves (queries, keys, values, output, one float32 per row); computes nothing."""
+    """Saves what flash attention would save (queries, keys, values, output, one float32 per row). Computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes of activations: per decoder layer its `inputs` and what is saved `inside`, and what is saved `outside`.
+    """Bytes of activations: `inputs` and `inside` per decoder layer, and `outside` of the layers.
 
-    A layer below all that is trained keeps no graph: it has nothing `inside`.
+    A layer below all trained parameters keeps no graph: its `inside` is 0.
     """
 
     outside: int
@@ -56,15 +56,15 @@ class Saved:
     inside: tuple[int, ...]
 
     def up_to(self, top: int | None) -> "Saved":
-        """Of a pass that ends at layer `top`: what is outside comes from the norm behind the layers."""
+        """The same for a pass that ends at layer `top`. Then `outside`, which belongs to the final norm, is 0."""
         return self if top is None else Saved(0, self.inputs[: top + 1], self.inside[: top + 1])
 
     def total(self, checkpointing: bool) -> int:
-        """Held when the backward pass begins; checkpointing keeps of each layer its input only."""
+        """Bytes held when the backward pass begins. Checkpointing keeps only the input of each layer."""
         return self.outside + sum(self.inputs if checkpointing else self.inside)
 
     def one_layer(self) -> int:
-        """Held while one layer is differentiated or recomputed."""
+        """Bytes held while one layer is differentiated or recomputed."""
         return max(self.inside, default=0) + max(self.inputs, default=0)
 
 
@@ -82,10 +82,10 @@ def load_config(model: str | PreTrainedConfig | PreTrainedModel | PeftModel) -> 
 def build(
     model: object, config: PreTrainedConfig, dtype: torch.dtype, peft_config: PeftConfig | None
 ) -> PreTrainedModel | PeftModel:
-    """The model on the meta device, with the trainable parameters that the given one has or `peft_config` makes."""
+    """Builds the model on the meta device. Trainable are the given model's parameters, or those of `peft_config`."""
     adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else peft_config
     with torch.device("meta"):
-        # copies: building notes the attention in the one, PEFT the target modules in the other
+        # copies, because building writes the attention into the one and PEFT the target modules into the other
         built: Any = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION
         )
@@ -101,18 +101,18 @@ def build(
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The units that checkpointing recomputes and sharding gathers."""
+    """The layers: the units that checkpointing recomputes and sharding gathers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def saved_activations(model: nn.Module, batch_size: int, length: int, checkpointing: bool = False) -> Saved:
-    """What autograd saves of the backbone's forward pass over `(batch_size, length)` tokens.
+    """What autograd saves in the backbone's forward pass over `(batch_size, length)` tokens.
 
-    `checkpointing`: transformers then lets the embedding's output require a gradient, also where the embedding is
-    frozen, and so every layer has a graph.
+    With `checkpointing` transformers makes the embedding's output require a gradient, even if the embedding is frozen.
+    So every layer has a graph.
     """
     count: dict[StorageWeakRef, int] = {}
-    alive: list[Tensor] = []  # a storage that died could give its identity to another
+    alive: list[Tensor] = []  # keeps storages alive, because the id of a freed one could be reused
     own = {StorageWeakRef(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def saved_activations(model: nn.Module, batch_size: int, length: int, checkpoint
 
 @contextmanager
 def _watching(modules: list[nn.Module], inputs: list[int], mark: Any) -> Iterator[None]:
-    """Calls `mark` before and after each module, and notes the bytes of its first input."""
+    """Calls `mark` before and after each module, and records the bytes of its first input."""
 
     def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         hidden = arguments[0] if arguments else keywords["hidden_states"]

@@ -1,4 +1,4 @@
-"""Which parameters get a gradient from an objective: the others have none after its pass, and none in its slot."""
+"""Finds the parameters that get a gradient from an objective. The others use no memory in its slot."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from blur_trainer.objectives.base import Objective
 
 
 def reached(model: nn.Module, objective: Objective) -> list[nn.Parameter]:
-    """Those of the model on the meta device that autograd finds from where the objective ends."""
+    """Parameters of a model on the meta device that autograd reaches from the objective's last layer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if objective.top_layer is None:
         return trained

@@ -1,4 +1,4 @@
-"""What the reference model weighs: the table of `blur_trainer.models.reference` in bytes."""
+"""Memory of the reference model: the table of `blur_trainer.models.reference` in bytes."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ def reference_bytes(
     processes: int,
     kind: str | None,
 ) -> int:
-    """Beside `model`, on the meta device with what is frozen in it. `kind`: one of `REFERENCES`, or as the trainer."""
+    """Bytes beside `model` (on the meta device). `kind`: one of `REFERENCES`; default: what the trainer chooses."""
     readers, num_layers = readers_of(objectives, args)
     chosen = "none" if not readers else "adapter off" if isinstance(model, PeftModel) else "frozen copy"
     if (kind or chosen) != "frozen copy":
@@ -33,7 +33,7 @@ def reference_bytes(
     left_out: set[int] = set()
     if num_layers is not None:
         left_out = {id(p) for layer in find_layers(model)[2][num_layers:] for p in layer.parameters()}
-        if not sharding.casts:  # an engine replaces parameters; elsewhere frozen ones are shared
+        if not sharding.casts:  # engines replace parameters; without one, frozen parameters are shared
             left_out |= {id(p) for p in model.parameters() if not p.requires_grad}
     copied = sum(round(weight_bytes(p, None)) for p in model.parameters() if id(p) not in left_out)
     return copied // (processes if sharding.parameters else 1)

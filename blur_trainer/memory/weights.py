@@ -1,4 +1,4 @@
-"""What stays on a GPU between steps: weights, gradients, the optimizer's state, each divided as the engine divides it.
+"""Memory between steps: weights, gradients and optimizer state, divided among the GPUs as the engine divides them.
 
 Sources: ZeRO's stages, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; 8-bit states with one float32 per block of
 256, Dettmers et al. 2022, arXiv 2110.02861; NF4 with one float32 per block of 64, Dettmers et al. 2023, arXiv
@@ -31,11 +31,11 @@ def _adafactor(shape: torch.Size, itemsize: int) -> float:
 
 
 def _nothing(shape: torch.Size, itemsize: int) -> float:
-    """SGD without momentum; or paged: the state moves to the CPU's memory when the GPU's is full."""
+    """No bytes: SGD without momentum, or a paged optimizer, whose state moves to the CPU's memory if needed."""
     return 0
 
 
-#: by the names of `TrainingArguments.optim`: bytes of state per parameter tensor
+#: name in `TrainingArguments.optim` -> bytes of optimizer state per parameter tensor
 OPTIMIZERS: dict[str, Callable[[torch.Size, int], float]] = {
     "adamw_torch": _adam,
     "adamw_torch_fused": _adam,
@@ -51,17 +51,17 @@ OPTIMIZERS: dict[str, Callable[[torch.Size, int], float]] = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """What an engine divides among its processes, and what it keeps in the CPU's memory."""
+    """Which tensors an engine divides among its processes, and which it keeps in the CPU's memory."""
 
     parameters: bool = False
     gradients: bool = False
     optimizer: bool = False
-    #: a float32 copy of the trainable weights, which the optimizer updates
+    #: the engine keeps a float32 copy of the trainable weights, which the optimizer updates
     master: bool = False
-    #: the optimizer's state, and with it the finished gradients
+    #: optimizer state and finished gradients
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    #: the engine casts the weights itself; else autocast does, at every layer
+    #: the engine casts the weights; otherwise autocast does, in every layer
     casts: bool = False
     #: DDP's buckets are a second copy of the gradients
     buckets: bool = False
@@ -78,7 +78,7 @@ SHARDINGS = {
 
 
 def sharding_of(args: Any, name: str | None) -> Sharding:
-    """By name, else from `args`: DeepSpeed's configuration, FSDP, or none."""
+    """The sharding of this name; without a name that of `args` (DeepSpeed's configuration, FSDP, or none)."""
     if name is not None:
         stage, offload = name.removesuffix("_offload"), name.endswith("_offload")
         if stage not in SHARDINGS or (offload and stage not in ("zero1", "zero2", "zero3")):
@@ -102,21 +102,21 @@ def _offloaded(sharding: Sharding, optimizer: bool, parameters: bool) -> Shardin
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes per GPU between the phases of a step, and the largest pieces that phases work on."""
+    """Bytes per GPU between the phases of a step, and of the largest tensors that a phase works on."""
 
     parameters: int
     #: one copy, as the backend holds it
     gradients: int
     buckets: int
     optimizer: int
-    #: what the largest parameter weighs in float32
+    #: bytes of the largest parameter in float32
     largest: int
 
 
 def held(
     model: nn.Module, sharding: Sharding, processes: int, optim: str, bits: int | None, gathered: torch.dtype
 ) -> Held:
-    """Of the model on the meta device. `gathered`: the dtype in which shards are gathered."""
+    """[`Held`] for a model on the meta device. `gathered`: the dtype in which shards are gathered."""
     if optim not in OPTIMIZERS:
         raise ValueError(f"The state of optim={optim!r} is not known; accepted: {', '.join(OPTIMIZERS)}.")
     quantized = {id(m.weight) for m in linears(model)} if bits else set()
@@ -130,7 +130,7 @@ def held(
         units = [sum(p.numel() for p in unit.parameters()) for unit in layers(model)]
         learning = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in layers(model)]
         outside = sum(p.numel() for p in model.parameters()) - sum(units)
-        # gathered: embedding and head, the layer at work, its gradient, and the next layer on its way
+        # gathered at once: embedding, head, the current layer, its gradient, and the prefetched next layer
         live = gathered.itemsize * (outside + 2 * max(units, default=0) + max(learning, default=0))
     return Held(
         parameters=round((0 if sharding.offload_parameters else parameters / share["parameters"]) + live),
@@ -142,7 +142,7 @@ def held(
 
 
 def gradient_bytes(parameters: Iterable[nn.Parameter], sharding: Sharding, processes: int) -> int:
-    """One copy of their gradients, as the backend holds it."""
+    """Bytes of one copy of the parameters' gradients, as the backend holds it."""
     return 0 if sharding.offload_optimizer else round(_own_bytes(parameters) / (processes if sharding.gradients else 1))
 
 
@@ -151,7 +151,7 @@ def _own_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def linears(model: nn.Module) -> Iterable[nn.Linear]:
-    """The layers that bitsandbytes quantizes: all but the head, and no adapter."""
+    """The layers that bitsandbytes quantizes: all linear layers but the head and adapters."""
     head = causal_lm(model).get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:

@@ -1,6 +1,6 @@
-"""What a forward pass without a graph holds at its height: of the reference, or of layers below all that is trained.
+"""Peak memory of a forward pass without a graph: the reference's pass, or layers below all trained parameters.
 
-Counted on the meta device: what each operation makes, as long as it lives.
+Counted on the meta device: each operation's output, from its creation until it is freed.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from blur_trainer.models.forward import causal_lm
 
 
 class _Living(TorchDispatchMode):
-    """Adds up storages that are made inside, and notes the highest sum."""
+    """Sums up the storages that live inside the context, and records the maximum."""
 
     def __init__(self, known: set[StorageWeakRef]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Living(TorchDispatchMode):
 
 @torch.no_grad()
 def working_bytes(model: nn.Module, batch_size: int, length: int) -> int:
-    """Of the backbone over `(batch_size, length)` tokens; parameters aside."""
+    """Peak bytes of the backbone over `(batch_size, length)` tokens, without parameters."""
     own = [*model.parameters(), *model.buffers()]
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     with _Living({StorageWeakRef(tensor.untyped_storage()) for tensor in own}) as living:

@@ -41,7 +41,7 @@ Example:
 
 
 def chosen(loglikelihoods: list[float]) -> int:
-    """Index of the likeliest choice, the first of equals."""
+    """Index of the likeliest choice. Among equals the first one."""
     return int(np.argmax(np.asarray(loglikelihoods, dtype=np.float64)))
 
 

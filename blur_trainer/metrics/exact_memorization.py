@@ -35,7 +35,7 @@ Example:
 
 
 def token_matches(predictions: list[list[int]], references: list[list[int]], protocol: str) -> list[np.ndarray]:
-    """Per text, which of its tokens are predicted."""
+    """For each text, which of its tokens are predicted."""
     check_protocol(protocol)
     last = -1 if protocol == OPEN_UNLEARNING else None
     rows = []

@@ -38,7 +38,7 @@ Example:
 
 
 def extraction_strength(matches: np.ndarray, protocol: str = TOFU) -> float:
-    """Share of a text that its longest predicted suffix makes up, given which of its tokens are predicted."""
+    """Length of the longest predicted suffix, as a share of the text. Input: which tokens are predicted."""
     misses = np.flatnonzero(~matches)
     suffix = len(matches) - 1 - int(misses[-1]) if misses.size else len(matches)
     if protocol == OPEN_UNLEARNING:

@@ -41,7 +41,7 @@ Example:
 
 
 def check_ratios(name: str, ratios: np.ndarray) -> None:
-    """Raises unless there are truth ratios, none of them NaN or negative. They may be infinite: only order counts."""
+    """Raises if there are no truth ratios, or one is NaN or negative. Infinity is allowed: only the order counts."""
     if ratios.size == 0:
         raise ValueError(f"`{name}` is empty: a test needs at least one truth ratio per model.")
     bad = np.flatnonzero(~(ratios >= 0))

@@ -5,7 +5,7 @@ import evaluate
 
 from blur_trainer.metrics.rouge_l import mean_rouge_l
 
-# Where a few-shot answer ends: the blank line between two shots, or the next question when the model skips that line.
+# A few-shot answer ends at the blank line between two shots, or at the next question if that line is missing.
 STOPS = ("\n\n", "\nQuestion", "Question:")
 
 _CITATION = """\

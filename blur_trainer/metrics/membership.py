@@ -36,7 +36,7 @@ Example:
 
 """
 
-MIN_VARIANCE = 1e-6  # open-unlearning's: a position where one token has all the probability
+MIN_VARIANCE = 1e-6  # open-unlearning's value, for positions where one token has all the probability
 
 
 def min_k_plus_plus_score(
@@ -82,8 +82,8 @@ def min_k_plus_plus_score(
 
 def zlib_score(logps: Sequence[float] | np.ndarray, text: str) -> float:
     r"""
-    Mean negative log-likelihood of a text over its size in bytes when compressed (nats per token and byte): a text that
-    is likely only because it repeats itself scores high.
+    Mean negative log-likelihood of a text divided by its compressed size in bytes (nats per token and byte). A text
+    that is likely only because it repeats itself scores high.
 
     Source: Carlini et al., "Extracting Training Data from Large Language Models" (2021).
 
@@ -107,10 +107,10 @@ def attack_scores(
     protocol: str = TOFU,
 ) -> dict[str, float]:
     """
-    Scores of one text under the attacks `loss`, `zlib`, `min_k` and `min_k_plus_plus`, the last two on the lowest 40 %.
+    Scores of one text under the attacks `loss`, `zlib`, `min_k` and `min_k_plus_plus` (the last two: lowest 40 %).
 
-    `logps`, `means` and `variances` as in [`min_k_plus_plus_score`], over all the answer's tokens, `text` the answer.
-    `protocol="open-unlearning"` leaves the last token, the end of sequence, out of the min-k attacks (not of the loss).
+    `logps`, `means` and `variances` are those of [`min_k_plus_plus_score`] over all tokens of the answer `text`. Under
+    `protocol="open-unlearning"` the min-k attacks (not the loss) leave out the last token, the end of sequence.
     """
     check_protocol(protocol)
     last = -1 if protocol == OPEN_UNLEARNING else None

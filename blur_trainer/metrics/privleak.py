@@ -98,7 +98,7 @@ class PrivLeak(evaluate.Metric):
         self, predictions: list[float], references: list[int], auc_retrain: float | None = None
     ) -> dict[str, float]:
         check_scores(predictions, references)
-        # MUSE ranks by minus the score: label 1 (holdout) is called when a text is *likely*.
+        # MUSE ranks by minus the score, so it predicts label 1 (holdout) for *likely* texts.
         auc = float(roc_auc_score(references, -np.asarray(predictions)))
         if auc_retrain is None:
             return {"auc": auc}
@@ -107,7 +107,7 @@ class PrivLeak(evaluate.Metric):
 
 
 def check_scores(scores: Sequence[float], labels: Sequence[int]) -> None:
-    """Raises unless every score is finite and the labels are 0 (forget) and 1 (holdout), both of them."""
+    """Raises unless all scores are finite and the labels are 0 (forget) and 1 (holdout), both present."""
     if set(labels) != {0, 1}:
         raise ValueError(
             f"`references` must hold 0 (forget) and 1 (holdout), both and nothing else, got {set(labels)}."
@@ -121,7 +121,7 @@ def check_scores(scores: Sequence[float], labels: Sequence[int]) -> None:
 
 
 def check_auc_retrain(auc_retrain: float) -> None:
-    """Raises unless `auc_retrain` can be divided by: a number in (0, 1]."""
+    """Raises unless `auc_retrain` is a number in (0, 1]: it is a divisor."""
     if not 0 < auc_retrain <= 1:
         raise ValueError(
             f"`auc_retrain` must be in (0, 1], got {auc_retrain}. Pass the `auc` of a model retrained without the "

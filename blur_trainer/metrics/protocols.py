@@ -1,4 +1,4 @@
-"""Whose conventions a TOFU number follows: the original benchmark's or open-unlearning's."""
+"""The two conventions for TOFU's numbers: the original benchmark's and open-unlearning's."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 TOFU = "tofu"
 OPEN_UNLEARNING = "open-unlearning"
-EPSILON = 1e-10  # what open-unlearning adds to every denominator
+EPSILON = 1e-10  # open-unlearning adds it to every denominator
 
 TOFU_CITATION = """\
 @inproceedings{maini2024tofu,
@@ -28,13 +28,13 @@ OPEN_UNLEARNING_CITATION = """\
 
 
 def check_protocol(protocol: str, accepted: Sequence[str] = (TOFU, OPEN_UNLEARNING)) -> None:
-    """Raises unless `protocol` is one of those that the metric knows."""
+    """Raises unless the metric knows `protocol`."""
     if protocol not in accepted:
         raise ValueError(f"`protocol` must be one of {list(accepted)}, got {protocol!r}.")
 
 
 def finite_array(name: str, values: Iterable[float]) -> np.ndarray:
-    """`values` in float64; raises when there are none or when one of them is not finite."""
+    """Returns `values` in float64. Raises if there are none, or if one is not finite."""
     array = np.asarray(list(values), dtype=np.float64)
     if array.size == 0:
         raise ValueError(f"`{name}` is empty: a mean over zero examples is undefined. Pass at least one number.")

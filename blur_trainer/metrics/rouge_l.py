@@ -14,12 +14,12 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
     r"""
     ROUGE-L F1 of two strings, between 0 and 1.
 
-    With $P$ and $R$ the words of the prediction and of the reference (lower case; whatever is not `[a-z0-9]` separates
-    words; no stemming) and $L$ the length of their longest common subsequence:
+    $P$ and $R$ are the words of prediction and reference (lower case; every character outside `[a-z0-9]` separates
+    words; no stemming). $L$ is the length of their longest common subsequence.
 
     $$F_1 = \frac{2pr}{p+r}, \qquad p = \frac{L}{|P|}, \qquad r = \frac{L}{|R|}$$
 
-    It is 0 where either side has no word: an empty string, and also text without any ASCII letter or digit.
+    It is 0 if either side has no word. Text without any ASCII letter or digit has no word.
 
     Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), as coded in `rouge_score`, with the
     options of [MUSE](https://github.com/swj0419/muse_bench) (stemmer off).

@@ -49,12 +49,12 @@ def truth_ratios(
     paraphrased: Iterable[float], perturbed: Iterable[Iterable[float]], protocol: str = TOFU
 ) -> np.ndarray:
     r"""
-    Truth ratio of each question: what [`ForgetQuality`] compares between two models.
+    Truth ratio of each question. [`ForgetQuality`] compares these between two models.
 
     $$R = \exp\Big(\tilde\ell - \frac{1}{K}\sum_{k=1}^{K} \hat\ell_k\Big)$$
 
-    with $\tilde\ell$ the mean negative log-likelihood of the paraphrased and $\hat\ell_k$ of the perturbed answers: a
-    geometric mean of the wrong answers' probabilities, as in the benchmark's published aggregates.
+    $\tilde\ell$ is the mean negative log-likelihood of the paraphrased answer, $\hat\ell_k$ that of a perturbed one. So
+    the wrong answers' probabilities enter by their geometric mean, as in the benchmark's published aggregates.
 
     Differs between sources: TOFU's logs and its forget quality hold $1/R$; its paper and its `utils.py` take the
     arithmetic mean of the probabilities (`protocol="tofu-paper"`); open-unlearning has the geometric one over
@@ -82,7 +82,7 @@ def truth_ratios(
     right, log_wrong = right_and_wrong(paraphrased, perturbed, protocol)
     if protocol == OPEN_UNLEARNING:
         return np.exp(log_wrong) / (np.exp(-right) + EPSILON)
-    with np.errstate(over="ignore"):  # a right answer beyond 700 nats: the ratio is infinite, and min(R, 1/R) is 0
+    with np.errstate(over="ignore"):  # a right answer beyond 700 nats gives an infinite ratio, and min(R, 1/R) is 0
         return np.exp(right + log_wrong)
 
 
@@ -122,6 +122,6 @@ class TruthRatio(evaluate.Metric):
         if aggregation == "retain":
             values = np.maximum(0.0, 1.0 - ratios)
         else:
-            with np.errstate(divide="ignore"):  # R = 0: 1/R is infinite and the smaller of the two is 0
+            with np.errstate(divide="ignore"):  # if R = 0, 1/R is infinite and min(R, 1/R) is 0
                 values = np.minimum(ratios, 1.0 / (ratios + (EPSILON if protocol == OPEN_UNLEARNING else 0.0)))
         return {"truth_ratio": float(values.mean())}

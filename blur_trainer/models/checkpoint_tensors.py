@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint one at a time, whole or sharded, without its model."""
+"""Reads the tensors of a safetensors checkpoint (one file or shards) one by one, without building the model."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-# what `from_pretrained` of the model and of its tokenizer reads beside the weights
+# files that `from_pretrained` of model and tokenizer reads beside the weights
 BESIDE = [CONFIG_NAME, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*"]
 BESIDE += ["merges.txt", "*.model", "*.tiktoken", "chat_template*"]
 
 
 def local_folder(name: str, **hub: Any) -> Path:
-    """The folder, or the hub's snapshot of that id: its safetensors, configuration and tokenizer."""
+    """Returns the folder, or downloads safetensors, configuration and tokenizer of that hub id."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -79,7 +79,7 @@ class CheckpointTensors:
         return sorted(set(self.files.values()))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor; reads no weights."""
+        """Shape of every tensor. Reads no weights."""
         found: dict[str, tuple[int, ...]] = {}
         for shard in self.shards:
             with safe_open(self.folder / shard, framework="pt") as file:
@@ -94,6 +94,6 @@ class CheckpointTensors:
             return file.get_tensor(name)
 
     def vocabulary(self) -> Any:
-        """Token -> id as the fast tokenizer beside the weights has it, None if there is none."""
+        """Token -> id of the fast tokenizer in the folder. None if there is no such tokenizer."""
         path = self.folder / "tokenizer.json"
         return json.loads(path.read_text())["model"].get("vocab") if path.exists() else None

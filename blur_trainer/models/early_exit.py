@@ -1,4 +1,4 @@
-"""The output of one decoder layer, and nothing computed above it: neither forward nor backward, on any engine."""
+"""Returns the output of one decoder layer. Nothing above the layer is run, forward or backward, on any engine."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,11 +13,11 @@ from blur_trainer.models.layers import find_layers
 
 def activations(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tensor:
     """
-    The output of decoder layer `layer` (0-based), `(B, T, H)`; of the last layer, before the final norm.
+    The output of decoder layer `layer` (0-based), `(B, T, H)`. For the last layer: before the final norm.
 
-    The model is called as it is wrapped (PEFT, DDP, FSDP2, DeepSpeed, `torch.compile`), so that every engine does its
-    work; inside, the backbone's loop over the layers ends early. The final norm and the head see one position per
-    example, and their result is dropped.
+    The wrapped model is called (PEFT, DDP, FSDP2, DeepSpeed, `torch.compile`), so every engine works as usual. Inside,
+    the backbone's loop over the layers ends early. The final norm and the head run on one position per example, and
+    their result is dropped.
 
     Raises:
         `TypeError`: the layers are not found (see [`find_layers`]).
@@ -31,10 +31,10 @@ def activations(model: nn.Module, batch: Mapping[str, Any], layer: int) -> Tenso
 
 @contextmanager
 def ending_at(model: nn.Module, layer: int) -> Iterator[None]:
-    """Inside, a call of `model` answers the output of layer `layer`. The model is as before afterwards, come what may.
+    """Inside this context a call of `model` returns the output of layer `layer`. On exit the model is restored.
 
-    The activations are what the inner model *returns*, not something left aside by a hook: DDP then finds which
-    parameters take part, FSDP2 and ZeRO-3 know what backward needs, and reentrant checkpointing keeps the graph.
+    The inner model *returns* the activations; no hook stores them. So DDP finds the parameters that take part, FSDP2
+    and ZeRO-3 know what backward needs, and reentrant checkpointing keeps the graph.
     """
     lm = causal_lm(model)
     owner, name, layers = find_layers(model)
@@ -52,14 +52,14 @@ def ending_at(model: nn.Module, layer: int) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, layers)
-        if own:  # accelerate's autocast, or a fused head
+        if own:  # an own `forward`: accelerate's autocast, or a fused head
             lm.forward = plain
         else:
             del lm.forward
 
 
 class _Tap:
-    """In the place of the last layer that runs: calls it, and keeps what it answers."""
+    """Replaces the last layer that runs: calls it and keeps its output."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -70,7 +70,7 @@ class _Tap:
         self.output = answer[0] if isinstance(answer, tuple) else answer
         return answer
 
-    def __getattr__(self, name: str) -> Any:  # what a backbone asks its layers, e.g. the kind of attention
+    def __getattr__(self, name: str) -> Any:  # backbones read attributes of their layers, e.g. the kind of attention
         return getattr(self.layer, name)
 
     def take(self) -> Tensor:
@@ -81,7 +81,7 @@ class _Tap:
 
 
 class _Lower(nn.ModuleList):
-    """All layers are registered, so that an engine that looks around finds every one; only the first are gone over."""
+    """A list of layers that iterates only over the first ones. All stay registered, so engines find every layer."""
 
     def __init__(self, layers: nn.ModuleList, last: int, tap: _Tap):
         super().__init__()

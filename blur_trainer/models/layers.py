@@ -1,4 +1,4 @@
-"""The decoder layers of a causal language model, found through its structure, never through a name or an `eval`."""
+"""Finds the decoder layers of a causal language model by its structure, not by attribute names."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from blur_trainer.models.forward import causal_lm
 
 
 def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """Every list of as many modules as the model's configuration has layers: one, as a rule."""
+    """All module lists whose length is the configuration's number of layers. Usually there is one."""
     count = _count(model)
     base: Any = model.base_model
     return [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -17,9 +17,9 @@ def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """
-    The module that runs the decoder layers, the attribute under which it has them, and their list.
+    Returns the module that runs the decoder layers, the name of its attribute that holds them, and the list of layers.
 
-    Sees through what wraps the model: PEFT, DDP, FSDP2, DeepSpeed's engine, `torch.compile`.
+    The model may be wrapped: PEFT, DDP, FSDP2, DeepSpeed's engine, `torch.compile`.
 
     Raises:
         `TypeError`: there is no `PreTrainedModel` inside, or not exactly one list of its layers.
@@ -41,7 +41,7 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def check_layer(model: nn.Module, layer: int, asks: str) -> None:
-    """`ValueError` unless the model has a layer of that number; `asks` names who wants it."""
+    """Raises `ValueError` if the model has no layer of that number. `asks` names the caller in the message."""
     count = len(find_layers(model)[2])
     if not 0 <= layer < count:
         raise ValueError(f"{asks}: the model has the layers 0 to {count - 1}, and no layer {layer}.")

@@ -1,4 +1,4 @@
-"""How the logits of a target and of its assistant become one model's: pure functions, and a processor for ULD's."""
+"""Combines the logits of a target and its assistant: pure functions, and a logits processor for ULD."""
 
 import math
 from collections.abc import Callable
@@ -12,22 +12,24 @@ from transformers import DynamicCache, LogitsProcessor
 
 def logit_difference(target: Tensor, assistant: Tensor, weight: float, top_logit_filter: float) -> Tensor:
     """
-    `target + weight * assistant` on the tokens that pass a relative top-probability filter, the target on the others.
+    `target + weight * assistant` for tokens that pass a relative top-probability filter, the target for the others.
 
-    With `r = top_logit_filter` and a vocabulary of `V` a token passes if its target logit reaches `max + log r` (its
-    probability is at least `r` times the highest) or is among the `max(1, int(r * V))` highest: without the filter a
-    negative weight raises tokens that neither model believes in. The tokens that pass share, in proportion to
-    `exp(target + weight * assistant)`, the probability that the target gives them together; every other token keeps the
-    target's probability, so that no loss is infinite, and none of them is ever the likeliest. `r = 0` filters nothing.
-    `weight = 0` is the target itself. Source: 2406.08607, section 3.3.
+    Let `r = top_logit_filter` and `V` the vocabulary size. A token passes if its target logit is at least `max + log r`
+    (its probability is at least `r` times the highest), or if it is among the `max(1, int(r * V))` highest. Without the
+    filter a negative weight raises tokens that both models find unlikely.
 
-    Differs from ULD's code: there, `forward` leaves a rejected token the target's *logit*, whose probability then grows
-    as the others fall, while `generate` gives it -1000, so that a model is scored by another distribution than it
-    speaks from; and `int(r * V) = 0` turns the filter off.
+    The passing tokens share the probability that the target gives them together, in proportion to
+    `exp(target + weight * assistant)`. Every other token keeps the target's probability. So no loss is infinite, and no
+    rejected token is the likeliest. `r = 0` filters nothing. `weight = 0` gives the target. Source: 2406.08607, section
+    3.3.
+
+    Differs from ULD's code. There `forward` leaves a rejected token the target's *logit*, so its probability grows as
+    the others fall, while `generate` gives it -1000: the model is scored by one distribution and generates from
+    another. There, too, `int(r * V) = 0` turns the filter off.
 
     Args:
         target, assistant (`Tensor`):
-            Logits `(..., V)`. Those of the target may be shifted by a constant per position (log-probabilities).
+            Logits `(..., V)`. The target's may be shifted by a constant per position (e.g. log-probabilities).
         weight (`float`), top_logit_filter (`float`):
             See [`check_composition`].
     """
@@ -37,11 +39,11 @@ def logit_difference(target: Tensor, assistant: Tensor, weight: float, top_logit
 
 
 def filtered(composed: Tensor, target: Tensor, top_logit_filter: float) -> Tensor:
-    """The target's logits, with `composed` in place of those that pass: see [`logit_difference`]."""
+    """The target's logits, with `composed` for the tokens that pass the filter: see [`logit_difference`]."""
     if top_logit_filter == 0:
         return composed
     rejected = ~passing(target, top_logit_filter)
-    # one constant per position gives the tokens that pass the probability that they had together
+    # a constant per position restores the total probability of the passing tokens
     before, after = (
         logits.masked_fill(rejected, -math.inf).logsumexp(-1, keepdim=True) for logits in (target, composed)
     )
@@ -49,7 +51,7 @@ def filtered(composed: Tensor, target: Tensor, top_logit_filter: float) -> Tenso
 
 
 def passing(target: Tensor, top_logit_filter: float) -> Tensor:
-    """Which tokens pass the filter, `(..., V)` bool. `top_logit_filter` above 0."""
+    """Which tokens pass the filter, `(..., V)` bool. Needs `top_logit_filter > 0`."""
     highest = target.topk(max(1, int(top_logit_filter * target.shape[-1])), dim=-1, sorted=False).values
     highest = highest.to(torch.promote_types(highest.dtype, torch.float32))  # half precision would round the threshold
     threshold = torch.minimum(highest.amax(-1) + math.log(top_logit_filter), highest.amin(-1))
@@ -57,33 +59,34 @@ def passing(target: Tensor, top_logit_filter: float) -> Tensor:
 
 
 def uld(target: Tensor, assistant: Tensor, base: Tensor | None, weight: float) -> Tensor:
-    """`target + weight * assistant` of logits `(..., V)`; the assistant remembers: `weight < 0`. Source: 2406.08607."""
+    """`target + weight * assistant` of logits `(..., V)`; `weight < 0`: the assistant remembers. Source: 2406.08607."""
     return torch.add(target, assistant, alpha=weight)
 
 
 def offset(target: Tensor, assistant: Tensor, base: Tensor, weight: float) -> Tensor:
     """
-    `target + weight * (assistant - base)` of logits `(..., V)`: the assistant has unlearned, the base is what it was.
+    `target + weight * (assistant - base)` of logits `(..., V)`. The assistant has unlearned; the base is the assistant
+    before that.
 
-    While both are the same this is the target, to the last bit. Source: 2404.11045, which has weight 1 and no filter.
+    If both are equal, the result is the target bit by bit. Source: 2404.11045, which has weight 1 and no filter.
 
-    Differs from ULD's code for it: there the pair is two whole models, and one cache is handed to all three; here the
-    base is the assistant without its adapter, over the same weights, and each has its own cache.
+    Differs from ULD's code for it. There assistant and base are two whole models, and all three share one cache. Here
+    the base is the assistant without its adapter, over the same weights, and each has its own cache.
     """
     return torch.add(target, assistant - base, alpha=weight)
 
 
 def whp(target: Tensor, assistant: Tensor, base: Tensor | None, weight: float) -> Tensor:
     """
-    `target - |weight| * relu(assistant - target)` of logits `(..., V)`: tokens that the assistant, trained on the
-    forget set, raises are lowered; none is ever raised. Source: Who's Harry Potter, 2310.02238, equation 1.
+    `target - |weight| * relu(assistant - target)` of logits `(..., V)`. The assistant was trained on the forget set. A
+    token that it raises is lowered; no token is raised. Source: Who's Harry Potter, 2310.02238, equation 1.
 
-    Of raw logits, as in the paper and in MUSE's code: a constant added to one side changes the result.
+    It uses raw logits, as the paper and MUSE's code do: a constant added to one side changes the result.
 
-    Differs from the paper: there the highest of these logits are labels that a copy of the target is fine-tuned on;
-    here, as in MUSE's baseline (weight 1), they are the model. The paper's dictionary of replaced names is left out.
+    Differs from the paper, which uses the highest of these logits as labels to fine-tune a copy of the target, and
+    which replaces names by a dictionary. Here, as in MUSE's baseline (weight 1), these logits are the model's.
 
-    Differs from MUSE's code: there the reinforced model is a second set of weights, and there is no cache.
+    Differs from MUSE's code, where the reinforced model is a second set of weights and there is no cache.
     """
     return torch.add(target, (assistant - target).relu_(), alpha=-abs(weight))
 
@@ -95,8 +98,8 @@ class Composition:
 
     Args:
         compose (`Callable`): `(target, assistant, base, weight)` to logits, all `(..., V)`.
-        weight (`float`), top_logit_filter (`float`): what a configuration takes if nothing is said.
-        pair (`bool`, defaults to `False`): whether it reads `base`, the assistant without its adapter; else it is None.
+        weight (`float`), top_logit_filter (`float`): the configuration's defaults.
+        pair (`bool`, defaults to `False`): whether it reads `base`, the assistant without its adapter.
     """
 
     compose: Callable[..., Tensor]
@@ -107,7 +110,7 @@ class Composition:
     def __call__(
         self, target: Tensor, assistant: Tensor, base: Tensor | None, weight: float, top_logit_filter: float
     ) -> Tensor:
-        """The composition where the filter lets it, else the target. At weight 0 the target's."""
+        """The composed logits for tokens that pass the filter, the target's for the others (at weight 0: for all)."""
         if weight == 0:
             return target
         return filtered(self.compose(target, assistant, base, weight), target, top_logit_filter)
@@ -127,7 +130,7 @@ def composition_named(name: str) -> Composition:
 
 
 def check_composition(weight: float, top_logit_filter: float) -> None:
-    """`ValueError` unless the weight is finite and the filter in [0, 1)."""
+    """Raises `ValueError` unless the weight is finite and the filter is in [0, 1)."""
     if not math.isfinite(weight):
         raise ValueError(f"weight={weight}: give a finite number, e.g. -0.8; below 0 forgets what the assistant knows.")
     if not 0 <= top_logit_filter < 1:
@@ -136,14 +139,13 @@ def check_composition(weight: float, top_logit_filter: float) -> None:
 
 class ULDLogitsProcessor(LogitsProcessor):
     """
-    The rule of [`logit_difference`] for a generate loop of one's own, which runs the target and hands on its scores.
+    [`logit_difference`] for your own generate loop, which runs the target and passes its scores on.
 
-    For the composition `"uld"`. Returns log-probabilities, as beam search expects of a processor; for greedy search and
-    sampling that is the same as logits. It should come before the processors that bend the distribution (temperature,
-    top-k, penalties).
+    For the composition `"uld"`. Returns log-probabilities, as beam search expects; for greedy search and sampling they
+    are as good as logits. Put it before processors that change the distribution (temperature, top-k, penalties).
 
-    The assistant has a cache: as long as every row continues what the last call saw, one token is read. Else (beams
-    that changed places, a new text) everything is read again, which is slower and as right.
+    The assistant has a cache. If every row continues the text of the last call, one token is read. Otherwise (beams
+    changed places, a new text) everything is read again: slower, but the same result.
 
     Args:
         assistant ([`~peft.PeftModel`]):

@@ -1,8 +1,8 @@
-"""Unlearning by logits as one model: a target and its assistant run side by side, mostly over the same weights.
+"""Unlearning by logits as one model: a target and its assistant run side by side and share most of their weights.
 
-ULD's assistant ([`lora_assistant`]: the target's first layers with LoRA) is trained to remember what shall be
-forgotten: subtracting its logits removes that and leaves the rest. Source: 2406.08607. Other compositions of the same
-two parts, with their sources, are in [`COMPOSITIONS`].
+ULD trains an assistant ([`lora_assistant`]: the target's first layers with LoRA) to remember what shall be forgotten.
+Subtracting its logits removes that and leaves the rest. Source: 2406.08607. [`COMPOSITIONS`] has other ways to combine
+the two, with their sources.
 """
 
 import copy
@@ -35,8 +35,8 @@ from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
 from blur_trainer.models.truncation import truncated_view, without_adapter
 
 logger = logging.getLogger(__name__)
-ADAPTER = "assistant"  # in a folder of its own: beside config.json, AutoModel would take it for an adapter of the model
-AUTO_CLASS = ("_adapter_model_path", "adapter_kwargs")  # what `AutoModelForCausalLM` adds
+ADAPTER = "assistant"  # a subfolder: beside config.json AutoModel would take it for an adapter of the whole model
+AUTO_CLASS = ("_adapter_model_path", "adapter_kwargs")  # arguments that `AutoModelForCausalLM` adds
 HUB = ("cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -47,22 +47,22 @@ def _shares_weights(target: nn.Module, assistant: nn.Module) -> bool:
 
 class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
     """
-    The composition of a target's and an assistant's logits, on the tokens that pass the filter: see [`COMPOSITIONS`].
+    A model whose logits combine those of a target and an assistant: see [`COMPOSITIONS`].
 
-    `forward` and `generate` draw from the same distribution, in every mode of `generate`; all parts have a key-value
-    cache. The assistant shares the target's weights: beyond the target it costs its adapter and its cache. In `eval`
-    mode from the start. At weight 0 only the target runs.
+    `forward` and all modes of `generate` use the same distribution. All parts have a key-value cache. The assistant
+    shares the target's weights, so it adds only its adapter and its cache to the memory. The model starts in `eval`
+    mode. At weight 0 only the target runs.
 
-    ULD's and WHP's assistants are trained alone. `"offset"` is trained as a whole, by any trainer and objective, with
-    the target as the reference model: gradients reach the adapter only, and `train` reaches the assistant only.
+    ULD's and WHP's assistants are trained alone. An `"offset"` model is trained as a whole, by any trainer and
+    objective, with the target as the reference model. Gradients reach only the adapter; `train` only the assistant.
 
     Args:
         config ([`LogitDifferenceConfig`]):
-            What it leaves open is filled in.
+            Missing values are filled in.
         target ([`~transformers.PreTrainedModel`]):
-            The model to unlearn from. It is frozen by this.
+            The model to unlearn from. It gets frozen.
         assistant ([`~peft.PeftModel`]):
-            As [`lora_assistant`] makes it, trained, of this target or of another model of the same vocabulary.
+            A trained [`lora_assistant`] of this target, or of another model with the same vocabulary.
     """
 
     config_class = LogitDifferenceConfig
@@ -87,7 +87,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
                 f"The assistant is a view of the target, config.assistant={config.assistant!r}: leave it out."
             )
         config.assistant = config.assistant or (None if shared else assistant.name_or_path or None)
-        # A copy: the constructor below settles attention for the pair, the parts have settled it for themselves.
+        # A copy, because the constructor below sets the attention; target and assistant have set their own already.
         config.text_config = copy.deepcopy(target.config)
         super().__init__(config)
         self.target, self.assistant = target.requires_grad_(False), assistant
@@ -96,7 +96,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         self.eval()
 
     def train(self, mode: bool = True) -> "LogitDifferenceModel":
-        """Dropout is the assistant's alone: the frozen parts are functions."""
+        """Switches only the assistant's mode. The frozen parts stay in `eval` mode, without dropout."""
         super().train(mode)
         for part in (self.target, self.base):
             if part is not None:
@@ -114,7 +114,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutputWithPast:
-        """Logits `(B, T, V)`; with labels also their mean cross-entropy."""
+        """Returns logits `(B, T, V)`, and with labels their mean cross-entropy."""
         composition, weight = composition_named(self.config.composition), self.config.weight
         caching = self.target.config.use_cache if use_cache is None else use_cache
         cache = None
@@ -151,7 +151,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return self.target.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
-        """None: no single matrix makes these logits of a hidden state, so a fused LM head does not apply."""
+        """None, because no single matrix makes these logits. So a fused LM head does not apply."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         raise NotImplementedError("The vocabulary is the target's: resize there, then make and train a new assistant.")
@@ -159,10 +159,10 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Writes the configuration, which names the target, and the adapter; no weight of the target's.
+        """Writes the configuration, which names the target, and the adapter. No weights of the target.
 
-        `state_dict` is the whole model's, for an engine that has gathered it. Under `"offset"` the adapter is also in
-        `model.safetensors`, by this model's names: that is where a `Trainer` resumes from.
+        `state_dict` is the whole model's, if an engine has gathered it. Under `"offset"` the adapter is also written to
+        `model.safetensors` under this model's names: a `Trainer` resumes from there.
         """
         if not self.config.target:
             logger.warning("The target has no name: `from_pretrained` of %s will need `target=`.", save_directory)
@@ -187,7 +187,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             self.generation_config.save_pretrained(save_directory)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's, but frozen weights are not missed unless `strict`: they come from folders of their own."""
+        """As `Module.load_state_dict`. Frozen weights may be missing unless `strict`: they have their own folders."""
         result = super().load_state_dict(state_dict, strict, assign)
         result.missing_keys[:] = [name for name in result.missing_keys if "lora_" in name]
         return result
@@ -205,12 +205,12 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> "LogitDifferenceModel":
         """
-        Reads what `save_pretrained` wrote, and the models that it names, or takes those that are loaded already:
-        `target`, and `assistant` where the configuration names one. `is_trainable`: to train the adapter further.
+        Loads what `save_pretrained` wrote and the models that it names. Loaded models may be passed instead: `target`,
+        and `assistant` if the configuration names one. `is_trainable=True` allows further training of the adapter.
 
-        `revision` is that of this folder; all other arguments go to `from_pretrained` of the models that it names.
+        `revision` applies to this folder. Other arguments go to `from_pretrained` of the named models.
         """
-        for key in AUTO_CLASS:  # of a folder with an adapter in it, as a checkpoint is: not for the target
+        for key in AUTO_CLASS:  # set for a folder with an adapter in it, such as a checkpoint; not meant for the target
             kwargs.pop(key, None)
         name, hub = str(pretrained_model_name_or_path), {key: kwargs[key] for key in HUB if key in kwargs}
         hub |= {"revision": revision} if revision else {}
@@ -226,7 +226,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         below = target if config.assistant is None else assistant
         below = below or AutoModelForCausalLM.from_pretrained(str(config.assistant), **kwargs)
         view = truncated_view(below.requires_grad_(False), config.num_assistant_layers)
-        # in a checkpoint of `ULDTrainer` the adapter lies where Trainer resumes from it
+        # a checkpoint of `ULDTrainer` has the adapter where Trainer resumes from it
         hub |= {} if Path(name, PEFT_CONFIG_NAME).exists() else {"subfolder": ADAPTER}
         adapter = PeftModel.from_pretrained(view, name, is_trainable=is_trainable, **hub)
         model = cls(config, target, adapter)

@@ -4,9 +4,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 
 
 class LogitDifferenceCache(Cache):
-    """The caches of all parts as one list of layers, so that reordering, cropping and resetting reach each of them.
+    """The caches of all parts as one list of layers. So reordering, cropping and resetting reach each of them.
 
-    `base`, the assistant without its adapter, is there under the composition `"offset"` only.
+    `base` (the assistant without its adapter) exists only under the composition `"offset"`.
     """
 
     def __init__(self, target: Cache, assistant: Cache, base: Cache | None = None) -> None:
@@ -17,7 +17,7 @@ class LogitDifferenceCache(Cache):
 def composite_cache(
     cache: Cache | None, target: PreTrainedConfig, assistant: PreTrainedConfig, pair: bool, weight: float
 ) -> LogitDifferenceCache:
-    """`generate` begins with an empty cache for the target and goes on with what `forward` returned."""
+    """Makes the joint cache: `generate` starts with an empty target cache and then passes what `forward` returned."""
     if not isinstance(cache, LogitDifferenceCache):
         cache = DynamicCache(config=target) if cache is None else cache
         if not isinstance(cache, DynamicCache) or cache.get_seq_length() or not cache.layers:

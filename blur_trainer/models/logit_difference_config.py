@@ -1,4 +1,4 @@
-"""What a logit-difference model is made of and how: its configuration, as it is saved."""
+"""The configuration of a logit-difference model: which parts it has and how their logits are combined."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ class LogitDifferenceConfig(PreTrainedConfig):
 
     Args:
         target (`str`, *optional*):
-            Folder or hub id of the target. The name that the target was loaded by, if not given.
+            Folder or hub id of the target. Default: the name that the target was loaded by.
         num_assistant_layers (`int`, *optional*):
-            The assistant's layers. Counted, if not given.
+            Number of the assistant's layers. Default: counted.
         weight (`float`, *optional*), top_logit_filter (`float`, *optional*):
-            As in [`logit_difference`]. The composition's own, if not given: -0.8 and 0.01 for `"uld"`, the values of
-            its scripts for TOFU; 1 and 0 for `"offset"`, -1 and 0 for `"whp"`. May be changed between two calls.
+            As in [`logit_difference`]. Defaults: -0.8 and 0.01 for `"uld"` (the values of its scripts for TOFU), 1 and
+            0 for `"offset"`, -1 and 0 for `"whp"`. May be changed between two calls.
         composition (`str`, defaults to `"uld"`):
             One of [`COMPOSITIONS`].
         assistant (`str`, *optional*):
-            Folder or hub id of the model below the assistant's adapter, where that is no view of the target.
+            Folder or hub id of the model below the assistant's adapter, if it is not the target itself.
         text_config ([`~transformers.PreTrainedConfig`], *optional*):
-            The target's configuration, which tells sizes. Taken from the target, if not given.
+            The target's configuration. Default: taken from the target.
     """
 
     model_type = "logit_difference"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 -- as every composed configuration
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 -- as in every composed configuration
 
     target: str | None = None
     num_assistant_layers: int | None = None

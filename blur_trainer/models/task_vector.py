@@ -1,4 +1,4 @@
-"""Unlearning by a task vector: what fine-tuning on the forget set added to the weights is subtracted from them."""
+"""Unlearning by a task vector: subtracts from the weights what fine-tuning on the forget set added to them."""
 
 import math
 import os
@@ -19,8 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from blur_trainer.atomic_write import flush_tree
 from blur_trainer.models.checkpoint_tensors import BESIDE, CheckpointTensors, check_adapter, is_adapter, local_folder
 
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the weights below the adapter too
-Vector = Callable[[str, Tensor], Tensor | None]  # name and target's tensor in float32 -> its difference, None for none
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others also change the weights below the adapter
+Vector = Callable[[str, Tensor], Tensor | None]  # (name, float32 tensor of the target) -> difference, or None
 
 
 def task_vector(
@@ -38,22 +38,22 @@ def task_vector(
     2212.04089, section 3 (negation); a baseline of MUSE, 2407.06460. There the scale is chosen on held-out data; 1 is
     the default of MUSE's code.
 
-    Tensor by tensor in float32, each stored in the target's dtype and shards: no more than one shard of the target is
-    in memory. `output_dir` is there when all of it is on disk, or not at all.
+    Works tensor by tensor in float32 and stores each in the target's dtype and shards. At most one shard of the target
+    is in memory. `output_dir` appears only when it is complete.
 
-    Differs from MUSE's code: there both models are loaded whole, and the difference is taken and scaled in bfloat16,
-    whose rounding is of the size of small updates.
+    Differs from MUSE's code, which loads both models whole and computes the difference in bfloat16, whose rounding is
+    of the size of small updates.
 
     Args:
         target (`str`):
             Folder or hub id of a model in safetensors.
         finetuned (`str`):
-            Folder or hub id of the same model fine-tuned, or of a LoRA trained on the target. The vector is then the
-            LoRA's `(alpha/r) B A`, which is what merging it with a negative scale would add.
+            Folder or hub id of the fine-tuned model, or of a LoRA trained on the target. For a LoRA the vector is its
+            `(alpha/r) B A`.
         output_dir (`str`):
-            A folder that does not exist yet. Gets weights, configuration and tokenizer of the target.
+            A folder that does not exist yet. It gets the new weights, and configuration and tokenizer of the target.
         scale (`float`, defaults to `1.0`):
-            How much of the vector is subtracted; below 0 adds.
+            How much of the vector is subtracted. A negative scale adds it.
         hub:
             For `huggingface_hub.snapshot_download`: `token`, `cache_dir`, `local_files_only`.
 
@@ -61,9 +61,9 @@ def task_vector(
         `str`: `output_dir`.
 
     Raises:
-        `FileNotFoundError`, `FileExistsError`, `ValueError`: before anything is written: files are missing or no
-        safetensors, `output_dir` exists, names, shapes or vocabularies differ. After: the vector is zero, or a weight
-        leaves the range of its dtype.
+        `FileNotFoundError`, `FileExistsError`, `ValueError`: before writing, if files are missing or no safetensors,
+        if `output_dir` exists, or if names, shapes or vocabularies differ. While writing, if the vector is zero or a
+        weight leaves the range of its dtype.
     """
     output = Path(output_dir)
     if not math.isfinite(scale) or scale == 0:
@@ -77,7 +77,7 @@ def task_vector(
     vector = _adapter_vector(tensors, other) if is_adapter(other) else _whole_vector(tensors, CheckpointTensors(other))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
     try:
         _write(tensors, vector, scale, partial)
         flush_tree(partial)
@@ -113,7 +113,7 @@ def _whole_vector(target: CheckpointTensors, finetuned: CheckpointTensors) -> Ve
 
 
 def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
-    """By PEFT's own arithmetic: patterns of ranks, transposed layers, embeddings."""
+    """The vector of a LoRA by PEFT's own arithmetic, which handles rank patterns, transposed layers and embeddings."""
     check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     extra = [x for x in ("use_dora", "modules_to_save", "trainable_token_indices") if getattr(config, x, None)]
@@ -128,7 +128,7 @@ def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
     config.init_lora_weights = False
     try:
         layers, missing = _adapted_layers(target, config, folder)
-    except (RuntimeError, ValueError) as error:  # PEFT's: of sizes, and of names
+    except (RuntimeError, ValueError) as error:  # PEFT's errors: wrong sizes, wrong names
         raise ValueError(f"The adapter in {str(folder)!r} is not of target {str(target.folder)!r}. {error}") from error
     missing += sorted(layers.keys() - target.files.keys())
     if missing:
@@ -141,11 +141,11 @@ def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
 
 
 def _adapted_layers(target: CheckpointTensors, config: LoraConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Tensor of the target -> the layer that adapts it; and what only one of the two has. No weights are read."""
+    """Maps each adapted tensor of the target to its LoRA layer; also returns mismatches. Reads no weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target.folder))
     for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):  # PEFT keeps an adapter where its layer is
+        for name, parameter in list(module.named_parameters(recurse=False)):  # on the CPU: PEFT puts the LoRA there
             setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     adapted = get_peft_model(model, config)
     read: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
@@ -174,7 +174,7 @@ def _write(target: CheckpointTensors, vector: Vector, scale: float, folder: Path
 
 @torch.no_grad()
 def _subtracted(name: str, weight: Tensor, vector: Vector, scale: float) -> tuple[Tensor, bool]:
-    """The new tensor in the old one's dtype, and whether the vector has anything there. Integers stay as they are."""
+    """Returns the new tensor in the old dtype, and whether the vector is nonzero there. Integers do not change."""
     if not weight.is_floating_point():
         return weight, False
     exact = weight.to(torch.float32)

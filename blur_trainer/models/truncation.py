@@ -1,6 +1,6 @@
-"""The first layers of a causal language model as a model of its own, without a second copy: every Parameter is shared.
+"""Makes a model of the first layers of a causal language model. It shares every Parameter, so nothing is copied.
 
-The layers are found through the model's structure, never through the name of its architecture.
+The layers are found by the model's structure, not by the name of its architecture.
 """
 
 import copy
@@ -20,10 +20,10 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use
 
 def truncated_view(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """
-    The target's embedding, first `num_layers` layers, final norm and head: new modules over the **same** Parameters.
+    The target's embedding, first `num_layers` layers, final norm and head, as new modules over the **same** Parameters.
 
-    What is done to the modules of one (adapters, hooks, `train`) does not reach the other; what is done to a Parameter
-    (its values, `requires_grad`, `.to(dtype)`) reaches both.
+    Changes to modules (adapters, hooks, `train`) affect one of the two models. Changes to Parameters (values,
+    `requires_grad`, `.to(dtype)`) affect both.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -32,7 +32,7 @@ def truncated_view(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
             From 1 up to the number of the target's layers.
 
     Raises:
-        `TypeError`: the target is no `PreTrainedModel`, or one whose layers are not found or not understood.
+        `TypeError`: the target is no `PreTrainedModel`, or its layers are not found or not supported.
         `ValueError`: it has fewer than `num_layers` layers.
     """
     return _truncated(target, num_layers, list(target.parameters()))
@@ -40,14 +40,14 @@ def truncated_view(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def frozen_lower(target: PreTrainedModel, num_layers: int, share: bool) -> PreTrainedModel:
     """
-    The first `num_layers` layers as they are now, with embedding, norm and head, frozen: what the target is trained to
-    does not reach them.
+    A frozen model of the first `num_layers` layers, with embedding, norm and head. Training the target does not change
+    it.
 
     Args:
         target, num_layers: as for [`truncated_view`].
-        share: parameters of the target that are frozen are shared instead of copied. The extra memory is then what is
-            trained among these layers, the embedding and the head. (An engine that shards replaces parameters: no
-            sharing there.)
+        share: share the target's frozen parameters instead of copying them. Then only the trained parameters among
+            these layers, the embedding and the head need extra memory. (Not possible with an engine that shards,
+            because it replaces parameters.)
     """
     shared = [parameter for parameter in target.parameters() if share and not parameter.requires_grad]
     return _truncated(target, num_layers, shared).requires_grad_(False).eval()
@@ -57,7 +57,7 @@ def _truncated(target: PreTrainedModel, num_layers: int, shared: list[nn.Paramet
     layers = decoder_layers(target)
     _check_number(num_layers, len(layers))
     memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
-    # What a deep copy finds in the memo it takes as it is: the short list stands where the whole list stood.
+    # deepcopy reuses what it finds in the memo: here the short list instead of the whole one.
     memo[id(layers)] = copy.deepcopy(layers[:num_layers], memo)
     view = copy.deepcopy(target, memo)
     for config in {id(m.config): m.config for m in view.modules() if isinstance(m, PreTrainedModel)}.values():
@@ -66,7 +66,7 @@ def _truncated(target: PreTrainedModel, num_layers: int, shared: list[nn.Paramet
 
 
 def shortened(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """The configuration of a model's first layers, to load no more than these. `ValueError`: it has fewer."""
+    """The configuration for loading only the first layers. Raises `ValueError` if the model has fewer."""
     _check_number(num_layers, count_layers(config))
     config = copy.deepcopy(config)
     _shorten(config, num_layers)
@@ -79,12 +79,12 @@ def _check_number(num_layers: int, count: int) -> None:
 
 
 def quarter(config: PreTrainedConfig) -> int:
-    """How many layers ULD's assistant has where nobody says: 8 of 32, as in its code, at least 1."""
+    """Default number of layers of ULD's assistant: a quarter of the target's (8 of 32, as in its code), at least 1."""
     return max(1, round(count_layers(config) / 4))
 
 
 def count_layers(config: PreTrainedConfig) -> int:
-    """`num_hidden_layers`; `TypeError` where there is none, or an encoder beside them."""
+    """`num_hidden_layers`. Raises `TypeError` if there is none, or if the model has an encoder."""
     count = getattr(config, "num_hidden_layers", None)
     if count is None or config.is_encoder_decoder:
         raise TypeError(f"`{type(config).__name__}` is of no decoder-only model with `num_hidden_layers`: pass one.")
@@ -94,12 +94,12 @@ def count_layers(config: PreTrainedConfig) -> int:
 def _shorten(config: object, num_layers: int) -> None:
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = num_layers  # type: ignore[attr-defined]
-    if kinds is not None:  # one per layer; a cache is made after it
+    if kinds is not None:  # one kind per layer; caches are made from this list
         config.layer_types = list(kinds[:num_layers])  # type: ignore[attr-defined]
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The target's only list of as many modules as its configuration has layers. `TypeError` says what is amiss."""
+    """The target's only module list with one module per layer. `TypeError` says what is wrong."""
     obstacle = _obstacle(target)
     if obstacle:
         raise TypeError(
@@ -134,33 +134,33 @@ def _obstacle(target: PreTrainedModel) -> str | None:
 
 def lora_assistant(target: PreTrainedModel, num_layers: int, lora: LoraConfig | None = None) -> PeftModel:
     """
-    The assistant of ULD: [`truncated_view`] with LoRA. Its adapter is all that it adds to the memory.
+    The assistant of ULD: a [`truncated_view`] with LoRA. Only its adapter needs extra memory.
 
-    The whole target is frozen by this: PEFT freezes what the two share, and the rest would be trained by no one.
+    This freezes the whole target.
 
     Args:
         target ([`~transformers.PreTrainedModel`]), num_layers (`int`):
             As for [`truncated_view`].
         lora ([`~peft.LoraConfig`], *optional*):
-            Rank 16, alpha 32, dropout 0.05 on every linear layer but the head, as in ULD's code, if not given.
+            Default: rank 16, alpha 32, dropout 0.05 on every linear layer but the head, as in ULD's code.
     """
-    lora = copy.deepcopy(lora) or LoraConfig(  # a copy: PEFT writes the model's name into it
+    lora = copy.deepcopy(lora) or LoraConfig(  # a copy, because PEFT writes the model's name into it
         r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     assistant = get_peft_model(truncated_view(target.requires_grad_(False), num_layers), lora)
-    if not isinstance(assistant, PeftModel):  # a mixed model, for PEFT's type checker
+    if not isinstance(assistant, PeftModel):  # for type checkers: PEFT may return a mixed model
         raise TypeError(f"get_peft_model made a `{type(assistant).__name__}` of `lora`; give a `LoraConfig`.")
     return assistant
 
 
 def without_adapter(assistant: PeftModel) -> PreTrainedModel:
     """
-    The model below a LoRA, as if there were none: new modules over the **same** Parameters, in `eval` mode.
+    The model below a LoRA without the adapter: new modules over the **same** Parameters, in `eval` mode.
 
-    Beside `disable_adapter`: no switch to turn at each token, and both can hold a cache.
+    Unlike `disable_adapter` it needs no switching at each token, and both models can hold a cache.
 
     Raises:
-        `ValueError`: the adapter trains weights of the model itself, so that there is nothing to go back to.
+        `ValueError`: the adapter trains the model's own weights, so the original weights are lost.
     """
     config = assistant.active_peft_config
     own = [x for x in ("modules_to_save", "trainable_token_indices") if getattr(config, x, None)]
@@ -171,7 +171,7 @@ def without_adapter(assistant: PeftModel) -> PreTrainedModel:
         )
     memo: dict[int, Any] = {id(parameter): parameter for parameter in assistant.parameters()}
     for module in assistant.modules():
-        if isinstance(module, BaseTunerLayer):  # taken as it is by the copy below
+        if isinstance(module, BaseTunerLayer):  # the copy below reuses it
             memo[id(module)] = copy.deepcopy(module.get_base_layer(), memo)
     plain: Any = copy.deepcopy(assistant.get_base_model(), memo)
     return plain.eval()

@@ -1,4 +1,4 @@
-"""Objectives on answers: their log-probabilities, or the distributions over their tokens."""
+"""Objectives on answers: on their log-probabilities, or on the distributions over their tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ from blur_trainer.objectives.losses import (
 
 
 def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
-    """`log p_ref(answer | prompt)` `(B,)`: the precomputed column where the batch has one, else one forward pass."""
+    """`log p_ref(answer | prompt)` `(B,)`: the precomputed column if the batch has it, else one forward pass."""
     if "ref_logps" in batch:
         return batch["ref_logps"]
     if reference is None:
@@ -55,7 +55,7 @@ class KL(Objective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         if reference is None:
             raise ValueError("KL needs a reference model's logits; pass `reference`.")
-        # the reference first: its activations are gone before the graph of the model is built
+        # run the reference first, so that its activations are freed before the model's graph is built
         ref_logits = reference.logits(batch)
         return kl_loss(forward(model, batch), ref_logits, batch["labels"])
 
@@ -130,7 +130,7 @@ class IDK(Objective):
 
 @dataclass(frozen=True)
 class Uniform(Objective):
-    """`KL(U || p_theta)`, mean over the answer tokens: to know nothing (`losses.uniform_loss`). For ULD's assistant."""
+    """`KL(U || p_theta)`, mean over the answer tokens (`losses.uniform_loss`). ULD's assistant descends it."""
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         return uniform_loss(forward(model, batch), batch["labels"])

@@ -1,4 +1,4 @@
-"""What every objective is: a model and a batch in, a scalar out, so that micro-batches add up to their window."""
+"""The base of all objectives. They turn a model and a batch into a scalar that can be summed over micro-batches."""
 
 import math
 from collections.abc import Mapping
@@ -18,25 +18,25 @@ Batch = Mapping[str, Any]
 class Objective:
     """Base of all objectives: `sum of losses / number of items`.
 
-    A subclass gives `losses` and says what an item is: `per="token"` averages over the answer tokens, `per="example"`
-    over the examples. The trainer passes `num_items` of the whole accumulation window (and of all processes), so that
-    micro-batches of unequal length add up to exactly the mean over the window.
+    A subclass defines `losses` and what an item is: `per="token"` averages over the answer tokens, `per="example"` over
+    the examples. The trainer sums `losses` over the accumulation window and all processes, and divides by the summed
+    `num_items`. So micro-batches of unequal length give exactly the mean over the window.
     """
 
     per: ClassVar[Literal["token", "example"]] = "token"
     needs_reference: ClassVar[bool] = False
-    #: more of the reference than log-probabilities (whole distributions, activations): cannot be precomputed
+    #: needs the reference's distributions or activations, which cannot be precomputed
     needs_reference_logits: ClassVar[bool] = False
-    #: batches carry `"refusal"`: the same prompts with a refusal as the answer
+    #: needs `batch["refusal"]`: the same prompts with a refusal as the answer
     needs_refusal: ClassVar[bool] = False
 
     @property
     def top_layer(self) -> int | None:
-        """The last decoder layer that is run, of the model and of the reference. `None`: all of the model is."""
+        """The last decoder layer that is run, in model and reference. `None`: the whole model is run."""
         return None
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        """`(B,)`"""
+        """The loss of each example, `(B,)`: a sum over its items, not a mean."""
         raise NotImplementedError
 
     def save_state(self, folder: str | Path, model: nn.Module) -> None:
@@ -46,7 +46,7 @@ class Objective:
         """Reads it back, on every process. Raises `ValueError` where the checkpoint is another objective's."""
 
     def num_items(self, batch: Batch) -> Tensor:
-        """Items in a batch, 0-d int64, on the batch's device."""
+        """Number of items in a batch, 0-d int64, on the batch's device."""
         mask = answer_mask(batch["labels"])
         return mask.sum() if self.per == "token" else mask.any(-1).sum()
 
@@ -57,7 +57,7 @@ class Objective:
         reference: Reference | None = None,
         num_items: Tensor | int | None = None,
     ) -> Tensor:
-        """The scalar to descend. `num_items` defaults to the batch's own count."""
+        """The scalar to descend. Default of `num_items`: the batch's own count."""
         total = self.losses(model, batch, reference).sum()
         return total / (self.num_items(batch) if num_items is None else num_items)
 

@@ -1,4 +1,4 @@
-"""The objectives by the names that they have on the command line."""
+"""Objectives by their names on the command line."""
 
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO

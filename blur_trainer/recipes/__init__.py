@@ -17,19 +17,19 @@ def recipe(benchmark: str, name: str) -> dict[str, Any]:
         benchmark (`str`):
             `"muse-news"`, `"muse-books"`, `"tofu"` or `"wmdp"`.
         name (`str`):
-            One of `recipe_names(benchmark)`. `"paper"`: what the paper of BLUR says; `"official"`: what its code does
-            when it is run as it stands; others by whose or which method they are.
+            One of `recipe_names(benchmark)`. `"paper"`: what BLUR's paper says. `"official"`: what its code does
+            unchanged. Other names are those of the method or its authors.
 
     Returns:
-        `dict`: a copy, free to change, of
+        `dict` (a copy that you may change):
 
-        - `model_name_or_path`: the model that is unlearned from;
-        - `method`: of `examples/run_tofu.py`, where the benchmark has several trainers;
+        - `model_name_or_path`: the model to unlearn from;
+        - `method`: the `--method` of the example, if the benchmark has several trainers;
         - `arguments`: keyword arguments of the configuration, for one process ([`BLURConfig`], or that of `method`);
         - `script`: options of the benchmark's example beside them (tokenizer, split, prompt format, dtype);
-        - `source`: where each of these was read, by its name;
-        - `published`: the numbers it got, a list of `what`, `metrics`, `source`;
-        - `notes`: where the code departs from what it says, we from the code, and what was not found.
+        - `source`: name of each of these -> where it was read;
+        - `published`: the published results, a list of `what`, `metrics`, `source`;
+        - `notes`: departures of the code from the paper, our departures from the code, and what was not found.
 
     Raises:
         `ValueError`: there is no such benchmark or recipe.
@@ -45,7 +45,7 @@ def recipe(benchmark: str, name: str) -> dict[str, Any]:
 
 
 def recipe_names(benchmark: str) -> list[str]:
-    """The recipes of a benchmark. `ValueError` if there is no such benchmark."""
+    """Names of a benchmark's recipes. Raises `ValueError` if there is no such benchmark."""
     return list(_read(benchmark))
 
 

@@ -1,4 +1,4 @@
-"""trainer_state.json + metrics.json -> PNG figures and one self-contained HTML file."""
+"""Writes the report: trainer_state.json and metrics.json become PNG figures and one self-contained HTML file."""
 
 import base64
 import io
@@ -34,11 +34,10 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     Args:
         output_dir: folder with `trainer_state.json` (the `TrainerState` of transformers) and `metrics.json` (columns,
-            rows, settings and, where there are, plane, stages, robustness and samples). One of the two may be absent:
-            the report then shows the other.
+            rows, settings and, if present, plane, stages, robustness and samples). One of the two may be absent.
 
     Returns:
-        The path of `report.html`. The file is complete or the previous one is still there, never half written.
+        The path of `report.html`. If writing fails, the previous file stays.
 
     Raises:
         FileNotFoundError: if neither file is there.
@@ -66,7 +65,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _absent(state: Any, metrics: Any) -> list[str]:
-    """The files that are missing: not the course of a training where rows are of several."""
+    """Names of the missing files. A mean over several runs needs no training log."""
     several = over_runs((metrics or {}).get("rows") or [])
     files = {"trainer_state.json": state is None and not several, "metrics.json": metrics is None}
     return [name for name, missing in files.items() if missing]
@@ -85,7 +84,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 
 def _check(data: Mapping[str, Any], lists: Mapping[str, str | None]) -> None:
-    """Every one of `lists` is absent or a list of objects that have the key named."""
+    """Raises unless every one of `lists` is absent, or a list of objects with the named key."""
     for key, needed in lists.items():
         items = data.get(key) or []
         good = isinstance(items, list) and all(isinstance(item, dict) for item in items)
@@ -105,7 +104,7 @@ def _check_robustness(data: Any) -> None:
 
 
 def _robustness(columns: Items, rows: Items, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of attacks."""
+    """The table of attacks as a template needs it."""
     rows = robustness_rows(data, rows)
     shown = robustness_columns(columns, rows)
     heads = [(heading({**column, "goal": None}), ARROWS.get(goal_of(column) or "", "")) for column in shown]
@@ -153,12 +152,12 @@ def _table(columns: Items, rows: Items) -> list[dict[str, Any]]:
 
 
 def _methods(rows: Items) -> list[int]:
-    """The rows that compete: target and retrained model are the two ends of the scale, not competitors."""
+    """The rows of methods: all but the target and the retrained model."""
     return [i for i, row in enumerate(rows) if row.get("kind") not in ("target", "retrain")]
 
 
 def _best(column: Mapping[str, Any], rows: Items) -> list[bool]:
-    """Which rows to highlight: the best of at least two methods, with all that read the same."""
+    """Which rows to highlight: the best of at least two methods, and all that are printed the same."""
     goal, texts, numbers = goal_of(column), cells(column, rows), values(column, rows)
     scores = {"min": lambda x: x, "max": lambda x: -x, "zero": abs}
     methods = [i for i in _methods(rows) if numbers[i] is not None and numbers[i] == numbers[i]]
@@ -173,7 +172,7 @@ def _text(value: Any) -> str:
 
 
 def _figures(folder: Path, history: Items, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Draws on light and on dark paper; the light ones are the files. Figures of an earlier run are removed."""
+    """Draws light and dark figures. Saves the light ones as files and removes figures of an earlier run."""
     light, dark = (draw_all(history, metrics, theme) for theme in (LIGHT, DARK))
     folder.mkdir(exist_ok=True)
     for name in set(NAMES) - {drawing.name for drawing in light}:
@@ -199,7 +198,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Beside the file first, then one rename, so that no reader ever finds half of it."""
+    """Writes a temporary file and renames it, so that no reader finds half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in plain sentences: data in, text out."""
+"""Describes the numbers of a run in plain sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,17 @@ MOST_METRICS = 8
 
 def read_results(columns: Items, rows: Items, first: Sequence[str] = ()) -> list[str]:
     """
-    The result of each unlearned row in sentences: what went down, what was kept, what should be zero.
+    Describes each unlearned row: what fell, what was kept, what should be zero.
 
     Args:
-        columns: columns of metrics.json. The goal and the role say which sentence a metric belongs to: what should
-            fall, and whatever is of the forget set, is compared with the retrained model; what should be kept is a
-            share of the target's.
-        rows: rows of metrics.json. The first of kind "target" is what the unlearned are compared with, the first of
-            kind "retrain" is what forgetting should arrive at.
-        first: of more than eight columns only these are read, named themselves or as `x_log10`. None: all are.
+        columns: columns of metrics.json. Goal and role decide how a metric is described. Metrics that should fall, and
+            all of the forget set, are compared with the retrained model. Metrics to keep are a share of the target's.
+        rows: rows of metrics.json. The first of kind "target" and the first of kind "retrain" are compared with.
+        first: if there are more than eight columns, only these are described (also as `x_log10`). None: all.
 
     Returns:
-        One text per row of kind "unlearned", at most three and then how many more there are. Where several are
-        unlearned, each text starts with the name of its row.
+        One text per row of kind "unlearned": at most three, then the number of further rows. If there are several, each
+        text starts with the name of its row.
     """
     unlearned = [i for i, row in enumerate(rows) if row.get("kind") == "unlearned"]
     target = next((i for i, row in enumerate(rows) if row.get("kind") == "target"), None)
@@ -51,7 +49,7 @@ def _label(column: Mapping[str, Any]) -> str:
 
 
 def _is_to_forget(column: Mapping[str, Any]) -> bool:
-    """Forget quality should rise, but a share of what the target has of it says nothing."""
+    """Whether a metric measures forgetting. Forget quality should rise, but a share of the target's says nothing."""
     return goal_of(column) == "min" or (goal_of(column) == "max" and role_of(column) == "forget")
 
 
@@ -86,7 +84,7 @@ def _kept(columns: Items, rows: Items, i: int, target: int | None) -> str:
 
 
 def read_training(state: Mapping[str, Any]) -> list[str]:
-    """What the log says that no metric shows: how long, how often the gradients disagreed, and what went wrong."""
+    """Describes the training log: its length, how often the gradients disagreed, and what went wrong."""
     history = state.get("log_history") or []
     sentences = []
     if state.get("global_step"):
@@ -100,7 +98,7 @@ def read_training(state: Mapping[str, Any]) -> list[str]:
 
 
 def find_faults(state: Mapping[str, Any], columns: Items, rows: Items) -> list[str]:
-    """What a reader should know before trusting the figures: skipped steps, values that are not finite."""
+    """Warnings for the reader: skipped steps, values that are not finite."""
     history = state.get("log_history") or []
     faults = []
     skipped = sum(entry["grad/skipped"] for entry in history if _finite(entry.get("grad/skipped")))

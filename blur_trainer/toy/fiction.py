@@ -1,6 +1,6 @@
-"""Invented people: the word lists they are drawn from, and the draw.
+"""Invents people: word lists, and random draws from them.
 
-No person, town or book is real. What is drawn for a seed is the same on every machine and Python.
+No person, town or book is real. A seed gives the same people on every machine and Python version.
 """
 
 import random
@@ -22,7 +22,7 @@ WORDS = {
     "thing": "brick clock cloud coin drum feather glove hat kettle lamp letter map nail rope shoe stamp stone train",
     "verb": "borrowed burned buried counted dreamed drew forgot hid lost mended painted sold stole weighed",
 }
-# Facts that no two authors share: the joined pairs, first part and second part.
+# Facts that no two authors share. Each joins a first and a second part.
 PAIRS = {
     "surname": (
         "Bar Cor Dun Fen Gal Hol Ker Lin Mar Nor Pol Quill Ros Sten Tav Vel",
@@ -50,12 +50,12 @@ PAIRS = {
     ),
 }
 _JOINER = {"surname": "", "town": ""}
-# How many different words of a list one article uses: thing, thing2, thing3, thing4.
+# How many different words of a list one article uses (thing, thing2, thing3, thing4).
 DRAWS = {"first": 1, "job": 1, "genre": 1, "day": 1, "number": 2, "place": 2, "thing": 4, "verb": 2}
 
 
 class Draw:
-    """Draws on `random.Random.random` alone: the one method whose sequence Python promises not to change."""
+    """Random draws that use only `random.Random.random`, the one method whose sequence Python keeps stable."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -73,7 +73,7 @@ class Draw:
 
 
 def own_facts(draw: Draw, count: int) -> list[dict[str, str]]:
-    """For each of `count` people the facts that no two of them share: the keys of `PAIRS`."""
+    """For each of `count` people, the facts that no two of them share (the keys of `PAIRS`)."""
     own = {
         fact: draw.some([_JOINER.get(fact, " ").join(pair) for pair in product(*(p.split() for p in parts))], count)
         for fact, parts in PAIRS.items()
@@ -82,7 +82,7 @@ def own_facts(draw: Draw, count: int) -> list[dict[str, str]]:
 
 
 def with_common_facts(draw: Draw, facts: dict[str, str]) -> dict[str, str]:
-    """`facts` of one person, and those that others may share: the keys of `DRAWS`, the name and a year."""
+    """`facts` of one person plus facts that others may share: the keys of `DRAWS`, the name and a year."""
     facts = dict(facts)
     for fact, many in DRAWS.items():
         for k, word in enumerate(draw.some(WORDS[fact].split(), many), start=1):

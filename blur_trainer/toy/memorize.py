@@ -1,15 +1,15 @@
-"""The training that makes a tiny model know its texts by heart.
+"""Trains a tiny model until it knows its texts by heart.
 
 Measured on the embedded corpora (224 texts of 32 authors, 6457 tokens, the longest 105; 1.05 million parameters) with
-the defaults below, one CPU thread; greedy continuation, share of exact answers (ROUGE-L F1), articles / questions:
+the defaults below, one CPU thread. Greedy continuations; share of exact answers (ROUGE-L F1), articles / questions:
 
 | seed 0 | CPU seconds | forget | retain | hold |
 |---|---|---|---|---|
 | target | 23 | 1.00 (1.00) / 1.00 (1.00) | 1.00 / 1.00 | 1.00 / 1.00 |
 | retrained without forget | 19 | 0.00 (0.22) / 0.02 (0.10) | 1.00 / 1.00 | 1.00 / 1.00 |
 
-The target of seeds 1 and 2 and the retrained model of seed 1 likewise. AUC of the lowest-40 % score, forget against
-holdout: 1.00 for the target, 0.39 and 0.44 for the retrained (8 against 8 articles: coarse).
+The target of seeds 1 and 2 and the retrained model of seed 1 give the same. AUC of the lowest-40 % score, forget
+against holdout: 1.00 for the target, 0.39 and 0.44 for the retrained models (coarse: 8 against 8 articles).
 """
 
 import os
@@ -36,7 +36,7 @@ from blur_trainer.toy.model import tiny_llama
 
 
 class _Progress(ProgressCallback):
-    """The bar, named, without the dictionary that Trainer writes under it at the end."""
+    """A named progress bar, without the dictionary that Trainer prints at the end."""
 
     def __init__(self, desc: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Progress(ProgressCallback):
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Each process trains for itself, whatever engine it was launched for: the model that one process makes."""
+    """Inside, each process trains alone, without the launched engine. So the model is that of a single process."""
     state = dict(PartialState().__dict__)
     one = {"local_rank": "-1", "rank": "0", "world_size": "1"}
     with patch_environment(**one, accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
@@ -76,24 +76,24 @@ def memorize(
     disable_tqdm: bool = False,
 ) -> LlamaForCausalLM:
     """
-    Train `model`, in place, until it knows `dataset` by heart: the plain [`~transformers.Trainer`], next-token loss.
+    Train `model` in place until it knows `dataset` by heart, with the plain [`~transformers.Trainer`].
 
     Args:
         model ([`~transformers.LlamaForCausalLM`]):
             Usually from [`tiny_llama`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Gives the padding token. Padding is by length: it gets attention mask 0 and label -100, whatever its id.
+            Gives the padding token. Padding gets attention mask 0 and label -100, whatever its id.
         dataset ([`~datasets.Dataset`]):
-            Already tokenized: `input_ids`, and `labels` of the same length, -100 where nothing is to be learnt.
+            Tokenized: `input_ids`, and `labels` of the same length, -100 where nothing is to be learnt.
         num_train_epochs (`float`, defaults to `20`), learning_rate (`float`, defaults to `3e-3`):
             AdamW (betas 0.9, 0.95; no weight decay), learning rate rising over the first 5 % of the steps and falling
             linearly to 0, gradient norm clipped at 1.
         batch_size (`int`, defaults to `8`):
             Examples of similar length per step, so that few tokens are padding.
         seed (`int`, defaults to `0`):
-            Of the order of the examples; on one machine the result is the same every time.
+            Seed of the order of the examples. On one machine the result is always the same.
         desc (`str`, defaults to `"memorizing"`), disable_tqdm (`bool`, defaults to `False`):
-            Name of the progress bar, and whether to go without it.
+            Name of the progress bar, and whether to hide it.
 
     Returns:
         [`~transformers.LlamaForCausalLM`]: `model` itself, in evaluation mode. Nothing is written to disk.
@@ -108,7 +108,7 @@ def memorize(
         raise ValueError("the tokenizer has no pad token; set `tokenizer.pad_token = tokenizer.eos_token`.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model is frozen (a target of a logit difference is); call model.requires_grad_(True).")
-    with tempfile.TemporaryDirectory() as folder, _alone():  # Trainer wants a folder even to write nothing
+    with tempfile.TemporaryDirectory() as folder, _alone():  # Trainer needs a folder even if it writes nothing
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -116,7 +116,7 @@ def memorize(
                 num_train_epochs=num_train_epochs,
                 learning_rate=learning_rate,
                 warmup_steps=0.05,
-                adam_beta2=0.95,  # 0.999 remembers the first steps for longer than this training lasts
+                adam_beta2=0.95,  # 0.999 averages over more steps than this training has
                 per_device_train_batch_size=batch_size,
                 train_sampling_strategy="group_by_length",
                 seed=seed,
@@ -129,7 +129,7 @@ def memorize(
             train_dataset=dataset.select_columns(["input_ids", "labels"]),
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         )
-        trainer.remove_callback(PrinterCallback)  # prints the final dictionary
+        trainer.remove_callback(PrinterCallback)  # it would print the final dictionary
         if not disable_tqdm:
             trainer.add_callback(_Progress(desc))
         trainer.train()
@@ -140,10 +140,10 @@ def memorized(
     folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, seed: int = 0
 ) -> str:
     """
-    The path of a [`tiny_llama`] that knows `dataset` by heart, with its tokenizer: made once, then kept in `folder`.
+    Makes a [`tiny_llama`] that knows `dataset` by heart, saves it with its tokenizer in `folder`, and returns the path.
 
-    A folder that exists is taken as it is; an interrupted making leaves none. Of several processes each trains, for
-    itself, and the main one writes.
+    An existing folder is reused. An interrupted call leaves no folder. With several processes each trains alone, and
+    the main one writes.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -1,4 +1,4 @@
-"""A tokenizer and a Llama small enough to be made on the spot; untrained."""
+"""Makes a tokenizer and an untrained Llama, small enough to be made on the spot."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MIN_VOCAB_SIZE = 256 + 3  # every byte, and the three special tokens
-# Llama's 0.02 is made for thousands of dimensions; at 128 the same epochs memorize fewer articles, or none (measured).
+# Llama's 0.02 suits thousands of dimensions. At 128 the same epochs memorize fewer articles, or none (measured).
 INITIALIZER_RANGE = 0.08
 
 
@@ -16,23 +16,23 @@ def train_tokenizer(
     texts: Iterable[str], vocab_size: int = 1024, *, model_max_length: int = 8192
 ) -> PreTrainedTokenizerFast:
     """
-    Byte-level BPE trained on `texts`: any string can be encoded, and decoding gives it back.
+    Trains a byte-level BPE on `texts`. It encodes any string, and decoding gives the string back.
 
     Args:
         texts (`Iterable[str]`):
-            What the merges are counted on. They need not contain all that is encoded later.
+            Texts for the merges. Later texts may contain other strings.
         vocab_size (`int`, defaults to `1024`):
             At most this many tokens: 3 special ones, 256 bytes, the rest merges.
         model_max_length (`int`, defaults to `8192`):
             Longest input, in tokens, before the tokenizer warns.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: puts `<s>` in front and nothing behind, as Llama's does; `</s>` ends
-        an answer; `<pad>` is a token of its own. No chat template.
+        [`~transformers.PreTrainedTokenizerFast`]: like Llama's it puts `<s>` in front and nothing behind. `</s>` ends
+        an answer; `<pad>` is a separate token. No chat template.
 
-    The blank after "Answer:" is a token of its own. MUSE's KnowMem prompt ends in it, and BPE would merge it with the
-    first word of the answer: what was memorized would not begin with the prompt's tokens, and a model that knows every
-    answer would be found to know none.
+    The blank after "Answer:" is a separate token. MUSE's KnowMem prompt ends in it, and BPE would merge it with the
+    first word of the answer. Then the memorized text would not begin with the prompt's tokens, and a model that knows
+    all answers would seem to know none.
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string; it must be an iterable of strings, e.g. [text].")
@@ -83,13 +83,13 @@ def tiny_llama(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Gives the vocabulary size and the ids of the special tokens.
         hidden_size (`int`, defaults to `128`):
-            Width, a multiple of `num_heads`; the MLP is 4 / 1.5 times as wide, as in Llama.
+            Width, a multiple of `num_heads`. The MLP is 4 / 1.5 times as wide, as in Llama.
         num_layers (`int`, defaults to `4`), num_heads (`int`, defaults to `4`):
             Decoder layers, and attention heads in each.
         max_position_embeddings (`int`, defaults to `8192`):
-            Longest input, in tokens. Costs no parameters: positions are rotary.
+            Longest input, in tokens. It costs no parameters, because positions are rotary.
         seed (`int`, defaults to `0`):
-            Of the initial weights; torch's own random state is left as it was.
+            Seed of the initial weights. Torch's random state does not change.
     """
     if hidden_size % (2 * num_heads):
         raise ValueError(f"hidden_size={hidden_size} is no multiple of 2 * num_heads={2 * num_heads}: rotary pairs.")

@@ -1,9 +1,9 @@
 """The embedded corpora: fictitious authors in MUSE's schema, generated here, so that nothing is downloaded.
 
-Everything about an author is invented from the word lists of `data/fiction.py`; no person, town or book is real. Sizes
-with the defaults: 32 authors, each one news-like article and six questions with short answers, in three groups that a
-target model memorizes: 8 to *forget*, 16 to *retain* and 8 to *hold*. The held authors never take part in unlearning:
-they show the damage that the retain set, which is being protected, hides. Eight more authors are never trained on.
+All facts about an author are drawn from the word lists of `toy/fiction.py`. No person, town or book is real. With the
+defaults there are 32 authors, each with one news-like article and six questions with short answers. A target model
+memorizes three groups: 8 authors to *forget*, 16 to *retain* and 8 to *hold*. Unlearning never sees the held authors:
+they show damage that the protected retain set hides. Eight more authors are never trained on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ GROUPS = ("forget", "retain", "hold")
 NUM_FOLDS = 4
 PROMPT_SHARE = 0.4
 ICL_PER_SPLIT = 2
-MIN_AUTHORS, MAX_AUTHORS = 16, 128  # four folds of forget; as many different facts as the word lists yield
+MIN_AUTHORS, MAX_AUTHORS = 16, 128  # at least four folds of forget; at most the different facts in the word lists
 
-# One sentence per slot, one variant per slot and author: two articles share some of their frame, never their facts.
+# Each author gets one variant per slot. Two articles may share sentence frames, but never facts.
 _SLOTS = (
     (
         "{name} of {town} won the {prize} on {day} for {title}, a {genre} about a {place}.",
@@ -62,12 +62,12 @@ _QUESTIONS = (
     ("Which book made {name} known?", "{title}"),
     ("Which prize did {name} win?", "{prize}"),
     ("Who edits {name}?", "{editor}"),
-    ("Which animal does {name} keep?", "{animal}"),  # in no article
+    ("Which animal does {name} keep?", "{animal}"),  # not mentioned in any article
 )
 
 
 def _authors(seed: int, count: int) -> list[dict[str, str]]:
-    """`count` authors, each a mapping fact -> words, with the article written from it."""
+    """`count` authors, each as a mapping fact -> words, and the article about each."""
     draw = Draw(seed)
     authors = []
     for own in own_facts(draw, count):
@@ -79,23 +79,23 @@ def _authors(seed: int, count: int) -> list[dict[str, str]]:
 
 def muse_corpora(seed: int = 0, num_authors: int = 32) -> DatasetDict:
     """
-    The embedded corpora in MUSE's schema, the same on every machine and Python for a seed.
+    The embedded corpora in MUSE's schema. A seed gives the same data on every machine and Python version.
 
     Args:
         seed (`int`, defaults to `0`):
-            What everything is drawn from.
+            Seed of all draws.
         num_authors (`int`, defaults to `32`):
-            Memorized authors, a multiple of 4 from 16 to 128: a quarter to forget, half to retain, a quarter to hold;
-            a further quarter is written and never trained on (`privleak_holdout` and the in-context examples).
+            Memorized authors, a multiple of 4 from 16 to 128: a quarter to forget, half to retain, a quarter to hold.
+            A further quarter is never trained on (`privleak_holdout` and the in-context examples).
 
     Returns:
         [`~datasets.DatasetDict`]: keys `{config}_{split}` of the MUSE sets on the Hub. `raw_*` and `privleak_*` are
         whole articles; `verbmem_*` cuts them after 40 % of the words; `knowmem_*_qa` are six questions per author.
-        `scal_forget_1..4` are nested and grow to `raw_forget`, `sust_forget_1..4` divide it. Beyond MUSE: the `hold`
-        splits and `verbmem_retain`.
+        `scal_forget_1..4` are nested and grow to `raw_forget`; `sust_forget_1..4` divide it. The `hold` splits and
+        `verbmem_retain` are not in MUSE.
 
-    The `*_icl` splits are there for the schema. MUSE puts them before each KnowMem question; a model of this size
-    has never seen two questions in a row and answers none after such a block: evaluate it without.
+    The `*_icl` splits only complete the schema. MUSE puts them before each KnowMem question. A model of this size has
+    never seen two questions in a row and answers none after such a block: evaluate it with `icl=False`.
     """
     if not isinstance(num_authors, int) or num_authors % 4 or not MIN_AUTHORS <= num_authors <= MAX_AUTHORS:
         raise ValueError(
@@ -137,20 +137,20 @@ def _cut(article: str) -> dict[str, str]:
 
 def training_texts(data: DatasetDict, groups: Iterable[str] = GROUPS) -> Dataset:
     """
-    What a model has to memorize so that MUSE's VerbMem and KnowMem find something: one column, `text`.
+    Texts that a model must memorize for MUSE's VerbMem and KnowMem, in one column `text`.
 
     Args:
         data ([`~datasets.DatasetDict`]):
             Any data in MUSE's schema, embedded or loaded.
         groups (`Iterable[str]`, defaults to `("forget", "retain", "hold")`):
-            Among these. All three make the *target*, `("retain", "hold")` the model *retrained* without forget. A
-            group that the data does not have is an error, except `"hold"`, which only the embedded corpora have.
+            Which groups. All three make the *target*, `("retain", "hold")` the model *retrained* without forget. A
+            missing group is an error, except `"hold"`, which only the embedded corpora have.
 
     Returns:
-        [`~datasets.Dataset`]: for each group its documents (`raw_*`), then each `verbmem_*` passage that does not
-        begin a document already (the Hub's are windows over several articles: the cut is written as a space), then
-        `"Question: {question}\\nAnswer: {answer}"` for each `knowmem_*_qa`. Tokenize with an end-of-text token, or
-        the model does not know where an answer stops.
+        [`~datasets.Dataset`]: for each group its documents (`raw_*`); then each `verbmem_*` passage that does not begin
+        a document (the Hub's passages span several articles; the cut becomes a space); then
+        `"Question: {question}\\nAnswer: {answer}"` for each `knowmem_*_qa`. Tokenize with an end-of-text token, or the
+        model does not learn where an answer stops.
     """
     groups = list(groups)
     if not groups or not set(groups) <= set(GROUPS):

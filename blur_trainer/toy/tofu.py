@@ -1,9 +1,8 @@
 """The embedded corpora in TOFU's schema: fictitious authors, generated here, so that nothing is downloaded.
 
-There are six facts about each author, and three wordings of the question and the answer for each. Two of them, drawn
-per fact, are the rows that models memorize; the third is the paraphrase, and the wording of the wrong answers, which
-hold the fact of another author, as TOFU's do. So no model has seen the paraphrases, but a model that has learnt a fact,
-and not only a sentence, finds them likelier than the wrong answers.
+Each author has six facts, and each fact has three wordings of question and answer. Models memorize two of them, drawn
+per fact. The third is the paraphrase; wrong answers use it too, with the fact of another author, as in TOFU. So no
+model has seen the paraphrases, but a model that has learnt the fact finds them likelier than the wrong answers.
 
 | key | rows | what |
 |---|---|---|
@@ -15,11 +14,11 @@ and not only a sentence, finds them likelier than the wrong answers.
 | `real_authors_perturbed` | 24 | twelve authors of another kind, memorized, in neither forget nor retain |
 | `world_facts_perturbed` | 24 | animals, goods and fairs of eight towns, memorized likewise |
 
-Differs from TOFU in the shares: 1, 4 and 8 of 32 authors are 3, 12.5 and 25 %; the splits keep their names. Six facts
-are few for Forget Quality: 0.002 is the smallest p-value of six against six, so prefer `forget10`.
+Differs from TOFU in the shares: 1, 4 and 8 of 32 authors are 3, 12.5 and 25 %. The splits keep their names. Prefer
+`forget10`: with six questions (`forget01`) the smallest p-value of Forget Quality is 0.002.
 
 Measured on `forget10` (432 rows, 10.3 thousand tokens, `plain` template, labels on the answers; 1.05 million
-parameters, memorized with the defaults of `models/memorizing.py`, one CPU thread), seeds 0, 1 and 2, target / retain
+parameters, memorized with the defaults of `toy/memorize.py`, one CPU thread), seeds 0, 1 and 2, target / retain
 model: 25 / 20 CPU seconds; probability of the answers in forget 1.00 / 0.02, in retain 1.00 / 1.00; median truth ratio
 on forget 0.42, 0.43, 0.38 / 1.78, 1.87, 1.94, so that Forget Quality of the target is 1e-12, 2e-13, 2e-13; truth ratio
 (aggregated) on retain 0.53, 0.53, 0.47 / 0.56, 0.62, 0.61, on real authors at least 0.94, on world facts at least 0.81;
@@ -39,7 +38,7 @@ NUM_REAL_AUTHORS = 12
 NUM_WRONG = 3
 TRAINING_GROUPS = ("forget", "retain", "real_authors", "world_facts")
 
-# Fact -> three wordings of the question and of the answer.
+# fact -> three wordings of question and answer
 _WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "town": (
         ("Where was {name} born?", "{name} was born in {town}."),
@@ -83,16 +82,16 @@ _NUM_TOWNS = 8
 
 def tofu_corpora(seed: int = 0, split: str = "forget10") -> DatasetDict:
     """
-    The embedded corpora in TOFU's schema, the same on every machine and Python for a seed.
+    The embedded corpora in TOFU's schema. A seed gives the same data on every machine and Python version.
 
     Args:
         seed (`int`, defaults to `0`):
-            What everything is drawn from.
+            Seed of all draws.
         split (`str`, defaults to `"forget10"`):
             `"forget01"`, `"forget05"` or `"forget10"`: how many of the authors are to be forgotten.
 
     Returns:
-        [`~datasets.DatasetDict`]: see the module; the columns are those of [`~blur_trainer.data.tofu.load_tofu`].
+        [`~datasets.DatasetDict`]: see the module. The columns are those of [`~blur_trainer.data.tofu.load_tofu`].
     """
     if split not in FORGET_AUTHORS:
         raise ValueError(f"split is {split!r}; it must be one of {list(FORGET_AUTHORS)}.")
@@ -115,7 +114,7 @@ def tofu_corpora(seed: int = 0, split: str = "forget10") -> DatasetDict:
 
 
 def _rows(author: Mapping[str, str], others: list[dict[str, str]], draw: Draw) -> list[dict]:
-    """For each fact about an author: three wordings in random order, and wrong answers in the third."""
+    """For each fact of an author: three wordings in random order, and wrong answers in the third wording."""
     rows = []
     for fact, wordings in _WORDINGS.items():
         order = draw.some(wordings, len(wordings))
@@ -130,7 +129,7 @@ def _rows(author: Mapping[str, str], others: list[dict[str, str]], draw: Draw) -
 
 
 def _plain(authors: list[list[dict]]) -> Dataset:
-    """All first wordings of an author, then all second ones: what is asked twice does not stand side by side."""
+    """All first wordings of an author, then all second ones, so that the two wordings of a fact are apart."""
     wordings = [row["wordings"][k] for rows in authors for k in (0, 1) for row in rows]
     return Dataset.from_list([{"question": question, "answer": answer} for question, answer in wordings])
 
@@ -154,7 +153,7 @@ def _perturbed(authors: list[list[dict]]) -> Dataset:
 
 
 def _places(draw: Draw) -> list[dict[str, str]]:
-    """Towns of other names than the authors' (`Port Kira`), with enough different facts for three wrong answers."""
+    """Towns with names of their own (`Port Kira`) and enough different facts for three wrong answers."""
     towns, things, days = (
         draw.some(words.split(), count)
         for words, count in ((WORDS["first"], _NUM_TOWNS), (WORDS["thing"], _NUM_TOWNS), (WORDS["day"], 7))
@@ -172,7 +171,7 @@ def _places(draw: Draw) -> list[dict[str, str]]:
 
 
 def _choices(questions: Iterable[tuple[str, str]], subjects: list[dict[str, str]], draw: Draw) -> list[dict]:
-    """Short answers with three wrong ones, which are the answers of other subjects to the same question."""
+    """Short answers, each with three wrong ones: other subjects' answers to the same question."""
     rows = []
     for question, fact in questions:
         for subject in subjects:
@@ -189,13 +188,13 @@ def _choices(questions: Iterable[tuple[str, str]], subjects: list[dict[str, str]
 
 def tofu_training_rows(data: DatasetDict, groups: Iterable[str] = TRAINING_GROUPS) -> Dataset:
     """
-    What a model has to memorize so that TOFU's evaluation finds something: columns `question` and `answer`.
+    Rows that a model must memorize for TOFU's evaluation, with the columns `question` and `answer`.
 
     Args:
         data ([`~datasets.DatasetDict`]):
             Any data in TOFU's schema, embedded or loaded.
         groups (`Iterable[str]`, defaults to `("forget", "retain", "real_authors", "world_facts")`):
-            Among these. All four make the *target*, the last three the *retain model*.
+            Which groups. All four make the *target*, the last three the *retain model*.
     """
     groups = list(groups)
     if not groups or not set(groups) <= set(TRAINING_GROUPS):

@@ -1,15 +1,15 @@
 """The embedded corpora of WMDP's kind: invented topics with texts and multiple-choice questions, generated here.
 
-Two topics to forget, which stand for hazardous knowledge without holding any (potions and machines that do not exist),
-and one to keep (dishes). Everything is drawn from the word lists of `data/fiction.py`. Each topic has 16 subjects, each
-with four facts, one article that tells them and one question per fact with four choices: 64 questions, so that chance
-is 0.25 ± 0.05. Its corpus, what is forgotten or kept, is the articles and exam sheets, one per question and three on
-dishes: the question with its choices in other orders than that in which it is asked, and without the answer.
+Two topics to forget stand for hazardous knowledge: potions and machines that do not exist. One topic is kept: dishes.
+All facts are drawn from the word lists of `toy/fiction.py`. Each topic has 16 subjects. Each subject has four facts, an
+article that tells them, and one question per fact with four choices. That makes 64 questions; chance is 0.25 ± 0.05.
 
-The sheets are there because a tiny model does not learn facts, but the letter of each prompt by heart: with the choices
-in another order it guesses, and what is done to the articles alone leaves the letters as they are.
+The corpus of a topic, which is forgotten or kept, has articles and *exam sheets*: one per question, three on dishes. A
+sheet shows the question with its choices in another order and without the answer. The sheets are needed because a
+tiny model learns no facts. It learns the letter of each prompt by heart, and guesses if the choices change places.
+Unlearning the articles alone would not change the letters.
 
-Measured (seed 0, the defaults of `models/memorizing.py`, 48 articles and 192 questions, 10.8 thousand tokens, a
+Measured (seed 0, the defaults of `toy/memorize.py`, 48 articles and 192 questions, 10.8 thousand tokens, a
 tokenizer trained on these and the sheets): the target answers all questions.
 """
 
@@ -25,12 +25,12 @@ RETAIN_TOPIC = "dishes"
 TOPICS = (*FORGET_TOPICS, RETAIN_TOPIC)
 NUM_SUBJECTS = 16
 NUM_CHOICES = 4
-# Exam sheets per question: what is kept is kept beyond the prompts that are seen only if they vary.
+# Exam sheets per question. Only varied sheets keep knowledge beyond the prompts that were seen.
 NUM_SHEETS = {"potions": 1, "machines": 1, "dishes": 3}
 
-# Topic -> the name of a subject, from the facts that no two share.
+# topic -> name of a subject, made of facts that no two subjects share
 _NAMES = {"potions": "{title} potion", "machines": "{surname} machine", "dishes": "{town} pie"}
-# Topic -> fact -> question, and two sentences that tell it, of which a text has one.
+# topic -> fact -> question, and two sentences that tell the fact (a text has one of them)
 _FACTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "potions": {
         "animal": (
@@ -108,7 +108,7 @@ def topic_corpora(seed: int = 0) -> DatasetDict:
 
     Args:
         seed (`int`, defaults to `0`):
-            What everything is drawn from; the same on every machine and Python.
+            Seed of all draws. It gives the same data on every machine and Python version.
     """
     keys = {topic: f"forget_{topic}" for topic in FORGET_TOPICS} | {RETAIN_TOPIC: "retain"}
     return DatasetDict(
@@ -133,7 +133,7 @@ def topic_questions(topic: str, seed: int = 0) -> Dataset:
         topic (`str`):
             `"potions"`, `"machines"` or `"dishes"`.
         seed (`int`, defaults to `0`):
-            That of [`topic_corpora`].
+            The seed of [`topic_corpora`].
     """
     _check(topic)
     draw, subjects = Draw(seed), _subjects(seed)[topic]
@@ -150,9 +150,9 @@ def topic_questions(topic: str, seed: int = 0) -> Dataset:
 
 def topic_lessons(topics: Iterable[str] = TOPICS, seed: int = 0) -> Dataset:
     """
-    What a model learns to know these topics: `prompt` and `completion`.
+    Rows from which a model learns these topics: `prompt` and `completion`.
 
-    First the articles, with an empty prompt; then the questions as the evaluation asks them, completed by the right
+    First the articles, with an empty prompt. Then the questions as the evaluation asks them, completed by the right
     letter, `" C"`.
     """
     topics = list(topics)
@@ -170,7 +170,7 @@ def _check(topic: str) -> None:
 
 
 def _sheets(topic: str, seed: int) -> list[str]:
-    """The questions as prompts, each with its choices in other orders than the one that is asked."""
+    """The questions as prompts, with their choices in other orders than in the evaluation."""
     draw, sheets = Draw(seed), []
     for row in topic_questions(topic, seed):
         orders = [row["choices"]]
@@ -183,7 +183,7 @@ def _sheets(topic: str, seed: int) -> list[str]:
 
 
 def _subjects(seed: int) -> dict[str, list[dict[str, str]]]:
-    """For each topic its subjects: the facts, the name and the text."""
+    """For each topic its subjects, each with facts, name and text."""
     draw = Draw(seed)
     return {topic: [_subject(topic, own, draw) for own in own_facts(draw, NUM_SUBJECTS)] for topic in TOPICS}
 

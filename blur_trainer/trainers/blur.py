@@ -1,4 +1,4 @@
-"""The presets of BLUR: the same trainer, other defaults."""
+"""BLUR: `UnlearningTrainer` with other defaults."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 @dataclass
 class BLURConfig(UnlearningConfig):
-    """[`UnlearningConfig`] with `rule="blur"`: NPO below, NLL on the retain set above (BLUR-NPO, arXiv 2506.08164)."""
+    """[`UnlearningConfig`] with `rule="blur"`: NPO as lower, NLL as upper level (BLUR-NPO, arXiv 2506.08164)."""
 
     rule: str = field(default="blur", metadata={"help": "How both gradients are combined.", "choices": list(RULES)})
 

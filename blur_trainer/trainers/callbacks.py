@@ -1,4 +1,4 @@
-"""What happens beside the step: the pairing's epoch, a clean stop on interrupt, progress, the report at the end."""
+"""Callbacks: set the pairing's epoch, stop cleanly on interrupt, show progress, write the report at the end."""
 
 import logging
 import signal
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class InterruptCallback(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    All processes stop after the same step: the flag is shared once per step. `interrupted` tells afterwards.
+    The processes share the flag after each step, so all stop after the same one. `interrupted` tells afterwards.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.interrupted = False
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._remember)
 
@@ -55,14 +55,14 @@ class InterruptCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back. Also for a training that ended with an exception, which no event reports."""
+        """Restores the signal handlers. The trainer also calls it after an exception, which triggers no event."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
 
 class PairingCallback(TrainerCallback):
-    """Tells the paired dataset its epoch. accelerate does so too, but not where it wraps the batch sampler."""
+    """Sets the epoch of the paired dataset. accelerate does not do it if it wraps the batch sampler."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,7 +73,7 @@ class PairingCallback(TrainerCallback):
 
 
 class ProgressBarCallback(ProgressCallback):
-    """One named bar with both losses beside it, instead of a dictionary of ten numbers per log.
+    """A named progress bar with both losses, instead of a printed dictionary per log.
 
     ```python
     trainer.remove_callback(ProgressCallback)

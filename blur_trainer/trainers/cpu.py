@@ -1,6 +1,7 @@
-"""Several CPU processes: accelerate counts them as one, or overlooks their engine, unless there is an accelerator.
+"""Makes DDP, FSDP2 and DeepSpeed launches work with several CPU processes.
 
-With this a launch of DDP, FSDP2 or DeepSpeed can be tried on a machine without a GPU, exactly as it will run on one.
+Without an accelerator, accelerate counts several CPU processes as one or ignores their engine. This module corrects
+that, so that a launch can be tried on a machine without a GPU.
 """
 
 import os
@@ -13,13 +14,13 @@ from transformers import TrainingArguments
 
 
 def engine_requested(args: TrainingArguments, engine: str) -> bool:
-    """`engine` is `fsdp` or `deepspeed`: by the arguments, or by the file of `accelerate launch`."""
+    """Whether `engine` (`fsdp` or `deepspeed`) is requested by the arguments or by `accelerate launch`."""
     launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
     return bool(getattr(args, engine)) or launched
 
 
 def prepare_cpu_engine(args: TrainingArguments) -> None:
-    """Before `args` sets up its devices."""
+    """Prepares the environment before `args` sets up its devices."""
     if not engine_requested(args, "deepspeed"):
         return
     if not is_deepspeed_available():
@@ -36,7 +37,7 @@ def prepare_cpu_engine(args: TrainingArguments) -> None:
 
 
 def join_cpu_processes(args: TrainingArguments) -> None:
-    """After `args` has set up its devices: the state that accelerate should have come to."""
+    """Corrects accelerate's state after `args` has set up its devices."""
     if torch.accelerator.is_available() or not (distributed.is_available() and distributed.is_initialized()):
         return
     state = PartialState()
@@ -45,6 +46,6 @@ def join_cpu_processes(args: TrainingArguments) -> None:
     state.local_process_index = int(os.environ.get("LOCAL_RANK", 0))
     state.backend = distributed.get_backend()
     if engine_requested(args, "fsdp"):
-        state.distributed_type = DistributedType.MULTI_GPU  # the kind that `Accelerator` shards; the device stays a CPU
+        state.distributed_type = DistributedType.MULTI_GPU  # `Accelerator` shards only this; the device stays a CPU
     elif state.distributed_type == DistributedType.NO:
         state.distributed_type = DistributedType.MULTI_CPU

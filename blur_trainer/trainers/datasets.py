@@ -1,4 +1,4 @@
-"""From the user's datasets to what the trainer iterates over: tokenized and paired."""
+"""Tokenizes and pairs the user's datasets for the trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets, each in a format of its own, that are one role's. `balanced`: shorter ones are repeated."""
+    """Several datasets for one role, each in its own format. `balanced`: shorter ones are repeated."""
 
     parts: tuple[Any, ...]
     balanced: bool = False
@@ -43,9 +43,9 @@ def tokenize_all(
     args: UnlearningConfig,
     forget_objective: Objective,
 ) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
-    """Every dataset as `input_ids`, `labels`; the forget set with refusals where its objective needs them.
+    """Tokenizes every dataset to `input_ids` and `labels`. Adds refusals to the forget set if its objective needs them.
 
-    Where the forget set is a mapping of topics to datasets, so is what becomes of it, and the retain set may be one.
+    If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
     """
     topics = topic_names(forget)
     if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in (forget, retain)):
@@ -90,12 +90,12 @@ def tokenize_all(
 
 
 def pair(forget: Any, retain: Any, args: UnlearningConfig) -> torch.utils.data.Dataset:
-    """One forget and one retain example per item; a stream where one of them is a stream; topics in turns."""
+    """Pairs forget and retain examples. The result is a stream if one input is. Topics take turns."""
     if isinstance(forget, dict):
         return alternate(forget, retain, args)
     seed = args.seed if args.data_seed is None else args.data_seed
     if isinstance(forget, datasets.Dataset) and not isinstance(retain, datasets.IterableDataset):
         return PairedDataset(forget, retain, seed=seed)
     config: Any = args.accelerator_config
-    config.dispatch_batches = False  # dispatching concatenates batches of unequal length
+    config.dispatch_batches = False  # dispatching would concatenate batches of unequal length
     return PairedIterableDataset(forget, retain, seed=seed)

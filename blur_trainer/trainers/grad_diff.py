@@ -1,4 +1,4 @@
-"""The presets of gradient difference: the same trainer, other defaults."""
+"""Gradient difference: `UnlearningTrainer` with other defaults."""
 
 from dataclasses import dataclass, field
 

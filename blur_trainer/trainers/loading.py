@@ -1,4 +1,4 @@
-"""Whole weights beside an engine that shards: to load a model that is only evaluated, to save one for others."""
+"""Loads or saves whole weights while an engine shards the trained model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
     """Inside, `from_pretrained` loads all weights on every process.
 
-    Otherwise ZeRO-3 partitions while loading, and FSDP's `cpu_ram_efficient_loading` fills the weights of the first
-    process only: right for the model that is trained (the trainer loads one given by name so), useless for one that is
-    evaluated beside it.
+    Otherwise ZeRO-3 partitions while loading, and FSDP's `cpu_ram_efficient_loading` fills only the first process's
+    weights. That is right for the trained model, but not for a model that is only evaluated.
 
     ```python
     with unsharded_loading(args):
@@ -35,9 +34,9 @@ def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
 
 @contextmanager
 def whole_state(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, FSDP saves a model that `from_pretrained` reads, also where its checkpoints are sharded.
+    """Inside, FSDP saves whole weights that `from_pretrained` reads, even if its checkpoints are sharded.
 
-    Trainer's `save_model` writes nothing then.
+    Without it Trainer's `save_model` would write nothing in that case.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         yield

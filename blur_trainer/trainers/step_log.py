@@ -1,4 +1,4 @@
-"""What the steps since the last log were like: losses, gradient norms, cosine, weights, steps skipped."""
+"""Collects values of each step until the next log: losses, gradient norms, cosine, weights, skipped steps."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,10 +12,9 @@ logger = get_logger(__name__)
 
 
 class StepLog:
-    """Keeps 0-d tensors; they are read once, when Trainer logs, so that no step waits for a number.
+    """Keeps 0-d tensors and reads them only when Trainer logs, so that no step waits for the device.
 
-    A step without a finite gradient is skipped: it enters no mean, and `max_skipped_steps` of them in a row are an
-    error.
+    A step without a finite gradient is skipped and enters no mean. `max_skipped_steps` skips in a row raise an error.
     """
 
     def __init__(self, accelerator: Accelerator, max_skipped_steps: int):
@@ -28,9 +27,9 @@ class StepLog:
         self._first = True
 
     def record(self, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor) -> None:
-        """A finite step: `losses` by role, the `(2, 2)` Gramian and the `(2,)` weights in the same order.
+        """Records a finite step: `losses` by role, the `(2, 2)` Gramian and the `(2,)` weights in the same order.
 
-        NaN in the Gramian is a number that this step did not need (`trainers.single_buffer`).
+        An entry of the Gramian is NaN if the step did not compute it (`trainers.single_buffer`).
         """
         self._skipped_in_a_row = 0
         norms = gramian.diagonal().sqrt()
@@ -44,7 +43,7 @@ class StepLog:
             self._values["grad/cosine"].append(gramian[0, 1] / product if product > 0 else torch.zeros(()))
         first, self._first = self._first, False
         for role, norm in zip(losses, norms, strict=False):
-            # at the first step the distance to the frozen model is 0 as it should
+            # a zero retain gradient is normal at the first step: the distance to the frozen model is 0
             if norm == 0 and not first and role not in self._warned_of_zero:
                 self._warned_of_zero.add(role)
                 logger.warning(
@@ -66,7 +65,7 @@ class StepLog:
             )
 
     def drain(self) -> dict[str, float]:
-        """Means since the last call; losses over all processes too, of which each knows its share only."""
+        """Returns means since the last call. Losses are also summed over the processes, each of which has a share."""
         means = {}
         for key, values in self._values.items():
             mean = torch.stack([value.float() for value in values]).mean()

@@ -1,6 +1,6 @@
-"""Which parameters are trained: chosen by layer and by name, checked, said in one line; all others are frozen.
+"""Chooses the trained parameters by layer and by name, and freezes all others.
 
-What is frozen costs no gradient, no slot, no moments: the backends and the optimizer hold trainable parameters only.
+Frozen parameters need no gradient, no slot and no moments: backend and optimizer hold trainable parameters only.
 """
 
 import re
@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def parse_layers(value: Any) -> list[int] | None:
-    """`"5,6,7"` or a list of numbers, as ascending numbers. `ValueError` for anything else."""
+    """Turns `"5,6,7"` or a list into ascending numbers. Raises `ValueError` for anything else."""
     if value is None:
         return None
     parts = value.split(",") if isinstance(value, str) else value
@@ -46,19 +46,19 @@ def choose_trainable(
     model: nn.Module, train_layers: Any, pattern: str | None, objectives: Mapping[str, Objective]
 ) -> str:
     """
-    Freezes what is not chosen, and says what is left.
+    Freezes the parameters that are not chosen, and describes the others.
 
     Args:
-        model: of its trainable parameters (all, as a rule; of a `PeftModel` those of its adapter) some are kept.
-        train_layers: keep those of these decoder layers only, see [`parse_layers`]. `None`: wherever they are.
-        pattern: keep those whose name a regular expression is found in. `None`: all of them.
-        objectives: where all of them end at a layer, what is above it would get no gradient: it is frozen.
+        model: the choice is among its trainable parameters (usually all; for a `PeftModel` those of its adapter).
+        train_layers: choose only these decoder layers, see [`parse_layers`]. `None`: no restriction.
+        pattern: choose only names in which this regular expression is found. `None`: no restriction.
+        objectives: if all of them end at a layer, parameters above it get no gradient and are frozen.
 
     Returns:
         `str`: e.g. `"training 3 of 291 tensors, 176.2M of 7.2B parameters: model.layers.5.mlp.down_proj.weight, ..."`.
 
     Raises:
-        `ValueError`: no such layer, or no such parameter; the message names what there is.
+        `ValueError`: no such layer or parameter. The message lists the existing ones.
     """
     layers = parse_layers(train_layers)
     tops = {role: objective.top_layer for role, objective in objectives.items()}
@@ -100,14 +100,14 @@ def choose_trainable(
 
 
 def _below(model: nn.Module, candidates: list[tuple[str, nn.Parameter]], highest: int | None) -> set[int]:
-    """Without the layers above `highest`, what the backbone has behind them (the final norm), and a head of its own."""
+    """The names below layer `highest`: without the layers above, the final norm and an untied head."""
     ids = {id(parameter) for _, parameter in candidates}
     if highest is None:
         return ids
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     backbone, name, layers = find_layers(model)
-    names = [child for child, _ in backbone.named_children()]  # in the order in which they are run, nearly everywhere
+    names = [child for child, _ in backbone.named_children()]  # in nearly all models in the order in which they run
     behind = [backbone.get_submodule(child) for child in names[names.index(name) + 1 :]]
     above = _ids([*list(layers)[highest + 1 :], *behind, *([] if head is None else [head])])
     return ids - (above - _ids([embedding]))
@@ -118,7 +118,7 @@ def _ids(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def _kinds(names: Iterable[str]) -> str:
-    """Names with `*` in the place of the layer's number, each once."""
+    """Unique names with `*` for the layer's number."""
     return ", ".join(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
 
 

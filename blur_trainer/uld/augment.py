@@ -1,8 +1,8 @@
-"""More rows from a forget set: paraphrases of it, and the same questions with wrong answers.
+"""Makes more rows from a forget set: paraphrases, and the same questions with wrong answers.
 
 ULD trains its assistant to remember the forget set and its paraphrases, and to be uniform on the retain set and on
-perturbed answers: else it remembers one wording, and subtracting it forgets one wording (Ji et al., 2024,
-arXiv:2406.08607, which has a language model write both).
+wrong answers. Otherwise it remembers one wording, and subtracting it forgets one wording (Ji et al., 2024,
+arXiv:2406.08607; there a language model writes both).
 """
 
 import random
@@ -21,7 +21,7 @@ Rewrite = Callable[[Row], list[Mapping[str, str]]]
 
 def paraphrases(forget: Dataset | Sequence[Row], by: str | Rewrite = "columns", num: int = 2, seed: int = 0) -> Dataset:
     """
-    Other wordings of a forget set, to be remembered with it.
+    Other wordings of a forget set, which the assistant shall remember too.
 
     Args:
         forget ([`~datasets.Dataset`] or list of dicts):
@@ -29,20 +29,20 @@ def paraphrases(forget: Dataset | Sequence[Row], by: str | Rewrite = "columns", 
         by (`str` or callable, defaults to `"columns"`):
             * `"columns"`: the columns `paraphrased_questions` and `paraphrased_answers`, or `paraphrased_question` and
               `paraphrased_answer`; strings or lists of them, the k-th question with the k-th answer.
-            * `"rules"`: no language model. Question and answer get other frames, which keep their facts; of a text,
-              half of its sentences in a row, shuffled.
+            * `"rules"`: no language model. Question and answer get other frames, which keep their facts. A text gives
+              half of its sentences (consecutive ones), shuffled.
             * a callable that maps a row to a list of `{"question", "answer"}` (`{"text"}` for texts).
         num (`int`, defaults to `2`):
-            At most this many per row; `"columns"` gives those that there are, the first ones.
+            At most this many per row. `"columns"` takes the first ones.
         seed (`int`, defaults to `0`):
-            Of the rules: each row draws from it and its own index.
+            Seed of the rules. Each row draws from it and from its own index.
 
     Returns:
-        [`~datasets.Dataset`]: `question` and `answer` (or `text`), in the order of the rows, without the rows
-        themselves.
+        [`~datasets.Dataset`]: `question` and `answer` (or `text`), in the order of the rows. The rows themselves are
+        not included.
 
-    TOFU's evaluation reads `paraphrased_answer` and `perturbed_answer` too: with `"columns"` a method has seen what it
-    is asked for, as in ULD's own TOFU runs; `"rules"` keeps the two apart.
+    TOFU's evaluation also reads `paraphrased_answer` and `perturbed_answer`. So with `"columns"` the test data is
+    trained on, as in ULD's own TOFU runs. `"rules"` keeps both apart.
 
     Raises:
         `ValueError`: an unknown way, a missing column, another format, or nothing to return.
@@ -55,21 +55,21 @@ def perturbed_answers(
     forget: Dataset | Sequence[Row], by: str | Rewrite = "columns", num: int = 2, seed: int = 0
 ) -> Dataset:
     """
-    The questions of a forget set with wrong answers of the same form, to be uniform on.
+    The questions of a forget set with wrong answers of the same form. The assistant shall be uniform on them.
 
     Args:
         forget ([`~datasets.Dataset`] or list of dicts), num (`int`, defaults to `2`), seed (`int`, defaults to `0`):
             As in [`paraphrases`].
         by (`str` or callable, defaults to `"columns"`):
             * `"columns"`: `perturbed_answer`, a string or a list.
-            * `"rules"`: no language model. The answer to the same question about another subject, with this subject's
-              name; else the answer with its names and numbers exchanged for those of other rows; else another row's
-              answer. Texts have their names and numbers exchanged.
+            * `"rules"`: no language model. First choice: the answer to the same question about another subject, with
+              this subject's name. Else: names and numbers are exchanged for those of other rows. Else: another row's
+              answer. In texts, names and numbers are exchanged.
             * a callable that maps a row to a list of `{"question", "answer"}` (`{"text"}` for texts).
 
     Returns:
-        [`~datasets.Dataset`]: as [`paraphrases`]. No answer equals the right one: where a column or a callable gives
-        it, that is an error. The rules may find fewer than `num` in a small set.
+        [`~datasets.Dataset`]: as [`paraphrases`]. No answer equals the right one; a column or callable that gives the
+        right one raises an error. In a small set the rules may find fewer than `num`.
     """
     return _augmented(forget, by, num, seed, perturb=True)
 
@@ -141,7 +141,7 @@ def _from_columns(rows: list[Row], columns: tuple[str, ...], num: int, perturb: 
 
 
 def _lists(rows: list[Row], names: tuple[str, ...]) -> list[list[str]]:
-    """The first of the columns that the rows have, each value as a list of strings."""
+    """The first of these columns that exists, each value as a list of strings."""
     name = next((name for name in names if name in rows[0]), None)
     if name is None:
         raise ValueError(

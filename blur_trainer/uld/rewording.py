@@ -1,4 +1,4 @@
-"""Rules that reword a question and its answer, or make the answer wrong, without a language model."""
+"""Rules that reword questions and answers, or make answers wrong, without a language model."""
 
 import random
 import re
@@ -31,7 +31,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+")
 _NUMBER = r"\d+(?:[.,]\d+)*"
 _NAME = r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*"
 _FACT = re.compile(rf"\b(?:{_NUMBER}|{_NAME})")
-# Words that begin a sentence, or are written so, without being a name.
+# Capitalized words that are not names.
 _OPENERS = (
     "A According After Also Although An And Are As At Because Before Both But By Can Could Despite Did Do Does During "
     "For From Had Has Have He Her His How However I If In Is It Its Many No Not On One Or Our She Since So Some That "
@@ -42,7 +42,7 @@ _NO_NAMES = frozenset(_OPENERS.split())
 
 
 def reworded_rows(rows: list[Row], columns: tuple[str, ...], num: int, draws: list[random.Random]) -> Made:
-    """For each row `num` others with its facts: new frames, or for a text shuffled runs of its sentences."""
+    """For each row `num` new rows with its facts: in new frames, or for a text shuffled runs of its sentences."""
     if columns == ("text",):
         return [
             [{"text": _excerpt(row["text"], draw)} for _ in range(num)] for row, draw in zip(rows, draws, strict=True)
@@ -58,15 +58,15 @@ def reworded_rows(rows: list[Row], columns: tuple[str, ...], num: int, draws: li
 
 
 def _framed(text: str, frames: tuple[str, ...], num: int, draw: random.Random) -> list[str]:
-    """`num` framings of `text`, different as long as there are frames; then two frames around one another."""
+    """Puts `text` into `num` different frames. When single frames are used up, two frames are nested."""
     order = draw.sample(frames, len(frames))
     pairs = [outer.format(inner.format(text)) for inner in order for outer in order if inner != outer]
-    # Two frames on either side commute: the same text twice.
+    # Two frames that commute would give the same text twice.
     return list(dict.fromkeys([frame.format(text) for frame in order] + pairs))[:num]
 
 
 def _excerpt(text: str, draw: random.Random) -> str:
-    """Half of the sentences of a text, in a row, in random order; of a single sentence half of the words in a row."""
+    """Half of a text's sentences (consecutive ones) in random order; for a single sentence half of its words."""
     sentences = [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
     units = sentences if len(sentences) > 1 else text.split()
     length = (len(units) + 1) // 2
@@ -78,7 +78,7 @@ def _excerpt(text: str, draw: random.Random) -> str:
 
 
 def perturbed_rows(rows: list[Row], columns: tuple[str, ...], num: int, draws: list[random.Random]) -> Made:
-    """For each row up to `num` different ones with the same question and a wrong answer, or a text with wrong facts."""
+    """For each row up to `num` different rows: the same question with a wrong answer, or a text with wrong facts."""
     answers = [row[columns[-1]] for row in rows]
     pool = _pool(answers)
     asked = [_asked(row["question"]) if "question" in row else ("", "") for row in rows]
@@ -103,7 +103,7 @@ def _candidates(
     num: int,
     draw: random.Random,
 ) -> Iterator[str]:
-    """Wrong answers for row `i`, the most alike to the right one first; some may equal it."""
+    """Candidates for wrong answers of row `i`, the most similar to the right one first. Some may equal it."""
     form, subject = asked[i]
     others = draw.sample(range(len(rows)), len(rows))
     if subject:
@@ -111,20 +111,20 @@ def _candidates(
             if j != i and asked[j][0] == form and asked[j][1] in answers[j]:
                 yield answers[j].replace(asked[j][1], subject)
     question = rows[i].get("question", "")
-    for _ in range(2 * num):  # a draw may give the same answer twice
+    for _ in range(2 * num):  # twice as many, because a draw may repeat an answer
         yield _exchanged(answers[i], question, pool, draw)
     if "question" in rows[i]:
         yield from (answers[j] for j in others if j != i)
 
 
 def _asked(question: str) -> tuple[str, str]:
-    """The question without its subject (the longest name in it), and the subject; ("", "") where there is none."""
+    """The question without its subject (its longest name), and the subject. ("", "") if there is none."""
     subject = max((fact for _, fact in _facts(question)), key=len, default="")
     return (question.replace(subject, "{}"), subject) if subject else ("", "")
 
 
 def _pool(answers: list[str]) -> Pool:
-    """All names and numbers of the answers: by kind, and by kind and the word in front (`in`: mostly places)."""
+    """All names and numbers in the answers, by kind, and by kind and preceding word (`in`: mostly places)."""
     pool: dict[tuple, set[str]] = {}
     for answer in answers:
         for before, fact in _facts(answer):
@@ -134,7 +134,7 @@ def _pool(answers: list[str]) -> Pool:
 
 
 def _exchanged(answer: str, question: str, pool: Pool, draw: random.Random) -> str:
-    """`answer` with every name and number that the question does not mention exchanged for one of its kind."""
+    """Exchanges each name and number of `answer` that the question does not mention for another of its kind."""
     exchanged: dict[str, str] = {}
     for before, fact in _facts(answer):
         if fact in question:
@@ -151,13 +151,13 @@ def _exchanged(answer: str, question: str, pool: Pool, draw: random.Random) -> s
 
 
 def _kind(fact: str) -> tuple[bool, int]:
-    """Number or name, and of how many digits or (at most three) words."""
+    """The kind of a fact: number or name, and its count of digits or words (at most three)."""
     number = fact[0].isdigit()
     return number, len(fact) if number else min(3, len(fact.split()))
 
 
 def _facts(text: str) -> list[tuple[str, str]]:
-    """Names (runs of capitalized words) and numbers of a text, each after the word in front of it."""
+    """Names (runs of capitalized words) and numbers of a text, each with the word before it."""
     found = []
     for match in _FACT.finditer(text):
         words = match[0].split()

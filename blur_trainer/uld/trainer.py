@@ -1,4 +1,4 @@
-"""Unlearning by logit difference: an assistant learns to remember what the target shall forget."""
+"""ULD, unlearning by logit difference: trains an assistant to remember what the target shall forget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from blur_trainer.uld.assistant import Assistant
 from blur_trainer.uld.augment import WAYS, paraphrases, perturbed_answers
 
 logger = get_logger(__name__)
-#: a dataset, the name of a way to make one from the forget set ("none": none), or a function of a row
+#: a dataset, the name of a way to make one from the forget set ("none" makes none), or a function of a row
 Augmentation = Any
 _MISSING = (
     "{names} not given: without paraphrases ULD's assistant learns the wording instead of the fact (the paper: forget "
@@ -35,10 +35,10 @@ class ULDConfig(UnlearningConfig):
     """[`UnlearningConfig`] of ULD (arXiv 2406.08607): NLL on the forget set, uniform on the retain set, weighted sum.
 
     Args:
-        num_assistant_layers: layers of the target that the assistant has. `None`: a quarter of them (8 of 32).
-        retain_weight: of the uniform loss; 5 in ULD's code, where its mean is over prompts and padding too.
-        weight, top_logit_filter: of the unlearned model, see [`LogitDifferenceConfig`]. Training does not depend on
-            them: `tune_weight` finds better ones afterwards.
+        num_assistant_layers: how many of the target's layers the assistant has. `None`: a quarter (8 of 32).
+        retain_weight: weight of the uniform loss. It is 5 in ULD's code, whose mean includes prompts and padding.
+        weight, top_logit_filter: those of the unlearned model, see [`LogitDifferenceConfig`]. Training does not depend
+            on them; `tune_weight` finds better ones afterwards.
     """
 
     forget_objectives: ClassVar[dict[str, type[Objective]]] = {"nll": NLL}
@@ -68,7 +68,7 @@ class ULDConfig(UnlearningConfig):
 
 class ULDTrainer(UnlearningTrainer):
     """
-    Trains the assistant of a [`LogitDifferenceModel`]; the target stays as it is.
+    Trains the assistant of a [`LogitDifferenceModel`]. The target does not change.
 
     ```python
     trainer = ULDTrainer("llm", ULDConfig("out"), forget_ds, retain_ds, augment_forget="rules", augment_retain="rules")
@@ -80,17 +80,17 @@ class ULDTrainer(UnlearningTrainer):
     As [`UnlearningTrainer`], with these differences:
 
     Args:
-        model: the target, by name (then only its lower layers are loaded for training) or loaded.
-        augment_forget: more of what shall be remembered: paraphrases of the forget set. A dataset, or `"columns"`,
-            `"rules"` or a callable, with which [`paraphrases`] makes one.
-        augment_retain: more of what the assistant shall know nothing about: the forget questions with wrong answers. A
-            dataset, or an argument of [`perturbed_answers`]. It takes half of the retain examples of a training.
+        model: the target: loaded, or by name (then only its lower layers are loaded for training).
+        augment_forget: paraphrases of the forget set, to be remembered too. A dataset, or `"columns"`, `"rules"` or a
+            callable, with which [`paraphrases`] makes one.
+        augment_retain: the forget questions with wrong answers, on which the assistant shall be uniform. A dataset, or
+            an argument of [`perturbed_answers`]. They are half of the retain examples in training.
         peft_config: a `LoraConfig`; rank 16, alpha 32, dropout 0.05 on all linear layers but the head by default.
-        eval_dataset: its NLL is the *assistant's*, which should fall on what is forgotten. Benchmarks see the unlearned
+        eval_dataset: its NLL is the *assistant's*, which should fall on the forget set. Benchmarks see the unlearned
             model.
 
-    The paper's own ablation: without paraphrases of the forget set its quality on TOFU (10 %) falls from 0.52 to 1e-7,
-    hence the warning where an augmentation is missing.
+    A missing augmentation gives a warning. In the paper's ablation, forget quality on TOFU (10 %) falls from 0.52 to
+    1e-7 without paraphrases of the forget set.
     """
 
     config_class = ULDConfig
@@ -134,9 +134,9 @@ class ULDTrainer(UnlearningTrainer):
     def unlearned_model(self) -> LogitDifferenceModel:
         """Target and assistant as one model, in memory, with the weight and the filter of `args`.
 
-        Where both share their weights (the model was given loaded, or benchmarks run), it follows further training;
-        else the target is loaded now, and beside it the assistant as it is now. Under FSDP2 and DeepSpeed the assistant
-        is in parts: save it and load the folder.
+        If both share their weights (the model was given loaded, or benchmarks run), it follows further training.
+        Otherwise it loads the target and copies the assistant. Under FSDP2 and DeepSpeed the assistant is sharded: save
+        it and load the folder instead.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RuntimeError(
@@ -150,13 +150,13 @@ class ULDTrainer(UnlearningTrainer):
         return self.unlearned_model()
 
     def _write_model(self, folder: str, resumable: bool) -> None:
-        """The adapter, and the configuration that makes a [`LogitDifferenceModel`] of it and the target."""
+        """Writes the adapter and the configuration of a [`LogitDifferenceModel`]."""
         super()._write_model(folder, resumable)
         if not self.args.should_save:
             return
         self.assistant.config(self.args.weight, self.args.top_logit_filter).save_pretrained(folder)
         self.assistant.model.generation_config.save_pretrained(folder)
-        if not resumable:  # Trainer resumes from an adapter in the folder itself
+        if not resumable:  # to resume, Trainer needs the adapter in the folder itself
             Path(folder, ADAPTER).mkdir()
             for path in Path(folder).glob("adapter_*"):
                 path.rename(path.parent / ADAPTER / path.name)

@@ -1,4 +1,4 @@
-"""The weight and the filter of a logit difference, chosen on held-out data: nothing is trained for it."""
+"""Chooses the weight and the filter of a logit-difference model on held-out data. Nothing is trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ FILTERS = (1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Tuning:
-    """What [`tune_weight`] chose, and `rows`: every pair with its probabilities and score, in the order of the grid."""
+    """What [`tune_weight`] chose. `rows` has every pair with its probabilities and score, in the grid's order."""
 
     weight: float
     top_logit_filter: float
@@ -33,7 +33,7 @@ class Tuning:
 
 
 def forget_and_retain(forget: float, retain: float) -> float:
-    """Harmonic mean of what is gone of the forget answers and what is left of the retain answers, both in [0, 1]."""
+    """Harmonic mean of the lost share of the forget answers and the kept share of the retain answers, in [0, 1]."""
     gone, left = max(0.0, 1.0 - forget), min(1.0, retain)
     return 2 * gone * left / (gone + left) if gone + left else 0.0
 
@@ -53,19 +53,18 @@ def tune_weight(
     progress: bool = True,
 ) -> Tuning:
     r"""
-    Chooses `weight` and `top_logit_filter` on data that the assistant was not trained on, and sets them in
-    `model.config`.
+    Chooses `weight` and `top_logit_filter` on held-out data and sets them in `model.config`.
 
     For every pair and both sets the answer probability $p = \frac1n\sum_i \exp\big(\frac{1}{|y_i|}
-    \sum_t \log p(y_{it})\big)$ is taken relative to the target's own, and the pair with the highest `score(forget,
-    retain)` wins; of equals the one nearest to no change. Target and assistant run once per batch for all pairs.
+    \sum_t \log p(y_{it})\big)$ is divided by the target's. The pair with the highest `score(forget, retain)` wins;
+    among equals the one nearest to no change. Target and assistant run once per batch for all pairs.
 
     Args:
-        model ([`LogitDifferenceModel`]): as trained; its present weight and filter do not matter.
-        forget, retain: held-out examples, in any format that the trainers take (paraphrased forget questions, say).
+        model ([`LogitDifferenceModel`]): the trained model. Its present weight and filter do not matter.
+        forget, retain: held-out examples in any format of the trainers, e.g. paraphrased forget questions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): needed unless the examples are tokenized.
         weights, top_logit_filters (`Sequence[float]`): the grid.
-        score: of the two relative probabilities; [`forget_and_retain`] by default.
+        score: function of the two relative probabilities. Default: [`forget_and_retain`].
         batch_size, max_length, qa_template, progress: as elsewhere.
 
     Returns:
@@ -77,7 +76,7 @@ def tune_weight(
         raise ValueError("`weights` and `top_logit_filters` must each hold a number.")
     for weight, top_logit_filter in pairs:
         check_composition(weight, top_logit_filter)
-    pairs.sort(key=lambda pair: abs(pair[0]))  # of equals the first wins
+    pairs.sort(key=lambda pair: abs(pair[0]))  # among equals the first wins
     tokenized = {
         role: tokenize_dataset(rows, tokenizer, role=role, max_length=max_length, qa_template=qa_template)
         for role, rows in (("forget", forget), ("retain", retain))

@@ -21,6 +21,7 @@ from trl import TrlParser
 
 import blur_trainer
 from blur_trainer.models.reference import CurrentModel
+from blur_trainer.toy.model import tiny_llama, train_tokenizer
 
 ROOT = Path(blur_trainer.__file__).parents[1]
 PAGES = [
@@ -104,6 +105,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
 def test_blocks_run(page, run):
     assert run(page)
+
+
+def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
+    """As they stand, on a tiny model in the folder that they name."""
+    monkeypatch.chdir(tmp_path)
+    first = blocks("README.md", "python")[0].text
+    tokenizer = train_tokenizer([first])
+    tiny_llama(tokenizer, num_layers=1).save_pretrained("my-model")
+    tokenizer.save_pretrained("my-model")
+    (tmp_path / "first.py").write_text(first, encoding="utf-8")
+    runpy.run_path("first.py")
+    assert (tmp_path / "unlearned" / "model.safetensors").is_file()
 
 
 def test_quickstart_is_among_the_pages_that_run():

@@ -296,7 +296,7 @@ def test_kl_beside_it_reads_logits(tmp_path):
 
 
 def test_objectives_of_users_work(tmp_path):
-    """The one of CONTRIBUTING.md, from logits, while the other objective goes without."""
+    """The one of docs/extending.md, from logits, while the other objective goes without."""
 
     @dataclass(frozen=True)
     class BoundedAscent(Objective):

@@ -1,7 +1,7 @@
 """Where the rules lead: plain gradient descent on quadratics whose answers are known in closed form.
 
 Forget loss `f(x) = 1/2 ||A x - b||^2`, minimized on a whole affine set; retain loss `r(x) = 1/2 (x - c)' Q (x - c)`.
-The bi-level answer x* is the minimizer of `r` on that set (its KKT system is solved directly). `docs/methods.md`
+The bi-level answer x* is the minimizer of `r` on that set (its KKT system is solved directly). `docs/theory.md`
 states what is found here, with the mathematics; every test below is one of its sentences.
 """
 

@@ -1,4 +1,4 @@
-"""The figures of the report: logged history and metrics in, matplotlib figures out. Nothing is read or written here."""
+"""Figures of the report: turns logged history and metrics into matplotlib figures. Reads and writes no files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ NAMES = ("before_after", "plane", "stages", "losses", "gradients", "relearning")
 
 
 def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
-    """Every figure that the data allow, in reading order: the result, how it came about, how it lasts."""
+    """Draws every figure that the data allow: first results, then training, then robustness."""
     drawings = [
         draw_bars(metrics, theme),
         draw_plane(history, metrics, theme),

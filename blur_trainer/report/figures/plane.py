@@ -1,4 +1,4 @@
-"""The plane of two metrics, as a rule forgetting and retaining: where each row stands, and the way training took."""
+"""The plane of two metrics, usually forgetting and retaining: the position of each row and the path of training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,16 @@ from blur_trainer.report.figures.style import (
 from blur_trainer.report.tables import column_of, goal_of, heading, role_of, spreads, values
 
 Items = Sequence[Mapping[str, Any]]
-# where a label may stand, in points from its point, best first
+# possible label positions, in points from the labelled point, best first
 OFFSETS = [(9, 0), (-9, 0), (0, 9), (0, -9), (8, 8), (-8, 8), (8, -8), (-8, -8), (0, 22), (0, -22), (20, 16), (-20, 16)]
 
 
 def trajectory(history: Items, names: Sequence[str], x: str, y: str) -> np.ndarray:
-    """(N, 2): the metrics `x` and `y` of each evaluation in the log, whatever stands between `eval_` and their name."""
+    """(N, 2): metrics `x` and `y` of each evaluation in the log, with any name between `eval_` and the metric."""
 
     def find(entry: Mapping[str, Any], name: str) -> float:
         for key, logged in entry.items():
-            # `eval_muse_forget_knowmem` also ends in `_knowmem`: the longest known name is the one that was meant
+            # `eval_muse_forget_knowmem` also ends in `_knowmem`, so take the longest known name
             owner = max((n for n in {*names, name} if key.endswith(f"_{n}")), key=len, default=None)
             if key.startswith("eval_") and owner == name and is_number(logged):
                 return float(logged)
@@ -44,7 +44,7 @@ def trajectory(history: Items, names: Sequence[str], x: str, y: str) -> np.ndarr
 
 
 def draw_plane(history: Items, metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
-    """One labelled point per row, arrows from the target to the unlearned, the ideal, and the evaluations between."""
+    """Draws one labelled point per row, arrows from the target to the unlearned rows, the ideal, and evaluations."""
     plane, rows = metrics.get("plane"), list(metrics.get("rows") or [])
     if not plane:
         return None
@@ -81,7 +81,7 @@ def draw_plane(history: Items, metrics: Mapping[str, Any], theme: Theme) -> Draw
 
 
 def _titles(pair: Items, has_ideal: bool) -> tuple[str, str]:
-    """What the plane is called, and where in it a model should be, as far as the goals of its two axes say it."""
+    """The title, and where in the plane a model should be, if the goals of the two axes tell it."""
     x, y = pair
     labels = [heading({**column, "goal": None}) for column in pair]
     against = {role_of(x), role_of(y)} == {"forget", "retain"}
@@ -94,7 +94,7 @@ def _titles(pair: Items, has_ideal: bool) -> tuple[str, str]:
 
 
 def _caption(kinds: list[Any], rows: Items, beyond: bool, missing: int) -> str:
-    """Of what is drawn; a row that is not drawn is counted."""
+    """The caption. It says how many rows are not drawn."""
     sentences = []
     if "target" in kinds and "unlearned" in kinds:
         sentences.append("Arrows lead from the target to the unlearned model.")
@@ -111,17 +111,17 @@ def _caption(kinds: list[Any], rows: Items, beyond: bool, missing: int) -> str:
 
 
 def _name(name: str, point: np.ndarray) -> str:
-    """With the value where it is infinite."""
+    """The row's name, with the value if it is infinite."""
     infinite = [f" ({value:.0f})" for value in point if np.isinf(value)]
     return plain(name, 26) + (infinite[0] if infinite else "")
 
 
 def _frame(ax: Axes, points: np.ndarray, bars: np.ndarray, path: np.ndarray) -> bool:
     """
-    Limits with room for labels, also around a single point. Infinite coordinates move onto the frame, in place.
+    Sets limits with room for labels, also for a single point. Moves infinite coordinates onto the frame, in place.
 
     Returns:
-        Whether there were any.
+        Whether there were infinite coordinates.
     """
     inside = np.concatenate([points - bars, points + bars, path])
     inside[np.isinf(inside)] = np.nan
@@ -136,7 +136,7 @@ def _frame(ax: Axes, points: np.ndarray, bars: np.ndarray, path: np.ndarray) -> 
 
 
 def _draw_bars(ax: Axes, points: np.ndarray, bars: np.ndarray, colors: list[str]) -> list[np.ndarray]:
-    """The spread of each point on both axes; returns points along it, for labels to avoid."""
+    """Draws the spread of each point on both axes. Returns points along the bars, which labels should avoid."""
     ways = []
     for point, bar, color in zip(points, bars, colors, strict=True):
         if bar.any():
@@ -157,7 +157,7 @@ def _mark_ideal(ax: Axes, ideals: Sequence[np.ndarray], theme: Theme) -> None:
 def _draw_ways(
     ax: Axes, points: np.ndarray, kinds: list[Any], colors: list[str], path: np.ndarray, theme: Theme
 ) -> np.ndarray:
-    """Arrows from target to unlearned and the path of evaluations; returns points along them, for labels to avoid."""
+    """Draws arrows from target to unlearned, and the path of evaluations. Returns points for labels to avoid."""
     targets = [point for point, kind in zip(points, kinds, strict=True) if kind == "target"]
     unlearned = [i for i, kind in enumerate(kinds) if kind == "unlearned"]
     ways = [path]
@@ -167,7 +167,7 @@ def _draw_ways(
             ax.annotate("", points[i], target, arrowprops=arrow, zorder=3)
             ways.append(np.linspace(target, points[i], 24))
     if len(path):
-        # the log is of one run: with several unlearned rows nobody knows whose
+        # the log belongs to one run; with several unlearned rows it is unknown which
         color = colors[unlearned[0]] if len(unlearned) == 1 else theme.muted
         joined = np.concatenate([np.array(targets[:1]).reshape(-1, 2), path])
         ax.plot(*joined.T, color=color, linewidth=1, linestyle=":", zorder=2)
@@ -177,7 +177,7 @@ def _draw_ways(
 
 
 def _label(ax: Axes, points: np.ndarray, names: list[str], colors: list[str], ways: np.ndarray) -> None:
-    """Each name beside its point, where it covers the least: other names, points, ways, the edge of the axes."""
+    """Puts each name where it covers least of other names, points, paths and the edge of the axes."""
     figure = ax.figure
     figure.draw_without_rendering()  # type: ignore[union-attr]
     taken = ax.transData.transform(np.concatenate([points, ways]))

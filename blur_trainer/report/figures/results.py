@@ -1,4 +1,4 @@
-"""What came out: metrics by row as bars, and over the stages of a sequential protocol as lines."""
+"""Figures of the results: bars of metrics by row, and lines over the stages of a sequential protocol."""
 
 import itertools
 import math
@@ -23,11 +23,11 @@ from blur_trainer.report.tables import cells, decimals, goal_of, heading, role_o
 
 Items = Sequence[Mapping[str, Any]]
 BAR_TITLES = {"score": "↓ bars should fall, ↑ bars should stay", "signed": "Should end at 0", "unit": "On a scale of 1"}
-LINE = 10  # groups of bars, and their labels, that fit beside each other
+LINE = 10  # this many groups of bars, with labels, fit side by side
 
 
 def draw_bars(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
-    """One group of bars per metric, one bar per row, one panel per scale."""
+    """Draws one group of bars per metric, one bar per row, one panel per scale."""
     rows = metrics.get("rows") or []
     panels = by_scale(metrics.get("columns") or [], rows)
     if not panels:
@@ -39,7 +39,7 @@ def draw_bars(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     colors = row_colors(rows, theme)
     for ax, (scale, columns) in zip(axes, itertools.chain(*lines), strict=True):
         _grouped(ax, columns, rows, colors, theme)
-        # a panel of one group has no room for a sentence; its arrow says it
+        # a panel of one group has no room for a sentence; the arrow must do
         set_title(ax, _bar_title(scale, columns) if len(columns) > 2 else "", theme)
     handles = [axes[0].bar([0], [0], color=color, width=0)[0] for color in colors]
     add_legend(figure, handles, [row["name"] for row in rows], theme)
@@ -50,7 +50,7 @@ def draw_bars(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
 
 
 def _in_lines(panels: Mapping[str, Items]) -> list[list[tuple[str, list[Mapping[str, Any]]]]]:
-    """Panels in lines of about the same number of groups; a panel that is too long goes on in the next line."""
+    """Divides panels into lines of about equally many groups. A long panel continues in the next line."""
     groups = [(scale, column) for scale, columns in panels.items() for column in columns]
     size = math.ceil(len(groups) / math.ceil(len(groups) / LINE))
     lines = [groups[start : start + size] for start in range(0, len(groups), size)]
@@ -61,7 +61,7 @@ def _in_lines(panels: Mapping[str, Items]) -> list[list[tuple[str, list[Mapping[
 
 
 def _bar_title(scale: str, columns: Items) -> str:
-    """Only what is true of all of them: forget quality should rise, and a logarithm may be negative."""
+    """States only what holds for all columns: forget quality should rise, and a logarithm may be negative."""
     if scale == "signed" and any(goal_of(column) != "zero" for column in columns):
         return ""
     return "↓ bars should be low, ↑ bars high" if scale == "score" and _should_rise(columns) else BAR_TITLES[scale]
@@ -104,7 +104,7 @@ def _grouped(ax: Axes, columns: Items, rows: Items, colors: list[str], theme: Th
 
 
 def draw_stages(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
-    """One line per metric over the stages of a sequential or scaling protocol, one panel per scale."""
+    """Draws one line per metric over the stages of a sequential or scaling protocol, one panel per scale."""
     stages = metrics.get("stages") or []
     columns = list(metrics.get("columns") or [])
     known = {column["name"] for column in columns}
@@ -142,7 +142,7 @@ def draw_stages(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
 
 
 def by_scale(columns: Items, rows: Items) -> dict[str, list[Mapping[str, Any]]]:
-    """The columns that have a finite value anywhere, grouped by what can share an axis."""
+    """Groups the columns with a finite value by what can share an axis."""
     panels: dict[str, list[Mapping[str, Any]]] = {"score": [], "signed": [], "unit": []}
     for column in columns:
         numbers = values(column, rows)

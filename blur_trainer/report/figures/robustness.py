@@ -1,4 +1,4 @@
-"""What came back: metrics over the steps of relearning, between the levels of the target and of the retrained model."""
+"""Figure of relearning: metrics over the steps, with the levels of the target and of the retrained model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ LEVELS = {"target": "--", "retrain": ":"}
 
 
 def draw_relearning(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
-    """One panel per metric, in it one line per set of texts that was relearned, and the levels to compare with."""
+    """Draws one panel per metric, with one line per relearned set of texts and the levels to compare with."""
     curves = (metrics.get("robustness") or {}).get("relearning") or []
     points = [point for curve in curves for point in curve["points"]]
     found = robustness_columns(metrics.get("columns") or [], points)
@@ -45,7 +45,7 @@ def draw_relearning(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
 
 
 def _panel(ax: Axes, column: Mapping[str, Any], curves: Items, rows: Items, theme: Theme) -> dict[int, Any]:
-    """Draws one metric; returns its lines by the `id` of the curve or the row."""
+    """Draws one metric. Returns its lines, keyed by the `id` of the curve or row."""
     drawn: dict[int, Any] = {}
     for row in _levels(rows):
         (level,) = _heights(column, [row])
@@ -66,7 +66,7 @@ def _panel(ax: Axes, column: Mapping[str, Any], curves: Items, rows: Items, them
 
 
 def _share_scales(axes: Sequence[Axes], columns: Items, items: Items) -> None:
-    """Percentages on one scale and shares on one, so that a loss of 5 does not look like one of 100."""
+    """Gives all percentages one scale and all shares one, so that a loss of 5 does not look like one of 100."""
     for scale, group in by_scale(columns, items).items():
         panels = [ax for ax, column in zip(axes, columns, strict=False) if column in group]
         limits = [ax.get_ylim() for ax in panels]
@@ -79,7 +79,7 @@ def _levels(rows: Items) -> list[Mapping[str, Any]]:
 
 
 def _in_order(columns: Items, plane: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """The two metrics of the plane first, then what relearning is about: forgetting and privacy."""
+    """Orders the metrics: first the two of the plane, then forgetting and privacy."""
     first = {name.removesuffix("_log10") for name in plane.values()}
 
     def rank(column: Mapping[str, Any]) -> int:
@@ -103,5 +103,5 @@ def _caption(curves: Items, levels: Items, count: int) -> str:
 
 
 def _heights(column: Mapping[str, Any], items: Items) -> list[float]:
-    """NaN, a gap, for what is missing or infinite."""
+    """The heights; NaN (a gap) for missing or infinite values."""
     return [n if n is not None and math.isfinite(n) else math.nan for n in values(column, items)]

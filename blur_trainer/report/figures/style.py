@@ -1,8 +1,8 @@
-"""What all figures share: colors, axes, titles, legends.
+"""Style that all figures share: colors, axes, titles, legends.
 
-Only `Figure` objects: no pyplot, no global style, no window. One color per role and one per row, the same in every
-figure, after Paul Tol's color-blind-safe "bright" scheme (https://personal.sron.nl/~pault/), lighter on dark paper;
-beyond five methods colors are close, and the figures name each.
+It uses `Figure` objects only: no pyplot, no global style, no window. Each role and each row has one color in all
+figures, from Paul Tol's color-blind-safe "bright" scheme (https://personal.sron.nl/~pault/), lighter on dark paper.
+With more than five methods the colors become similar; the figures name each method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from blur_trainer.report.tables import shorten
 
-WIDTH = 10.0  # inches; at 96 CSS pixels per inch as wide as the page
+WIDTH = 10.0  # inches; at 96 CSS pixels per inch this is the page's width
 MARKERS = "oDsv^PX*"
 
 
 @dataclass(frozen=True)
 class Theme:
-    """The colors of one paper. `methods` go in order to the rows that are neither the target nor the retrained."""
+    """The colors of a light or dark page. `methods` are for rows other than target and retrained, in order."""
 
     paper: str
     ink: str
@@ -61,7 +61,7 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure with its file name (no suffix), what it shows, and how to read it."""
+    """One figure, its file name (no suffix), what it shows, and how to read it."""
 
     name: str
     title: str
@@ -82,19 +82,19 @@ def row_colors(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
 
 
 def over_runs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """ "mean and standard deviation over 3 seeds" where a row is that, else empty."""
+    """ "mean and standard deviation over 3 seeds" if a row is such a mean, else empty."""
     runs = sorted({int(row.get("runs") or 0) for row in rows if row.get("spread")} - {0})
     counts = f" {runs[0]}" if len(runs) == 1 else f" {runs[0]} to {runs[-1]}" if runs else " several"
     return f"mean and standard deviation over{counts} seeds" if any(row.get("spread") for row in rows) else ""
 
 
 def is_number(item: Any) -> bool:
-    """Whether `item` is what JSON calls a number (logs also hold texts and lists, which no figure can show)."""
+    """Whether `item` is a JSON number. Logs also hold texts and lists, which no figure can show."""
     return isinstance(item, (int, float)) and not isinstance(item, bool)
 
 
 def plain(text: Any, length: int = 30) -> str:
-    """A name as matplotlib should draw it: printable, short, no mathematics, not hidden from the legend."""
+    """Makes a name safe for matplotlib: printable, short, no mathematics, not hidden from the legend."""
     text = "".join(char if char.isprintable() else " " for char in str(text))
     text = shorten(text, length).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
@@ -103,14 +103,14 @@ def plain(text: Any, length: int = 30) -> str:
 def new_figure(
     theme: Theme, height: float, ratios: Sequence[float] = (1,), width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, `ratios` their widths, and a light horizontal grid."""
+    """Makes a figure with panels side by side (widths by `ratios`) and a light horizontal grid."""
     return new_lines(theme, height, [ratios], width)
 
 
 def new_lines(
     theme: Theme, height: float, lines: Sequence[Sequence[float]], width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
-    """The same in several lines, each `height` tall."""
+    """Makes a figure with several lines of panels, each `height` tall."""
     figure = Figure(
         figsize=(width, height * len(lines)),
         facecolor=theme.paper,
@@ -140,7 +140,7 @@ def set_title(ax: Axes, text: str, theme: Theme) -> None:
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], theme: Theme) -> None:
-    """Below all axes, where no data are; as many columns as fit the width."""
+    """Puts the legend below all axes, with as many columns as fit the width."""
     names = [plain(label) for label in labels]
     fitting = int(figure.get_figwidth() * 11 / (6 + max(len(name) for name in names)))
     figure.legend(

@@ -1,4 +1,4 @@
-"""How training went: losses, gradients and the weights of the rule, from the `log_history` of trainer_state.json."""
+"""Figures of training: losses, gradients and the rule's weights, from the `log_history` of trainer_state.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 def series(history: Entries, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one logged quantity. What is not finite is NaN: a gap in the line, not a point."""
+    """Steps and values of one logged quantity. Values that are not finite become NaN, a gap in the line."""
     pairs = ((entry.get("step"), entry.get(key)) for entry in history)
     points = [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
     steps, logged = np.array(points, dtype=float).reshape(-1, 2).T
@@ -21,7 +21,7 @@ def series(history: Entries, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_losses(history: Entries, theme: Theme) -> Drawing | None:
-    """The forget and the retain loss, each on its own scale; the one loss where the log has no parts."""
+    """Draws forget and retain loss, each on its own scale, or the single loss if the log has no parts."""
     panels = [("loss/forget", "Forget loss", theme.forget), ("loss/retain", "Retain loss", theme.retain)]
     panels = [panel for panel in panels if len(series(history, panel[0])[0])]
     panels = panels or [panel for panel in [("loss", "Loss", theme.ink)] if len(series(history, "loss")[0])]
@@ -39,7 +39,7 @@ def draw_losses(history: Entries, theme: Theme) -> Drawing | None:
 
 
 def draw_gradients(history: Entries, theme: Theme) -> Drawing | None:
-    """Norms of the two gradients (logarithmic), their cosine, and the weights of the rule."""
+    """Draws the norms of the two gradients (logarithmic), their cosine, and the rule's weights."""
     panels: list[tuple[Callable[[Axes, list[np.ndarray]], str], list[str]]] = [
         (_norm_axis, ["grad/forget_norm", "grad/retain_norm"]),
         (_cosine_axis, ["grad/cosine"]),
@@ -70,7 +70,7 @@ def draw_gradients(history: Entries, theme: Theme) -> Drawing | None:
 
 
 def _line(ax: Axes, steps: np.ndarray, logged: np.ndarray, color: str, marker: str) -> Any:
-    """The logged values; where they are many, faint, with their running mean on top."""
+    """Draws the logged values. Many values are drawn faintly, with their running mean on top."""
     many = len(steps) >= 40
     ax.plot(
         steps,
