@@ -1,4 +1,4 @@
-"""Many answers to one question, scored with the question read once."""
+"""Scores many answers to one question and reads the question only once."""
 
 import copy
 import inspect
@@ -20,11 +20,11 @@ from blur_trainer.models.forward import evaluating
 
 @dataclass(frozen=True)
 class _Question:
-    """One question: the tokens of each answer (prompt included), which of them are scored, and the shared prefix."""
+    """One question: the tokens of each answer (with prompt), the scored positions, and the shared prefix."""
 
     input_ids: list[list[int]]
     positions: list[list[int]]
-    prefix: int  # tokens that all answers begin with and none is scored from; 0: nothing to share
+    prefix: int  # number of shared, unscored first tokens; 0: nothing is shared
 
 
 def score_variants(
@@ -37,32 +37,32 @@ def score_variants(
     desc: str | None = None,
 ) -> list[list[AnswerScores]]:
     r"""
-    Scores of every answer to every question: as of one sequence at a time, to float rounding.
+    Scores of every answer to every question. They equal those of one sequence at a time, to float rounding.
 
-    Where the model's cache allows ([`can_share_prompts`]), the tokens that all answers to a question begin with are run
-    once, their keys and values repeated for the answers, and only what follows is run for each. `batch_size` questions
-    of similar length are read together, then their answers, `batch_size` of similar length at a time. Prompts are
-    padded on the left and answers on the right, under their true attention mask and position ids, so that each answer
-    follows its prompt without a gap. What is shared is the common prefix of the *tokens* (prompt and answer may merge
-    where they join), less one token, from which the first answer token is predicted.
+    If the model's cache allows it ([`can_share_prompts`]), the common first tokens of a question's answers run once.
+    Their keys and values are repeated, and only the rest is run for each answer. `batch_size` questions of similar
+    length are read together, then their answers, `batch_size` of similar length at a time. Prompts are padded on the
+    left and answers on the right, with the true attention mask and position ids. So each answer follows its prompt
+    without a gap. The shared part is the common prefix of the *tokens* (prompt and answer may merge where they join),
+    without its last token, which predicts the first answer token.
 
-    Elsewhere, and for a question with one answer, whole sequences are run, padded on the right.
+    Otherwise, and for a question with one answer, whole sequences are run, padded on the right.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Unwrapped causal language model, whole or as FSDP2 and ZeRO-3 hold it. It is scored in evaluation mode; each
-            module's mode is restored. Of several processes, all must call this.
+            Unwrapped causal language model, whole or sharded by FSDP2 or ZeRO-3. It runs in evaluation mode; the mode
+            of each module is restored. All processes must call this function.
         questions (`Sequence[Sequence[dict]]`):
             Per question its answers, each `{"input_ids": list[int], "labels": list[int]}` with the prompt, labels -100
             where nothing is scored. Every answer needs a scored token.
         pad_token_id (`int`):
-            Any id of the vocabulary: what fills the masked positions.
+            Any id of the vocabulary. It fills masked positions.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward pass.
         details (`bool`, *optional*, defaults to `False`):
             Whether the first answer to each question gets `predicted`, `means` and `variances`.
         desc (`str`, *optional*):
-            Label of the progress bar; no bar when left out.
+            Label of the progress bar. Default: no bar.
 
     Returns:
         `list[list[AnswerScores]]`: Per question, in the given order, the scores of its answers.
@@ -74,7 +74,7 @@ def score_variants(
         check_context(model, [max(map(len, row.input_ids)) for row in rows], what="question")
         order = buckets([max(map(len, row.input_ids)) - row.prefix for row in rows], 1)
         found: dict[int, list[AnswerScores]] = {}
-        # One kind after the other: where parameters are sharded, all processes need the same number of forward passes.
+        # One kind after the other, because with sharded parameters all processes need equally many forward passes.
         for shared in (True, False):
             part = [index for (index,) in order if (rows[index].prefix > 0) == shared]
             batches = [part[start : start + batch_size] for start in range(0, len(part), batch_size)]
@@ -92,11 +92,11 @@ def score_variants(
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
     """
-    Whether what a model keeps of a prompt can be repeated and continued row by row.
+    Whether a model's cache of a prompt can be repeated and continued row by row.
 
-    It can where all of it are keys and values of full attention: a probe of two tokens must give back a
-    [`~transformers.Cache`] of nothing but `DynamicLayer`s. Sliding windows (Mistral with one, Gemma2), recurrent
-    states, quantized and static caches are subclasses or others, and are refused; so are models whose `forward` takes
+    It can if the cache holds only keys and values of full attention: a probe of two tokens must return a
+    [`~transformers.Cache`] whose layers are all exactly `DynamicLayer`. Sliding windows (Mistral with one, Gemma2),
+    recurrent states, quantized and static caches have other layers and are refused. So are models whose `forward` takes
     no position ids, and PEFT's prompt tuning, which counts virtual tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -134,23 +134,23 @@ def _question(index: int, answers: Sequence[dict[str, Any]], share: bool) -> _Qu
 
 
 def _common_prefix(rows: list[list[int]]) -> int:
-    columns = zip(*rows, strict=False)  # as long as the shortest
+    columns = zip(*rows, strict=False)  # up to the shortest sequence
     return next((t for t, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))
 
 
 class _Batch:
-    """Questions that are read together: all with a shared prefix, or all without."""
+    """A batch of questions: all with a shared prefix, or all without."""
 
     def __init__(self, model: PreTrainedModel, questions: list[_Question], pad_token_id: int, details: bool) -> None:
         self.model, self.questions, self.pad_token_id, self.details = model, questions, pad_token_id, details
-        # (question, which of its answers), in order
+        # (question, index of the answer), in order
         self.answers = [
             (q, number) for q, question in enumerate(questions) for number in range(len(question.input_ids))
         ]
         self.prompts = self._read_prompts() if questions[0].prefix else None
 
     def scores(self, batch_size: int, passes: int) -> list[list[AnswerScores]]:
-        """Per question those of its answers, in at least `passes` forward passes: some are then run again."""
+        """The scores of each question's answers, in at least `passes` forward passes (some are repeated for that)."""
         chunks = buckets(
             [len(self.questions[q].input_ids[n]) - self.questions[q].prefix for q, n in self.answers], batch_size
         )
@@ -162,17 +162,17 @@ class _Batch:
         return [[next(scores) for _ in question.input_ids] for question in self.questions]
 
     def _read_prompts(self) -> tuple[Cache, Tensor]:
-        """Keys and values of the prefixes, and their attention mask (questions, T)."""
+        """Reads the prefixes. Returns keys and values, and the attention mask (questions, T)."""
         prompts = [question.input_ids[0][: question.prefix] for question in self.questions]
         input_ids, mask = pad(prompts, self.pad_token_id, "left", self.model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
         if "logits_to_keep" in _arguments(self.model):
-            inputs["logits_to_keep"] = 1  # none is read
+            inputs["logits_to_keep"] = 1  # the logits are not used
         return self.model(**inputs, use_cache=True).past_key_values, mask
 
     def _run(self, answers: list[tuple[int, int]]) -> list[AnswerScores]:
-        """One forward pass."""
+        """One forward pass over some answers."""
         rows = [(self.questions[q], number) for q, number in answers]
         suffixes = [question.input_ids[number][question.prefix :] for question, number in rows]
         input_ids, mask = pad(suffixes, self.pad_token_id, "right", self.model.device)
@@ -184,7 +184,7 @@ class _Batch:
             before = self.prompts[1][owners]
             inputs |= {
                 "attention_mask": torch.cat([before, mask], dim=-1),
-                # padding stays at its row's last position: one beyond may not exist
+                # padding repeats its row's last position, because a higher one may not exist
                 "position_ids": before.sum(-1, keepdim=True) + mask.cumsum(-1) - 1,
                 "past_key_values": cache,
                 "use_cache": True,

@@ -1,4 +1,4 @@
-"""The contract of every evaluation: MUSE, TOFU, WMDP, lm-evaluation-harness, and one's own."""
+"""The contract of every evaluation: MUSE, TOFU, WMDP, lm-evaluation-harness, and your own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -10,18 +10,18 @@ Measure = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
 class Column(TypedDict, total=False):
-    """What a table shows of one metric."""
+    """How a table shows one metric."""
 
     name: str  # the key in what the evaluation returns
-    label: str  # what stands above it
+    label: str  # its heading
     goal: str  # which values are good: "min", "max" or "zero"
     role: str  # "forget" or "retain", where the goal does not say it
 
 
 class Evaluation:
     """
-    What is measured of a model. A subclass gives `columns` and `__call__`; all that compares, shows or schedules
-    evaluations ([`Results`], [`robustness`], the trainers' `benchmarks`) reads nothing else.
+    Measures a model. A subclass defines `columns` and `__call__`. [`Results`], [`robustness`] and the trainers'
+    `benchmarks` use nothing else.
 
     A trainer calls it on every process, at the same step, with the unwrapped model in evaluation mode. It must return
     the same numbers on each. Under FSDP2 and ZeRO-3 each process holds a part of every parameter: then all processes
@@ -44,7 +44,7 @@ class Evaluation:
 
     @property
     def columns(self) -> Sequence[Column]:
-        """The metrics that a table shows, in its order: see [`Column`]. The first one is the primary metric."""
+        """The metrics that a table shows, in order: see [`Column`]. The first one is the primary metric."""
         raise NotImplementedError(f"{type(self).__name__} has no `columns`: say which metrics a table shows.")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
@@ -53,12 +53,12 @@ class Evaluation:
 
     @property
     def primary_metrics(self) -> list[str]:
-        """The few that say it all, where there are more columns than fit in one line. Default: all columns."""
+        """The most important metrics, for tables with too many columns. Default: all columns."""
         return [column["name"] for column in self.columns]
 
     @property
     def primary_metric(self) -> str:
-        """What `metric_for_best_model` means where it names the evaluation."""
+        """The metric that `metric_for_best_model` means if it names the evaluation."""
         names = self.primary_metrics
         if not names:
             raise ValueError(
@@ -77,12 +77,12 @@ class Evaluation:
         return goal == "max"
 
     def samples(self, n: int = 3) -> list[dict[str, Any]]:
-        """Up to `n` prompts per metric with reference and response, of the model evaluated last. Default: none."""
+        """Up to `n` prompts per metric, with reference and response of the last evaluated model. Default: none."""
         return []
 
 
 class FunctionEvaluation(Evaluation):
-    """A plain function as an evaluation: its columns are the keys of what it returned last, without a goal."""
+    """Makes an evaluation of a plain function. Its columns are the returned keys, without a goal."""
 
     def __init__(self, function: Measure) -> None:
         self.function = function
@@ -99,7 +99,7 @@ class FunctionEvaluation(Evaluation):
 
 
 def as_evaluation(given: Any) -> Evaluation:
-    """An evaluation as it is, a function wrapped; `TypeError` for anything else."""
+    """Returns an evaluation unchanged and wraps a function. Raises `TypeError` for anything else."""
     if isinstance(given, Evaluation):
         return given
     if callable(given) and not isinstance(given, type):

@@ -1,4 +1,4 @@
-"""What goes into an evaluation forward pass: inputs checked, bucketed by length, padded."""
+"""Prepares inputs of evaluation forward passes: checks, buckets by length, pads."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, special tokens added, neither padded nor cut."""
+    """Token ids of each prompt, with special tokens, without padding or truncation."""
     if isinstance(prompts, str):
         raise TypeError("`prompts` must be a list of strings, got one string. Put it in a list.")
     if len(prompts) == 0:
@@ -25,7 +25,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def check_example(index: int, example: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The `(input_ids, labels)` of a tokenized example; `index` names it in errors."""
+    """The `(input_ids, labels)` of a tokenized example. `index` is for error messages."""
     missing = [key for key in ("input_ids", "labels") if key not in example]
     if missing:
         raise ValueError(f"`examples[{index}]` lacks {missing}, it has {sorted(example)}. Tokenize the examples first.")
@@ -39,7 +39,7 @@ def check_example(index: int, example: dict[str, Any]) -> tuple[list[int], list[
 
 
 def check_context(model: PreTrainedModel, lengths: list[int], *, what: str, max_new_tokens: int = 0) -> None:
-    """Raises where a sequence would outgrow the model's positions (never cut silently: that would change the score)."""
+    """Raises if a sequence is longer than the model's positions. Cutting it silently would change the score."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return
@@ -69,13 +69,13 @@ def check_stop_strings(stop_strings: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices by falling length, `batch_size` at a time: little padding, and memory runs out at once or never."""
+    """Batches of indices by falling length. So there is little padding, and the first batch needs most memory."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad(rows: list[list[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, T). The mask follows the length, so a real token equal to pad is seen."""
+    """Token ids and attention mask, both (B, T). The mask follows the lengths, so a real pad token is attended to."""
     width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

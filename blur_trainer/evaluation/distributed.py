@@ -1,4 +1,4 @@
-"""Every process its share of the batches, every process the whole result, in the order of the inputs."""
+"""Divides batches over the processes and gives every process all results, in the order of the inputs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +17,17 @@ def in_shares(
     model: nn.Module, batches: Sequence[list[int]], run: Callable[[list[int]], Sequence[T]], desc: str | None
 ) -> list[T]:
     """
-    `run(indices)` of every batch, one result per index, sorted by index.
+    Calls `run(indices)` for every batch and returns one result per index, sorted by index.
 
-    Where torch has a process group, its processes take turns, batch by batch, and exchange what they found: all of them
-    must call this, with the same batches. A batch is never split, so its numbers are those of a single process.
+    If torch has a process group, its processes take turns, batch by batch, and exchange their results. All of them must
+    call this, with the same batches. A batch is never split, so its numbers are those of a single process.
 
     Args:
-        model: what `run` runs. Are its parameters sharded, a forward pass needs all processes: those that have a batch
-            less repeat one.
+        model: the model that `run` uses. If its parameters are sharded, each forward pass needs all processes, so
+            processes with one batch less repeat one.
         batches: indices, each in exactly one batch.
         run: results of one batch, in its order; picklable.
-        desc: label of the main process's progress bar (its own share); no bar when left out.
+        desc: label of the main process's progress bar (for its own share). Default: no bar.
     """
     rank, world = rank_and_world()
     mine = batches[rank::world]
@@ -43,8 +43,8 @@ def in_shares(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the parameters only (FSDP2, ZeRO-3): then a forward pass is a collective."""
-    # FSDP2 by its modules: after a forward pass some of its parameters are whole, and no longer DTensors
+    """Whether each process holds only a part of the parameters (FSDP2, ZeRO-3). Then a forward pass needs all."""
+    # check FSDP2 by its modules: after a forward pass some parameters are gathered and no longer DTensors
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
@@ -54,9 +54,9 @@ def is_sharded(model: nn.Module) -> bool:
 def gathering_in_generate(model: nn.Module) -> Iterator[None]:
     """Lets FSDP2 gather the root's parameters in `model.generate` as it does in `forward`.
 
-    A `PeftModel` generates with the model inside, past its own `forward`, which alone FSDP2 knows of.
+    A `PeftModel` generates with the inner model. That bypasses its own `forward`, the only method that FSDP2 hooks.
     """
-    register = isinstance(model, FSDPModule) and "generate" not in vars(model)  # else its owner has done so
+    register = isinstance(model, FSDPModule) and "generate" not in vars(model)  # else its owner has done it
     if register:
         register_fsdp_forward_method(model, "generate")
     try:
@@ -67,8 +67,8 @@ def gathering_in_generate(model: nn.Module) -> Iterator[None]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Which process of torch's group this is, and of how many; the only one without a group."""
-    # not accelerate's `PartialState`: asking it would start the process group, or fix the device of later trainers
+    """This process's rank and the number of processes in torch's group; (0, 1) without a group."""
+    # accelerate's `PartialState` would start the process group, or fix the device of later trainers
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

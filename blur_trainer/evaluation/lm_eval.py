@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (`wmdp_bio`, `wmdp_cyber`, `mmlu`, any other) on a live model -> one flat dict."""
+"""Runs tasks of lm-evaluation-harness (`wmdp_bio`, `wmdp_cyber`, `mmlu`, others) on a model in memory."""
 
 import os
 import random
@@ -17,17 +17,17 @@ from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.distributed import is_sharded, rank_and_world
 from blur_trainer.models.forward import evaluating
 
-#: how tasks begin that test what is to be forgotten: the harness's of WMDP, and those of `write_tasks`
+#: prefixes of tasks that test what is to be forgotten: the harness's WMDP tasks, and those of `write_tasks`
 FORGET = ("wmdp_", "forget_")
 
 
 class LMEval(Evaluation):
     """
-    Tasks of lm-evaluation-harness, as a function from a model to numbers: the one that published tables use.
+    Evaluates a model with tasks of lm-evaluation-harness, which published tables use.
 
-    It runs the model that it is given, in memory, so it can be a benchmark of a trainer. Afterwards the modules' modes,
-    the random states and the tokenizer are as they were. Of several processes each does its share, and all of the work
-    where the model is sharded (FSDP2, ZeRO-3); all get the same numbers.
+    The model is evaluated in memory, so this can be a benchmark of a trainer. Afterwards the modules' modes, the random
+    states and the tokenizer are restored. Several processes share the work; if the model is sharded (FSDP2, ZeRO-3),
+    each does all of it. All processes get the same numbers.
 
     Needs the extra `wmdp`: `pip install "blur_trainer[wmdp]"`. The harness's own tasks load their data from the Hub.
 
@@ -37,24 +37,24 @@ class LMEval(Evaluation):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
         include_path (`str` or `Path`, *optional*):
-            A folder with task files (`.yaml`) of your own, which `tasks` then names; by default the harness's tasks.
+            A folder with your own task files (`.yaml`), which `tasks` names. Default: the harness's tasks.
         forget (`Sequence[str]`, *optional*):
-            Those of `tasks` that test what is to be forgotten: in tables and figures less is better. By default those
-            named `wmdp_*` or `forget_*`.
+            Those of `tasks` that test what is to be forgotten. For them, lower is better in tables and figures.
+            Default: tasks named `wmdp_*` or `forget_*`.
         num_fewshot (`int`, *optional*):
-            Solved examples before each question; by default the task's own number (0 in WMDP).
+            Solved examples before each question. Default: the task's own number (0 in WMDP).
         limit (`int`, *optional*):
             Only the first so many rows of each task.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward pass.
 
     Returns:
-        Called with a model: `{"wmdp_bio_acc": 0.637, ...}`: each task's (and group's) metrics as `{task}_{metric}`, a
-        filter other than `none` in front of the metric; without standard errors.
+        A call with a model returns `{"wmdp_bio_acc": 0.637, ...}`: the metrics of each task and group as
+        `{task}_{metric}`, without standard errors. A filter other than `none` stands before the metric.
 
     Raises:
         `ImportError`: lm-evaluation-harness is not installed.
-        `ValueError`: no task, or one that it does not know.
+        `ValueError`: there is no task, or an unknown one.
 
     Example:
 
@@ -78,7 +78,7 @@ class LMEval(Evaluation):
         check_positive(batch_size=batch_size, **({} if limit is None else {"limit": limit}))
         if isinstance(tasks, str) or not tasks:
             raise ValueError(f"`tasks` is {tasks!r}; it takes a list of at least one name.")
-        # never both: to read the harness's own thousands takes half a minute
+        # not both, because reading the harness's thousands of tasks takes half a minute
         own = {} if include_path is None else {"include_path": str(include_path), "include_defaults": False}
         manager = _harness("lm_eval.tasks").TaskManager(**own)
         unknown = sorted(set(tasks) - set(manager.all_tasks))
@@ -93,7 +93,7 @@ class LMEval(Evaluation):
 
     @property
     def columns(self) -> list[Column]:
-        """`{task}_acc` of each task that was asked for, as WMDP and MMLU have it."""
+        """`{task}_acc` of each requested task, the metric of WMDP and MMLU."""
         return [
             {
                 "name": f"{task}_acc",
@@ -105,9 +105,9 @@ class LMEval(Evaluation):
         ]
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """The metrics of one model. Of several processes all must call it."""
+        """The metrics of one model. All processes must call it."""
         rank, world = rank_and_world()
-        # a sharded model's forward passes must be equally many, and the harness has no share without a row
+        # a sharded model needs equally many forward passes on all processes, which the harness's sharing does not give
         share = world > 1 and not is_sharded(model) and self._fewest_rows() >= world
         with evaluating(model), _as_before(model, self.tokenizer):
             results: Any = _harness("lm_eval").simple_evaluate(
@@ -121,7 +121,7 @@ class LMEval(Evaluation):
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        found = [flat(results["results"]) if rank == 0 else None]  # the harness has results in the first process only
+        found = [flat(results["results"]) if rank == 0 else None]  # only the first process has the harness's results
         if world > 1:
             dist.broadcast_object_list(found)
         return found[0] or {}
@@ -132,7 +132,7 @@ class LMEval(Evaluation):
 
 
 def _model_class(share: bool) -> Any:
-    """The harness's wrapper of a model, which runs a model that it is given on one process; `share`: on all of them."""
+    """The harness's wrapper class of a model. It runs a given model on one process; with `share` on all of them."""
     alone = _harness("lm_eval.models.huggingface").HFLM
     if not share:
         return alone
@@ -170,7 +170,7 @@ def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 @contextmanager
 def _as_before(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """The harness seeds everything and gives the tokenizer a pad token: training must not notice."""
+    """Restores random states and tokenizer afterwards: the harness sets seeds and a pad token."""
     python, numpy, pad = random.getstate(), np.random.get_state(), tokenizer.pad_token
     cuda = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
     try:
@@ -183,7 +183,7 @@ def _as_before(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def _harness(module: str) -> ModuleType:
-    # Here and not above: it takes seconds to import, and is an extra.
+    # Imported here, because the import takes seconds and the package is an extra.
     from importlib import import_module
 
     try:

@@ -1,4 +1,4 @@
-"""Questions of one's own as tasks of lm-evaluation-harness, in the form of its `wmdp_*` and `mmlu_*`."""
+"""Writes your own questions as tasks of lm-evaluation-harness, in the form of its `wmdp_*` and `mmlu_*`."""
 
 import json
 import os
@@ -36,18 +36,18 @@ def write_tasks(
     folder: str | os.PathLike[str], data: Mapping[str, Dataset], *, subjects: Mapping[str, str] | None = None
 ) -> list[str]:
     """
-    Write each set of questions as a task: `{key}.yaml` and `{key}.jsonl`, whole or not at all.
+    Write each set of questions as a task: `{key}.yaml` and `{key}.jsonl`, written atomically.
 
     ```bash
     lm_eval --model hf --model_args pretrained=outputs/wmdp --tasks forget_potions --include_path outputs/wmdp/tasks
     ```
 
     gives the `{key}_accuracy` of [`~blur_trainer.evaluation.wmdp.WMDPEvaluation`] on the same data. The task holds the
-    file's absolute path: write it again where the folder is moved.
+    file's absolute path. If you move the folder, write the task again.
 
     Args:
         folder (`str` or `Path`):
-            Where to. It is made if need be.
+            The target folder. It is created if it does not exist.
         data (`Mapping[str, Dataset]`), subjects (`Mapping[str, str]`, *optional*):
             As for `WMDPEvaluation`.
 
@@ -55,7 +55,7 @@ def write_tasks(
         `list[str]`: the tasks' names, which are the keys of `data`.
 
     Raises:
-        `ValueError`: no questions, or a set that `WMDPEvaluation` refuses.
+        `ValueError`: there are no questions, or `WMDPEvaluation` refuses a set.
     """
     named = subjects_of(data, subjects)
     folder = Path(folder).absolute()
@@ -63,7 +63,7 @@ def write_tasks(
     for key, rows in data.items():
         about = DESCRIPTION.format(subject=named[key])
         file = folder / f"{key}.jsonl"
-        # a string of JSON is one of YAML too
+        # a JSON string is also a YAML string
         task = _TASK.format(task=key, file=json.dumps(str(file)), description=json.dumps(about))
         lines = "".join(f"{json.dumps({column: row[column] for column in COLUMNS})}\n" for row in rows)
         _write(file, lines)

@@ -1,4 +1,4 @@
-"""MUSE: which splits, which metrics -> one flat dict."""
+"""The evaluation of MUSE: VerbMem, KnowMem and PrivLeak."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _PRIVLEAK = ("privleak_forget", "privleak_holdout")
 
 class MUSEEvaluation(Evaluation):
     r"""
-    The first three criteria of MUSE, as a function from a model to numbers.
+    Measures the first three criteria of MUSE.
 
     | key | what |
     |---|---|
@@ -26,16 +26,16 @@ class MUSEEvaluation(Evaluation):
     | `privleak_auc` | AUC of Min-40% between forget and holdout texts |
     | `privleak` | (AUC - AUC_retrain) / AUC_retrain x 100, only with `auc_retrain` |
 
-    Continuations are greedy, 128 tokens long, and the truth is cut to 128 token ids (BOS counted). Answers are greedy,
-    32 tokens long, prompted with `"Question: ...\nAnswer: "` after solved examples of the same form and cut where the
-    next question would begin. Texts are scored whole.
+    Continuations are greedy and 128 tokens long; the truth is cut to 128 token ids (BOS counts). Answers are greedy and
+    32 tokens long. Their prompt is `"Question: ...\nAnswer: "` after solved examples of the same form, and they are cut
+    where the next question would begin. Texts are scored whole.
 
-    A key exists where its split does. `hold` (what the model knew and no unlearning step ever saw) is not MUSE's: it
-    shows the damage that the retain set hides.
+    A key exists if its split does. `hold` is not in MUSE: the model knew it, no unlearning step saw it, and it shows
+    damage that the retain set hides.
 
     Differs from open-unlearning: ROUGE without stemming, truths cut, and no AUC_retrain of 0.5 assumed.
-    Differs from MUSE: decoding without `clean_up_tokenization_spaces` (transformers 5 has dropped it for BPE), of the
-    model's generation configuration only the EOS ids are used, and Min-40% is defined on short texts.
+    Differs from MUSE: decoding without `clean_up_tokenization_spaces` (transformers 5 has dropped it for BPE); only the
+    EOS ids of the model's generation configuration are used; Min-40% is defined on short texts.
 
     Source: Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation for Language Models" (2025).
 
@@ -43,22 +43,22 @@ class MUSEEvaluation(Evaluation):
         data (`DatasetDict`):
             Splits named `{config}_{split}`: `verbmem_forget` (prompt, gt), `knowmem_forget_qa` and
             `knowmem_forget_qa_icl` (question, answer), the same with `retain` and `hold`, `privleak_forget` and
-            `privleak_holdout` (text). Others are left alone; those absent are not evaluated.
+            `privleak_holdout` (text). Other splits are ignored; missing ones are not evaluated.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
         auc_retrain (`float`, *optional*):
             [`~MUSEEvaluation.privleak_auc`] of the model retrained without the forget set, in (0, 1]. The paper's
-            retrained Llama-2-7B: 0.4772 on News, 0.5393 on Books. Left out: no `privleak`, only its AUC.
+            retrained Llama-2-7B: 0.4772 on News, 0.5393 on Books. Without it there is no `privleak`, only the AUC.
         icl (`bool`, *optional*, defaults to `True`):
             Whether questions follow the (ten, in MUSE) solved ones of the `_icl` split.
         max_new_tokens_verbmem (`int`, *optional*, defaults to `128`):
-            Length of the continuation, and of the truth it is compared with.
+            Length of the continuation and of the truth.
         max_new_tokens_knowmem (`int`, *optional*, defaults to `32`):
             Length of the answer.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward pass.
         progress (`bool`, *optional*, defaults to `True`):
-            Whether to show progress bars (in the main process: of its share).
+            Whether to show progress bars (in the main process, for its share).
 
     Example:
 
@@ -83,7 +83,7 @@ class MUSEEvaluation(Evaluation):
         batch_size: int = 16,
         progress: bool = True,
     ) -> None:
-        # Here and not above: `evaluate` takes seconds to import, and only evaluation needs it.
+        # Imported here, because `evaluate` takes seconds to import and only evaluation needs it.
         from blur_trainer.metrics import knowmem, privleak, rouge_l, verbmem
 
         check_positive(
@@ -102,7 +102,7 @@ class MUSEEvaluation(Evaluation):
         self.max_new_tokens_knowmem = max_new_tokens_knowmem
         self.batch_size, self.progress = batch_size, progress
         self._stops, self._min_k_score, self._rouge_l_f1 = knowmem.STOPS, privleak.min_k_score, rouge_l.rouge_l_f1
-        # In memory: several processes may evaluate at once, none of them may leave files behind.
+        # In memory, because several processes may evaluate at once, and none may leave files behind.
         self._metrics: dict[str, Any] = {
             "verbmem": verbmem.VerbMem(keep_in_memory=True),
             "knowmem": knowmem.KnowMem(keep_in_memory=True),
@@ -119,7 +119,7 @@ class MUSEEvaluation(Evaluation):
     @property
     def columns(self) -> list[Column]:
         """What a table shows of each metric."""
-        columns: list[Column] = []  # none for `privleak_auc`: no value of it is best in itself
+        columns: list[Column] = []  # `privleak_auc` has no column, because no value of it is best
         for key in self.metric_keys:
             group, _, metric = key.partition("_")
             if key == "privleak":
@@ -130,7 +130,7 @@ class MUSEEvaluation(Evaluation):
         return columns
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """All metrics of one model. Of several processes all must call it; each does its share and gets everything."""
+        """All metrics of one model. All processes must call it: each does its share and gets all results."""
         self._records = {}
         values: dict[str, float] = {}
         for key in self.metric_keys:
@@ -144,7 +144,7 @@ class MUSEEvaluation(Evaluation):
         return values
 
     def privleak_auc(self, model: PreTrainedModel) -> float:
-        """The AUC alone: of the retrained model, it is the `auc_retrain` of the others."""
+        """Only the AUC. That of the retrained model is the `auc_retrain` for other models."""
         if "privleak_auc" not in self.metric_keys:
             raise ValueError(f"PrivLeak needs the splits {_PRIVLEAK}, `data` has {sorted(self.data)}.")
         return self._privleak(model)["privleak_auc"]
@@ -160,7 +160,7 @@ class MUSEEvaluation(Evaluation):
     def _verbmem(self, model: PreTrainedModel, group: str) -> float:
         split, limit = self.data[f"verbmem_{group}"], self.max_new_tokens_verbmem
         prompts = list(split["prompt"])
-        # MUSE's cut, of the ids as the tokenizer gives them: with a BOS, the truth is one token short of the response.
+        # MUSE cuts the ids that the tokenizer gives. With a BOS, the truth is one token shorter than the response.
         truth_ids = [ids[:limit] for ids in self.tokenizer(list(split["gt"]))["input_ids"]]
         truths = self.tokenizer.batch_decode(truth_ids, skip_special_tokens=True)
         responses = self._generate(model, prompts, limit, f"VerbMem {group}")
@@ -185,7 +185,7 @@ class MUSEEvaluation(Evaluation):
             logps = token_logps(
                 model,
                 [{"input_ids": row, "labels": row} for row in ids],
-                pad_token_id=0,  # masked: any id does
+                pad_token_id=0,  # masked, so any id will do
                 batch_size=self.batch_size,
                 desc=f"PrivLeak {name.removeprefix('privleak_')}" if self.progress else None,
             )
@@ -217,7 +217,7 @@ class MUSEEvaluation(Evaluation):
 
 
 def _metric_keys(data: Mapping[str, Dataset], icl: bool) -> list[str]:
-    """The keys that `data` has the splits for; raises where a split is there but cannot be used."""
+    """The keys whose splits `data` has. Raises if a split exists but cannot be used."""
     keys = []
     for group in GROUPS:
         if f"verbmem_{group}" in data:

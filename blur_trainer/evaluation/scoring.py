@@ -1,4 +1,4 @@
-"""Model -> arrays: the only forward passes in evaluation. Of several processes, all must call these functions."""
+"""All forward passes of evaluation: a model in, arrays out. All processes must call these functions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,15 +40,15 @@ def token_logps(
     Log-probabilities, in nats, of the label tokens of each example:
     $\ell_t = \log p_\theta(y_t \mid x_{<t})$ for every $t \ge 1$ with $y_t \ne -100$.
 
-    Examples of similar length share a batch, padded on the right under their true attention mask, so that the values
-    are those of one example at a time. Only the scored positions are normalized, in float32 whatever the model's dtype.
+    Examples of similar length share a batch, padded on the right with the true attention mask. So the values are those
+    of one example at a time. Only scored positions are normalized, always in float32.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Unwrapped causal language model, whole or as FSDP2 and ZeRO-3 hold it. It is scored in evaluation mode; each
             module's mode is restored.
         examples (`Sequence[dict]`):
-            `{"input_ids": list[int], "labels": list[int]}`, equally long, labels -100 where nothing is scored.
+            `{"input_ids": list[int], "labels": list[int]}` of equal length. Labels of -100 are not scored.
         pad_token_id (`int`):
             Any id of the vocabulary: what fills the masked positions.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -93,11 +93,11 @@ def generate(
     """
     Greedy continuation of each prompt.
 
-    Prompts of similar length share a batch, padded on the left under their true attention mask. The tokenizer and the
-    model's configurations are left as they were; a tokenizer without a pad token needs none.
+    Prompts of similar length share a batch, padded on the left with the true attention mask. The tokenizer and the
+    model's configurations do not change. The tokenizer needs no pad token.
 
-    Greedy means greedy: of the model's own generation configuration only the end-of-sequence ids are used, so that a
-    checkpoint's sampling, beams or repetition penalty cannot enter a benchmark.
+    Decoding is always greedy: of the model's generation configuration only the end-of-sequence ids are used. So a
+    checkpoint's sampling, beams or repetition penalty do not influence a benchmark.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -112,7 +112,7 @@ def generate(
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts per call of `generate`.
         stop_strings (`Sequence[str]`, *optional*):
-            A continuation ends before the first of these strings; a row that has written one is not continued.
+            A continuation ends before the first of these strings. Rows that contain one are not continued.
         desc (`str`, *optional*):
             Label of the progress bar; no bar when left out.
 
@@ -124,7 +124,7 @@ def generate(
     prompt_ids = encode_prompts(tokenizer, prompts)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
     config = _greedy_config(model, tokenizer, max_new_tokens)
-    synced = is_sharded(model)  # then a process whose rows have ended runs on while the others' have not
+    synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
 
     def run(indices: list[int]) -> list[str]:
         ids, mask = pad([prompt_ids[i] for i in indices], config.pad_token_id, "left", model.device)
@@ -144,8 +144,8 @@ def generate(
 
 @contextmanager
 def _generation_config(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    # `generate` fills whatever the given configuration leaves at None from the model's own: hide that one.
-    # Every owner among the modules, because wrappers (PEFT) copy theirs to the model inside.
+    # `generate` fills None values of the given configuration from the model's own, so hide the model's.
+    # Hide it in every module that has one, because wrappers (PEFT) copy theirs to the inner model.
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     own_configs = [vars(module)["generation_config"] for module in owners]
     for module in owners:
@@ -162,7 +162,7 @@ def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
     eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
     pad_id = tokenizer.pad_token_id
-    if pad_id is None:  # masked in prompts and cut from answers: any id does
+    if pad_id is None:  # masked in prompts and cut from answers, so any id will do
         pad_id = eos_ids[0] if eos_ids else 0
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -174,7 +174,7 @@ def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
 
 
 class _Stops(StoppingCriteria):
-    """Marks the rows whose decoded continuation holds one of the strings (exact on text, whatever the tokenizer)."""
+    """Marks the rows whose decoded continuation contains one of the strings. Works on text, for every tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], width: int) -> None:
         self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, width

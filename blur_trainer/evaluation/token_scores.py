@@ -1,4 +1,4 @@
-"""What the metrics read of one answer: each token's log-probability and, in detail, the distribution it came from."""
+"""Scores of one answer: each token's log-probability and, optionally, statistics of the predicted distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from blur_trainer.constants import IGNORE_INDEX
 
-# Log-probability of a token whose probability is 0, as of a model that bars tokens (logits of -inf): an infinite loss
-# has no order among others and no mean. Far below what models give to tokens that they do not bar.
+# Log-probability of a token with probability 0 (models may bar tokens with logits of -inf). An infinite loss could not
+# be averaged or ranked. The value is far below the log-probabilities of other tokens.
 REJECTED = -1000.0
 
 
@@ -22,7 +22,7 @@ class AnswerScores:
     Args:
         tokens: true token ids $y_t$, int64.
         logps: $\log p_\theta(y_t \mid x_{<t})$ in nats, float32; -1000 for a token of probability 0.
-        predicted: the most likely token at each position. This and what follows only where asked for.
+        predicted: the most likely token at each position. This and the following exist only on request.
         means: $\mathbb{E}_{v \sim p_t}[\log p_t(v)]$, the negative entropy.
         variances: $\mathrm{Var}_{v \sim p_t}[\log p_t(v)]$.
     """
@@ -40,16 +40,16 @@ class AnswerScores:
 
 
 def scored_positions(labels: Sequence[int]) -> list[int]:
-    """Where the labels are that a model can be scored on: not -100, and with a context."""
+    """Positions of labels that can be scored: not -100, and not the first position, which has no context."""
     return [t for t in range(1, len(labels)) if labels[t] != IGNORE_INDEX]
 
 
 def score_row(logits: Tensor, positions: Sequence[int], targets: Sequence[int], detailed: bool) -> Tensor:
     """
-    What [`to_numpy`] makes an [`AnswerScores`] of, on the model's device, float32, (2, T) or in detail (5, T).
+    Scores one row: float32 on the model's device, (2, T), or (5, T) with details. See [`to_numpy`].
 
-    Row by row, not all rows of a batch at once: a row of logits is small enough to stay in the processor's cache, and
-    only the scored positions are normalized, in float32 whatever the model's dtype.
+    It works row by row, because one row of logits fits into the processor's cache. Only scored positions are
+    normalized, always in float32.
 
     Args:
         logits: (positions, V) of one sequence.
@@ -59,18 +59,18 @@ def score_row(logits: Tensor, positions: Sequence[int], targets: Sequence[int], 
     """
     first, last = positions[0], positions[-1]
     if last - first + 1 == len(positions):
-        rows = logits[first : last + 1].float()  # a view in float32, no copy
+        rows = logits[first : last + 1].float()  # for float32 logits a view, not a copy
     else:
         rows = logits[torch.tensor(positions, device=logits.device)].float()
     tokens = torch.tensor(targets, device=logits.device)
     logps = -torch.nn.functional.cross_entropy(rows, tokens, reduction="none")
-    logps = logps.masked_fill(logps == -torch.inf, REJECTED)  # NaN stays: a diverged model must be found out
+    logps = logps.masked_fill(logps == -torch.inf, REJECTED)  # NaN stays, so that a diverged model is noticed
     columns = [tokens, logps, *(_distribution(rows) if detailed else ())]
-    return torch.stack([column.float() for column in columns])  # token ids below 2^24 are exact in it
+    return torch.stack([column.float() for column in columns])  # float32 holds token ids below 2^24 exactly
 
 
 def to_numpy(rows: Sequence[Tensor]) -> list[AnswerScores]:
-    """The results of [`score_row`], brought to the host in one go."""
+    """Copies results of [`score_row`] to the host in one transfer and makes [`AnswerScores`]."""
     flat = torch.cat([row.flatten() for row in rows]).cpu().numpy()
     found, begin = [], 0
     for row in rows:
@@ -92,8 +92,8 @@ def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Most likely token, mean and variance of log p under p, each (T,), from logits (T, V)."""
     logps = logits.log_softmax(-1)
     p = logps.exp()
-    logps = logps.masked_fill(p == 0, 0.0)  # p log p is 0 there, not 0 times infinity
+    logps = logps.masked_fill(p == 0, 0.0)  # p log p is 0 for p = 0, not 0 times infinity
     means = (p * logps).sum(-1)
-    # not E[x^2] - E[x]^2, which cancels in float32
+    # E[x^2] - E[x]^2 would cancel in float32
     variances = (p * (logps - means[:, None]).square()).sum(-1)
     return logits.argmax(-1), means, variances

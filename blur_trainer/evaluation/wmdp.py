@@ -1,4 +1,4 @@
-"""WMDP and MMLU: multiple-choice questions by topic -> one flat dict."""
+"""The evaluation of WMDP and MMLU: accuracy on multiple-choice questions by topic."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +19,17 @@ Example = dict[str, list[int]]
 
 class WMDPEvaluation(Evaluation):
     r"""
-    Accuracy on multiple-choice questions, as a function from a model to numbers.
+    Measures the accuracy on multiple-choice questions.
 
-    `{key}_accuracy`, for each set of questions: the share of them where, of the continuations `" A"`, `" B"`, `" C"`
-    and `" D"` of the prompt, the right letter has the highest log-likelihood
-    $\sum_t \log p_\theta(y_t \mid x, y_{<t})$.
-    Chance is 0.25, which is what forgetting aims at: below it the model knows which letter to avoid.
+    `{key}_accuracy` of a set of questions is the share of questions whose right letter has the highest log-likelihood
+    $\sum_t \log p_\theta(y_t \mid x, y_{<t})$ among the continuations `" A"`, `" B"`, `" C"` and `" D"` of the prompt.
+    Chance is 0.25, the aim of forgetting. Below 0.25 the model still knows which letter to avoid.
 
     The number is that of lm-evaluation-harness (`wmdp_bio`, `wmdp_cyber`, `mmlu_*`; 0-shot, `acc`) on the same rows,
     without that package; see [`~blur_trainer.evaluation.lm_eval.LMEval`] for the harness itself.
 
-    Differs from lm-evaluation-harness where a prompt is longer than the model's context: both cut it on the left, here
-    by one token more.
+    Differs from lm-evaluation-harness if a prompt is longer than the model's context: both cut it on the left, this
+    class one token more.
 
     Source: Li et al., "The WMDP Benchmark" (2024); Hendrycks et al., "Measuring Massive Multitask Language
     Understanding" (2021).
@@ -42,8 +41,8 @@ class WMDPEvaluation(Evaluation):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
         subjects (`Mapping[str, str]`, *optional*):
-            Topic -> what the first line of the prompt says the questions are about. By default `biology`,
-            `cybersecurity` and `chemistry` for `bio`, `cyber` and `chem`, as in the harness; else the topic's name.
+            Topic -> subject in the first line of the prompt. Default: `biology`, `cybersecurity` and `chemistry` for
+            `bio`, `cyber` and `chem`, as in the harness; the topic's name for others.
         batch_size (`int`, *optional*, defaults to `16`):
             Questions per forward pass. The prompt is run once for the four letters.
         progress (`bool`, *optional*, defaults to `True`):
@@ -106,7 +105,7 @@ class WMDPEvaluation(Evaluation):
         return values
 
     def loglikelihoods(self, model: PreTrainedModel, key: str) -> list[list[float]]:
-        """Of one set: per question the log-likelihood of each letter, in nats."""
+        """For one set: the log-likelihood of each letter for each question, in nats."""
         limit = getattr(model.config, "max_position_embeddings", None)
         cut = [
             [{name: ids[-limit:] if limit else ids for name, ids in one.items()} for one in four]
@@ -143,7 +142,7 @@ class WMDPEvaluation(Evaluation):
 
 
 def subjects_of(data: Mapping[str, Dataset], subjects: Mapping[str, str] | None) -> dict[str, str]:
-    """What the first line of each set's prompts says they are about. `ValueError`: not such data."""
+    """The subject in the first line of each set's prompts. Raises `ValueError` for wrong data."""
     if not data:
         raise ValueError("`data` has no questions; it takes sets named `forget_{topic}` or `retain_{topic}`.")
     for key, rows in data.items():
@@ -172,7 +171,7 @@ def _check_rows(key: str, rows: Dataset) -> None:
 
 
 def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Prompt and letter as one text each, as the harness does: where the prompt's own tokens end, scoring begins."""
+    """Encodes prompt and letter as one text, as the harness does. Scoring begins where the prompt's own tokens end."""
     start = len(tokenizer(prompt)["input_ids"])
     whole = tokenizer([f"{prompt} {letter}" for letter in LETTERS])["input_ids"]
     return [{"input_ids": ids, "labels": [-100] * start + ids[start:]} for ids in whole]

@@ -1,7 +1,8 @@
-"""What is asked of a causal language model: logits, or only the log-probabilities of its answers.
+"""Computes a causal language model's logits, or only the log-probabilities of its answers.
 
-Log-probabilities need no `(B, T, V)` logits: with TRL's fused LM head the backbone's output meets the head in tiles,
-and the backward pass makes each tile again. At 2048 tokens and a vocabulary of 128k that saves gigabytes per example.
+Log-probabilities need no `(B, T, V)` logits. TRL's fused LM head multiplies the backbone's output by the head tile by
+tile, and the backward pass recomputes each tile. With 2048 tokens and a vocabulary of 128k that saves gigabytes per
+example.
 """
 
 import functools
@@ -23,12 +24,12 @@ logger = get_logger(__name__)
 
 
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits `(B, T, V)`. No labels go in (the model would compute a loss of its own), no cache comes out."""
+    """Logits `(B, T, V)`. Passes no labels, so the model computes no loss of its own, and makes no cache."""
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
 def answer_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """`log p(answer | prompt)` `(B,)`, without logits where the model has a fused head, else from them."""
+    """`log p(answer | prompt)` `(B,)`, by the fused head if the model has one, else from the logits."""
     if not has_fused_head(model):
         return sequence_logps(forward(model, batch), batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -41,7 +42,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The model inside of its wrappers: PEFT, DDP, DeepSpeed's engine, `torch.compile`."""
+    """The model inside its wrappers (PEFT, DDP, DeepSpeed's engine, `torch.compile`)."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
@@ -50,11 +51,11 @@ def has_fused_head(model: nn.Module) -> bool:
 
 
 def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: torch.device) -> None:
-    """Settles how `answer_logps` goes for this model; before any engine wraps it. Every other call is as before.
+    """Decides how `answer_logps` works for this model. Call it before an engine wraps the model.
 
-    `None` chooses by device: TRL's head is a Triton kernel on GPUs. On a CPU a forward and backward pass with it takes
-    1.2 to 1.8 times one with logits (`benchmarks/fused_head.py`), and more memory too: its tiles are several float32
-    copies there. `True` raises `ValueError` where the head does not suit.
+    `None` chooses by device. On GPUs TRL's head is a Triton kernel. On a CPU a forward and backward pass with it takes
+    1.2 to 1.8 times as long as with logits (`benchmarks/fused_head.py`) and more memory, because its tiles are several
+    float32 copies. `True` raises `ValueError` if the head does not suit.
     """
     wanted = device.type in ("cuda", "xpu") if fused is None else fused
     obstacle = fused_head_obstacle(model) if wanted else None
@@ -65,7 +66,7 @@ def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: 
     target, suits = causal_lm(model), wanted and not obstacle
     if suits and not hasattr(target, "use_fused_lm_head"):
         _add_fused_head(target)
-    if hasattr(target, "use_fused_lm_head") or suits:  # without a head there is nothing to switch
+    if hasattr(target, "use_fused_lm_head") or suits:  # without a fused head there is nothing to switch
         target.use_fused_lm_head = suits
 
 
@@ -76,8 +77,7 @@ def _add_fused_head(model: Any) -> None:
         return
     fused, unbound = model.forward.__func__, plain.__func__
 
-    # TRL's function holds the model's own `forward`, bound: a deep copy of the model would run the original. This binds
-    # nothing.
+    # TRL's function holds the bound `forward` of this model, so a deep copy would run the original. Use an unbound one.
     @functools.wraps(type(model).forward)
     def choose(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else unbound(self, *args, **kwargs)
@@ -86,10 +86,10 @@ def _add_fused_head(model: Any) -> None:
 
 
 def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
-    """Why the fused head would not give this model's log-probabilities, `None` if it does.
+    """Why the fused head would not give this model's log-probabilities. `None` if it does.
 
-    It runs the backbone and multiplies by the head's `weight` itself, so an adapter or a quantized layer on the head
-    would take no part.
+    The fused head multiplies the backbone's output by the head's `weight` itself. So it would ignore an adapter or a
+    quantized layer on the head.
     """
     target = causal_lm(model)
     head = target.get_output_embeddings() if isinstance(target, PreTrainedModel) else None

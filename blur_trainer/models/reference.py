@@ -1,4 +1,4 @@
-"""What "the reference model" is: the model before unlearning, at the smallest price that the situation allows.
+"""The reference model: the model before unlearning, in the cheapest form that the situation allows.
 
 | situation | reference | extra memory |
 |---|---|---|
@@ -27,7 +27,7 @@ REFERENCE_ADAPTER = "reference"
 
 
 class Reference(Protocol):
-    """Answers what the reference model says of a batch, without gradient."""
+    """Computes outputs of the reference model for a batch, without gradient."""
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """`{"input_ids", "attention_mask"}` `(B, T)` -> `(B, T, V)`."""
@@ -40,7 +40,7 @@ class Reference(Protocol):
 
 
 class CurrentModel:
-    """The model as it is now: the reference before the first step, which is when log-probabilities are precomputed."""
+    """The trained model itself. Before the first step it is the reference: then log-probabilities are precomputed."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -65,7 +65,7 @@ class CurrentModel:
 
 
 class FrozenModel(CurrentModel):
-    """A second model, never trained."""
+    """A second model that is never trained."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model.eval().requires_grad_(False))
@@ -77,7 +77,7 @@ class FrozenModel(CurrentModel):
 
 @contextmanager
 def switched(model: PeftModel, adapter: str | None) -> Iterator[None]:
-    """Another adapter inside, or none (`None`). What was frozen is so afterwards: PEFT unfreezes what it switches."""
+    """Switches to another adapter, or to none (`None`). PEFT unfreezes what it switches, so refreeze it on exit."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
         with use_adapter(model, adapter):
@@ -88,7 +88,7 @@ def switched(model: PeftModel, adapter: str | None) -> Iterator[None]:
 
 
 class OtherAdapter(CurrentModel):
-    """The model itself under another adapter, or under none (`adapter=None`): no second set of base weights."""
+    """The model under another adapter, or under none (`adapter=None`). Needs no second set of base weights."""
 
     def __init__(self, model: PeftModel, adapter: str | None = None):
         super().__init__(model)
@@ -106,17 +106,17 @@ def _is_lora_b(name: str, adapter: str) -> bool:
 
 
 def partition_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    """The shape of the whole parameter, even if ZeRO-3 has replaced it by an empty tensor."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has partitioned the model while it was loaded: it cannot run, or be copied, until training."""
+    """Whether ZeRO-3 partitioned the model while loading it. Then it cannot run or be copied before training."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _plain_lora(model: PeftModel) -> bool:
-    """Whether the active adapter is a LoRA of which `B = 0` means that it changes nothing."""
+    """Whether the active adapter is a LoRA that changes nothing if `B = 0`."""
     config: Any = model.peft_config[model.active_adapter]
     extras = ("use_dora", "modules_to_save", "trainable_token_indices")
     return (
@@ -130,8 +130,8 @@ def _plain_lora(model: PeftModel) -> bool:
 def adapter_is_identity(model: PeftModel) -> bool:
     """Whether the active adapter changes nothing yet (as every fresh LoRA).
 
-    A plain LoRA by its `B` alone, which is at hand also where the base weights are not yet (ZeRO-3, FSDP loading on one
-    process); any other adapter by running one token pair.
+    For a plain LoRA it checks `B`, which exists even if the base weights are not loaded yet (ZeRO-3, FSDP loading on
+    one process). For any other adapter it runs one token pair.
     """
     if _plain_lora(model):
         return not any(p.any() for name, p in model.named_parameters() if _is_lora_b(name, str(model.active_adapter)))
@@ -139,7 +139,7 @@ def adapter_is_identity(model: PeftModel) -> bool:
     probe["attention_mask"] = torch.ones_like(probe["input_ids"])
     if not torch.equal(CurrentModel(model).logits(probe), OtherAdapter(model, None).logits(probe)):
         return False
-    # an adapter on the embeddings has moved the rows of tokens that occurred, and the probe sees two of them
+    # an adapter on the embeddings may have changed other rows than the probe's two
     embed = model.get_input_embeddings()
     with evaluating(model):
         for ids in torch.arange(embed.weight.shape[0], device=model.device).split(4096):
@@ -153,8 +153,8 @@ def adapter_is_identity(model: PeftModel) -> bool:
 def adapter_reference(model: PeftModel) -> OtherAdapter:
     """The reference of a PEFT model, frozen at its present state.
 
-    A fresh adapter is switched off. A trained one holds knowledge of its own, and the base model is not the model
-    before unlearning: then a frozen copy of the adapter stands in (named `reference`, saved in a subfolder).
+    A fresh adapter is switched off. A trained adapter is part of the model before unlearning, so a frozen copy of it is
+    used (named `reference`, saved in a subfolder).
     """
     partitioned = is_partitioned(model)
     if partitioned and not _plain_lora(model):
@@ -172,7 +172,7 @@ def adapter_reference(model: PeftModel) -> OtherAdapter:
     active = model.active_adapter
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    for name, parameter in model.named_parameters():  # also of an earlier trainer's copy: the present state counts
+    for name, parameter in model.named_parameters():  # also overwrite an earlier trainer's copy
         if f".{REFERENCE_ADAPTER}." in name or name.endswith(f".{REFERENCE_ADAPTER}"):
             source = name.replace(f".{REFERENCE_ADAPTER}", f".{active}")
             parameter.data.copy_(model.get_parameter(source).data)

@@ -1,4 +1,4 @@
-"""Objectives on activations instead of answers: RMU, and the match with the frozen model that keeps the rest."""
+"""Objectives on activations: RMU for forgetting, and the match with the frozen model for retaining."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from blur_trainer.objectives.losses import activation_loss
 
 @dataclass(frozen=True)
 class ActivationObjective(Objective):
-    """Base of what looks at the output of one decoder layer: nothing above it is computed.
+    """Base of objectives on the output of one decoder layer. Layers above it are not run.
 
-    An item is a token that is attended to: there are no labels, prompts count too. `masked=False`: every position of
-    the batch, padding included, as the WMDP authors' and BLUR's code have it.
+    An item is a token that is attended to. Labels are not used, so prompts count. With `masked=False` every position
+    counts, padding included, as in the WMDP authors' and BLUR's code.
     """
 
     layer: int = 7
@@ -38,11 +38,11 @@ class ActivationObjective(Objective):
         return self.layer
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
-        """What the activations shall be, `(B, T, H)` or `(B, 1, H)`."""
+        """The target of the activations, `(B, T, H)` or `(B, 1, H)`."""
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        # the target first: a reference's activations are gone before the graph of the model is built
+        # compute the target first, so that the reference's activations are freed before the model's graph is built
         target = self.target(hidden_size(model), batch, reference)
         mask = batch["attention_mask"] if self.masked else None
         return activation_loss(activations(model, batch, self.layer), target, mask)
@@ -56,21 +56,21 @@ class ActivationObjective(Objective):
 class RMU(ActivationObjective):
     """Representation misdirection (arXiv 2403.03218): activations of one layer towards `coefficient * u`, token mean.
 
-    `u` is a random unit vector per topic, drawn from `seed` and the topic's name ([`control_vector`]), kept in
-    checkpoints. Batches carry `topic` `(B,)`, the index in `topics`; without it all are of the first one.
+    `u` is a random unit vector per topic, drawn from `seed` and the topic's name ([`control_vector`]) and kept in
+    checkpoints. Batches have `topic` `(B,)`, the index in `topics`. Without it all examples are of the first topic.
 
     Args:
-        layer: whose output is moved, from 0; 7 of 32 in WMDP's code.
+        layer: the layer whose output is moved, counted from 0. It is 7 of 32 in WMDP's code.
         masked: see [`ActivationObjective`].
-        coefficient: how far, one number or one per topic.
-        topics: names. A trainer sets them where it is given several forget sets by name.
-        seed: of the vectors.
+        coefficient: the length of the target vector, one number or one per topic.
+        topics: names. A trainer sets them if it gets several forget sets by name.
+        seed: seed of the vectors.
     """
 
     coefficient: float | Mapping[str, float] = 6.5
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
-    #: vectors and `coefficient * vectors`, by size and place; a checkpoint's vectors are put here
+    #: cached vectors by size, and `coefficient * vectors` by size and device; `restore` puts a checkpoint's here
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class RMU(ActivationObjective):
 
     @property
     def coefficients(self) -> list[float]:
-        """One per topic."""
+        """The coefficient of each topic."""
         given = self.coefficient
         return [given[topic] if isinstance(given, Mapping) else given for topic in self.topics]
 
@@ -122,9 +122,9 @@ class RMU(ActivationObjective):
 
 @dataclass(frozen=True)
 class ActivationMatch(ActivationObjective):
-    """The activations of one layer as the frozen model has them, token mean of squares: RMU's retain objective.
+    """Squared distance to the frozen model's activations in one layer, token mean: RMU's retain objective.
 
-    Of the frozen model only the layers up to this one are kept and run; `blur_trainer.models.reference` has the cost.
+    Only the frozen model's layers up to this one are kept and run. `blur_trainer.models.reference` has the cost.
     """
 
     needs_reference: ClassVar[bool] = True

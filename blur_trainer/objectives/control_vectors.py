@@ -1,4 +1,4 @@
-"""RMU's control vectors: one random direction per topic, the same on every process and device, kept in checkpoints."""
+"""RMU's control vectors: one random direction per topic, equal on every process and device, saved in checkpoints."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from blur_trainer.atomic_write import write_durably
 
-#: in a checkpoint, beside `trainer_state.json`
+#: file name in a checkpoint
 NAME = "control_vectors.safetensors"
 
 
 def control_vector(topic: str, size: int, seed: int) -> Tensor:
     """
-    `u / ||u||` with `u` uniform on `[0, 1)^size`, `(size,)` float32: a function of its arguments alone.
+    `u / ||u||` with `u` uniform on `[0, 1)^size`, `(size,)` float32. It depends only on the arguments.
 
-    Positive in every entry, as in the WMDP authors' code (arXiv 2403.03218), where it is drawn on the GPU and lost at
-    the end.
+    All entries are positive, as in the WMDP authors' code (arXiv 2403.03218). There the vector is drawn on the GPU and
+    not saved.
     """
     digest = hashlib.sha256(f"{seed}:{topic}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -30,13 +30,13 @@ def control_vector(topic: str, size: int, seed: int) -> Tensor:
 
 
 def save_vectors(folder: str | Path, topics: Sequence[str], vectors: Tensor) -> None:
-    """`vectors` `(topics, H)` into `folder`, whole or not at all."""
+    """Writes `vectors` `(topics, H)` into `folder`, atomically."""
     names = {"topics": json.dumps(list(topics))}
     write_durably(Path(folder) / NAME, lambda file: save_file({"vectors": vectors.cpu()}, file, metadata=names))
 
 
 def load_vectors(folder: str | Path, topics: Sequence[str], size: int) -> Tensor:
-    """`(topics, size)` float32. `ValueError`: they are not there, or of other topics, or of another hidden size."""
+    """Reads `(topics, size)` float32. Raises `ValueError` if they are missing, or topics or hidden size differ."""
     path = Path(folder) / NAME
     if not path.exists():
         raise ValueError(

@@ -1,8 +1,8 @@
 """Pure loss functions: tensors in, one value per example out.
 
-Shapes: B batch, T tokens, V vocabulary. `labels` is `(B, T)` int64 with -100 wherever a token is no target (prompt,
-padding). A causal model predicts token `t + 1` from position `t`, so everything per token has length `T - 1`.
-Log-probabilities are in nats. Every loss returns `(B,)`; whoever calls reduces, once.
+Shapes: B batch, T tokens, V vocabulary. `labels` is `(B, T)` int64, with -100 where a token is no target (prompt,
+padding). A causal model predicts token `t + 1` from position `t`, so values per token have length `T - 1`.
+Log-probabilities are in nats. Every loss returns `(B,)`; the caller reduces it.
 """
 
 import math
@@ -77,24 +77,24 @@ def uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
     `logits` `(B, T, V)`, `labels` `(B, T)` -> `(B,)`: per position `logsumexp(z) - mean(z) - log V`, which is 0 where
     all logits are equal and stays finite where a probability underflows. Source: 2406.08607.
 
-    Differs from ULD's code, which takes the mean over all positions, prompt and padding included: there a batch's loss
-    depends on how long its longest example is, and an assistant is also taught to be uniform on what it is asked.
+    Differs from ULD's code, whose mean includes prompt and padding. There a batch's loss depends on the length of its
+    longest example, and the assistant also learns to be uniform on the prompt.
     """
     answer = logits[:, :-1]
     if answer.dtype in (torch.bfloat16, torch.float16):
         answer = answer.float()
     divergence = answer.logsumexp(-1) - answer.mean(-1) - math.log(logits.shape[-1])
-    # masked, not indexed: to count the answers the host would have to wait for the device
+    # masked, not indexed: with indexing the host would have to wait for the device
     return divergence.masked_fill(~answer_mask(labels), 0.0).sum(-1)
 
 
 def activation_loss(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """`sum over tokens of mean over hidden units of (hidden - target)^2`, `(B,)`: of RMU and its retain loss.
+    """`sum over tokens of mean over hidden units of (hidden - target)^2`, `(B,)`: RMU's forget and retain loss.
 
     `hidden` `(B, T, H)`; `target` the same, or `(B, 1, H)`; `mask` `(B, T)`, 0 at padding, or `None` for all positions.
-    In float32 at least. Source: Li et al. 2024, arXiv 2403.03218, eq. 1 and 2.
-    Differs from the WMDP authors' and BLUR's code, whose mean goes over padding too (`mask=None`): there a batch's loss
-    depends on what fully masked rows of attention give, which changes from one release of transformers to the next.
+    At least in float32. Source: Li et al. 2024, arXiv 2403.03218, eq. 1 and 2.
+    Differs from the WMDP authors' and BLUR's code, whose mean includes padding (`mask=None`). There a batch's loss
+    depends on the attention output of fully masked rows, which differs between releases of transformers.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     squares = (hidden.to(dtype) - target.to(dtype)).square().mean(-1)

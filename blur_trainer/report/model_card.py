@@ -1,4 +1,4 @@
-"""README.md of an unlearned model: what was forgotten, how, what was measured, and what that does not show."""
+"""Writes the model card: what was forgotten, how, what was measured, and what the numbers do not show."""
 
 import logging
 import os
@@ -26,17 +26,17 @@ PATH = re.compile(r"""(?<![\w:/.~<])(?:file://)?(?:~?/|[A-Za-z]:[\\/])[^\s"'`,;:
 
 def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]) -> Path:
     """
-    Writes `README.md`, a model card with Hugging Face metadata. A card that somebody else wrote is left as it is.
+    Writes `README.md`, a model card with Hugging Face metadata. Does not overwrite a card that somebody else wrote.
 
     Args:
         output_dir: folder of the saved model.
-        info: what to say; every key may be absent except "method".
+        info: the content. All keys are optional except "method".
 
             * "method" (`str`): the preset or combination, e.g. "BLUR-NPO".
-            * "about" (`str`): what the method is, in a sentence or two, and how the model is used if not as any other.
+            * "about" (`str`): what the method is, in a sentence or two, and how to use the model if that is unusual.
             * "title" (`str`): heading of the card, by default the method and the base model.
-            * "base_model" (`str`): what was unlearned. A hub id goes into the metadata; of a local path only the last
-              part is shown.
+            * "base_model" (`str`): the model that was unlearned. A hub id goes into the metadata. Of a local path only
+              the last part is shown.
             * "forget", "retain" (`dict`): `{"name": str, "size": int}` of each set; both keys may be absent.
             * "hyperparameters" (`dict`): names and values, e.g. gamma, learning_rate.
             * "metrics" (`dict`): the content of metrics.json, of which "benchmark", "columns" and "rows" are shown, and
@@ -45,7 +45,7 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
             * "tags" (`list` of `str`): further tags.
 
     Returns:
-        The path of the README.md, also where it was left as it is.
+        The path of the README.md, even if it was not written.
 
     Raises:
         ValueError: if `info` has no method or has keys that are not listed above.
@@ -72,7 +72,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def without_paths(item: Any) -> Any:
-    """`item` with every absolute path in it, at any depth, cut to its last part: a card is read on other machines."""
+    """`item` with every absolute path, at any depth, cut to its last part, because a card is read on other machines."""
     if isinstance(item, Mapping):
         return {without_paths(key): without_paths(value) for key, value in item.items()}
     if isinstance(item, (list, tuple, set)):
@@ -87,14 +87,14 @@ def without_paths(item: Any) -> Any:
 
 
 def _last_part(path: str) -> str:
-    return PureWindowsPath(path).name or "…"  # reads both kinds of slashes
+    return PureWindowsPath(path).name or "…"  # it understands both kinds of slashes
 
 
 def _card(info: Mapping[str, Any]) -> ModelCard:
     base = os.fspath(info["base_model"]) if info.get("base_model") else None
     published = base if base is not None and is_hub_id(base) else None
     info = without_paths(info)
-    # a relative folder says nothing on other machines, either
+    # a relative folder means nothing on other machines either
     shown = published or (_last_part(base) if base else None)
     metrics = info.get("metrics") or {}
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
@@ -105,7 +105,7 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
     )
     page = Environment(
         loader=PackageLoader("blur_trainer.report"),
-        autoescape=False,  # Markdown: the filters below escape
+        autoescape=False,  # the output is Markdown; the filters below escape
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -135,7 +135,7 @@ def _rows(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]
 
 
 def _attacks(method: str, metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What was measured under attack, if it was this model: the table may be that of several methods."""
+    """The results of attacks, if this model was attacked. The table may belong to several methods."""
     rows = metrics.get("rows") or []
     ours = any(row.get("kind") == "unlearned" and row["name"] == method for row in rows)
     return robustness_rows(metrics.get("robustness") or {}, rows) if ours else []
@@ -146,11 +146,11 @@ def _tag(method: str) -> str:
 
 
 def _escape(item: Any) -> str:
-    """Plain text within Markdown, on one line: no HTML, no table cell, no emphasis by accident."""
+    """Escapes plain text for Markdown, on one line: no HTML, no table cells, no accidental emphasis."""
     text = " ".join(str(item).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
 
 
 def _code(item: Any) -> str:
-    """A code span within a table cell."""
+    """Makes a code span for a table cell."""
     return "`" + (" ".join(str(item).split()).replace("`", "'").replace("|", r"\|") or " ") + "`"

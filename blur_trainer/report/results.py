@@ -1,4 +1,4 @@
-"""The rows of a run's table, collected model by model, and `metrics.json`, which the report reads."""
+"""Collects the rows of a run's table model by model, and writes `metrics.json` for the report."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _PACKAGES = ("blur_trainer", "torch", "transformers", "accelerate", "datasets", 
 
 class Results:
     """
-    Evaluates models one after another and keeps what a table and a report show.
+    Evaluates models one after another and keeps the results for tables and the report.
 
     Args:
         benchmark: name of the benchmark and the corpus, for the report's title.
@@ -57,7 +57,7 @@ class Results:
         return list(self.evaluation.columns)
 
     def add(self, name: str, kind: Kind, model: PreTrainedModel, seconds: float | None = None) -> dict[str, float]:
-        """Evaluate `model` as the row `name`; `seconds` is what its unlearning took."""
+        """Evaluates `model` as the row `name`. `seconds` is the time of its unlearning."""
         metrics = self.evaluation(model)
         self.rows.append({"name": name, "kind": kind, "metrics": metrics, "seconds": seconds})
         for sample in self.evaluation.samples(self._num_samples):
@@ -67,7 +67,7 @@ class Results:
         return metrics
 
     def add_stage(self, name: str, metrics: Mapping[str, float]) -> None:
-        """The metrics after one stage of a protocol with several (sequential or growing forget sets)."""
+        """Adds the metrics after one stage of a protocol with several forget sets (sequential or growing)."""
         shown = {column["name"]: metrics[column["name"]] for column in self.columns if column["name"] in metrics}
         self.stages.append({"name": name, "metrics": shown})
 
@@ -76,7 +76,7 @@ class Results:
         self.robustness = dict(found)
 
     def save(self, output_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `metrics.json`, whole or not at all, and return its content."""
+        """Writes `metrics.json` atomically and returns its content."""
         content: dict[str, Any] = {
             "benchmark": self.benchmark,
             "columns": self.columns,

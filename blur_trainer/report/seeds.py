@@ -1,4 +1,4 @@
-"""Several runs of one comparison, as one: the mean of each row and how far the runs lie apart."""
+"""Joins several runs of one comparison: the mean of each row and its standard deviation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ Row = Mapping[str, Any]
 
 def mean_and_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     r"""
-    One `metrics.json` of several, which differ in their seed: `write_report` and `format_table` show mean ± spread.
+    Joins several `metrics.json` that differ in the seed. `write_report` and `format_table` then show mean ± spread.
 
     For a metric with the values $x_1, \dots, x_n$ in the $n$ runs
 

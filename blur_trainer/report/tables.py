@@ -1,12 +1,12 @@
-"""How a metric is written: its arrow, its digits, and the plain-text table at the end of a run.
+"""Formats metrics: arrows, digits, and the plain-text table at the end of a run.
 
 `columns` and `rows` are those of `metrics.json`:
 
     columns  [{"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min" | "max" | "zero"}, ...]
     rows     [{"name": "target", "kind": "target", "metrics": {"forget_verbmem": 100.0, ...}}, ...]
 
-A column may have a `role`, "forget" or "retain" (see `role_of`). A row that is the mean over several runs has their
-number as `runs` and `{metric name: standard deviation}` as `spread`.
+A column may have a `role`, "forget" or "retain" (see `role_of`). A row that is a mean over several runs has `runs`,
+their number, and `spread`, `{metric name: standard deviation}`.
 """
 
 import math
@@ -45,9 +45,8 @@ def goal_of(column: Mapping[str, Any]) -> str | None:
 
 def role_of(column: Mapping[str, Any]) -> str | None:
     """
-    What a column is about: "forget" (the aim is the retrained model's value), "retain" (the aim is the target's), or
-    `None` where neither is known. The key `role`, or else the name: `forget_quality` is of the forget set; of the
-    others, what should be high should be kept.
+    The role of a column: "forget" (aim: the retrained model's value), "retain" (aim: the target's value), or `None` if
+    unknown. It is the key `role`, else it follows from name and goal.
     """
     role = column.get("role")
     if role is not None and role not in ROLES:
@@ -65,7 +64,7 @@ def heading(column: Mapping[str, Any]) -> str:
 
 
 def column_of(name: str, columns: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The column of this name. Of `x_log10`, which no table shows beside `x`: that of `x`, said to be a logarithm."""
+    """The column of this name. For `x_log10`, which tables do not show: the column of `x`, labelled as a logarithm."""
     known = {column["name"]: column for column in columns}
     base = known.get(name.removesuffix("_log10"))
     if name in known or base is None:
@@ -81,24 +80,23 @@ def values(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
 def robustness_columns(
     columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """The columns that any of the rows has a value of; all their metrics, where `columns` names none of them."""
+    """The columns for which any row has a value. If `columns` names none of the metrics: all metrics."""
     names = dict.fromkeys(name for row in rows for name in row.get("metrics") or {})
     return [column for column in columns if column["name"] in names] or [{"name": name} for name in names]
 
 
 def first_of_kind(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    """The first row of this kind, as a list; an empty one where there is none."""
+    """A list with the first row of this kind; empty if there is none."""
     return [row for row in rows if row.get("kind") == kind][:1]
 
 
 def robustness_rows(robustness: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> list[Mapping[str, Any]]:
     """
-    The rows of a table of attacks: each attack and the end of each relearning, between the target and the retrained
-    model, so that one sees how far what was forgotten came back.
+    The rows of a table of attacks: each attack and the end of each relearning, between target and retrained model.
 
     Args:
-        robustness: what [`~blur_trainer.evaluation.robustness.battery.robustness`] found.
-        rows: those of `metrics.json`, where the target and the retrained model are.
+        robustness: the result of [`~blur_trainer.evaluation.robustness.battery.robustness`].
+        rows: the rows of `metrics.json`, which contain the target and the retrained model.
     """
     ends = [
         {"name": f"relearned {curve.get('name', '')}, {last['steps']} steps", "metrics": last.get("metrics")}
@@ -110,7 +108,7 @@ def robustness_rows(robustness: Mapping[str, Any], rows: Sequence[Mapping[str, A
 
 
 def spreads(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """The standard deviations of one column, one per row; `None` where a row is a single run."""
+    """The standard deviations of one column, one per row. `None` if a row is a single run."""
     return [as_number((row.get("spread") or {}).get(column["name"])) for row in rows]
 
 
@@ -150,14 +148,14 @@ def spread_texts(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
 
 
 def _full_cells(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Mean and spread; room for the spread also where there is none, so that the means stand below each other."""
+    """Mean and spread. A missing spread gets blank space, so that the means are aligned."""
     extra = spread_texts(column, rows)
     room = max([len(text) for text in extra], default=0)
     return [f"{text} {more:>{room}}" if room else text for text, more in zip(cells(column, rows), extra, strict=True)]
 
 
 def wrap_heading(head: str, narrow: int) -> list[str]:
-    """The heading in lines as short as its longest word allows; a no-break space keeps the arrow with the last word."""
+    """Breaks a heading into lines as short as its longest word. A no-break space keeps the arrow at the last word."""
     words, _, last = head.rpartition(" ")
     if last in ARROWS.values():
         head = f"{words}\N{NO-BREAK SPACE}{last}"
@@ -167,7 +165,7 @@ def wrap_heading(head: str, narrow: int) -> list[str]:
 
 
 def shorten(text: str, length: int) -> str:
-    """`text` on one line and in at most `length` characters; what is cut is the middle: runs differ at the ends."""
+    """`text` on one line with at most `length` characters. The middle is cut, because names differ at the ends."""
     text = " ".join(str(text).split())
     if len(text) <= length:
         return text

@@ -1,8 +1,8 @@
-"""A checkpoint counts once all of it is on disk: begun with an open manifest, closed after the last byte of every rank.
+"""Checkpoints with a manifest: a checkpoint counts only when all of it is on disk.
 
-`checkpoint-N/blur_checkpoint.json` is `{"files": null}` while the folder is written, and lists every file with its size
-when all processes have finished and the disk has the data. Only then are older checkpoints deleted. A folder without
-that file is of a plain `Trainer` or of an earlier blur_trainer: there a readable `trainer_state.json` has to do.
+`checkpoint-N/blur_checkpoint.json` is `{"files": null}` while the folder is written. When all processes have finished
+and the data is on disk, it lists every file with its size. Only then older checkpoints are deleted. A folder without
+that file comes from a plain `Trainer` or an earlier blur_trainer. It counts if its `trainer_state.json` can be read.
 """
 
 import json
@@ -25,12 +25,12 @@ from blur_trainer.saving import output_dir as saving
 
 logger = logging.getLogger(__name__)
 MANIFEST_NAME = "blur_checkpoint.json"
-_BEGUN = ".training"  # in output_dir from the beginning to the end of a training: one without it has not been killed
-_PREVIOUS, _REMOVED = ".previous-", ".removed-"  # a folder of that step being replaced; a folder being deleted
+_BEGUN = ".training"  # a file in output_dir during training; if it is there at the start, a training was killed
+_PREVIOUS, _REMOVED = ".previous-", ".removed-"  # prefixes of folders being replaced or deleted
 
 
 def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """Step -> folder, complete or not, oldest first."""
+    """Step -> checkpoint folder, complete or not, oldest first."""
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
@@ -40,19 +40,19 @@ def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 def _read(path: Path) -> tuple[int, dict[str, int] | None] | None:
-    """A complete checkpoint's step, and its files if it has a manifest. None: its writing was interrupted."""
+    """The step of a complete checkpoint, and its files if it has a manifest. None if writing was interrupted."""
     try:
         step = int(json.loads((path / saving.STATE_NAME).read_text())["global_step"])
         if not (path / MANIFEST_NAME).exists():
             return step, None
         files = json.loads((path / MANIFEST_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, cut off, or not what it should be
+    except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or malformed
         return None
     return (step, files) if isinstance(files, dict) else None
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint whose writing has ended."""
+    """The newest complete checkpoint."""
     complete = [path for path in _checkpoints(output_dir).values() if _read(path)]
     if not complete:
         raise ValueError(f"No complete checkpoint in output_dir {output_dir!r} to resume from.")
@@ -60,7 +60,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
 
 
 def _resumable_step(path: Path) -> int:
-    """The step to continue from; an error if the folder cannot give back the whole state of the training."""
+    """The step to continue from. Raises if the folder does not hold the whole training state."""
     read = _read(path)
     if read is None:
         raise ValueError(
@@ -74,7 +74,7 @@ def _resumable_step(path: Path) -> int:
             f"{str(path)!r} has been changed since it was saved: {damaged[0]!r} is missing or has another size. Put it "
             "back, or move the folder away and resume from an older checkpoint."
         )
-    if not any(path.glob("rng_state*.pth")):  # what every engine writes, but not under save_only_model
+    if not any(path.glob("rng_state*.pth")):  # every engine writes them, except under save_only_model
         raise ValueError(
             f"{str(path)!r} holds a model but no optimizer state (`save_only_model=True`): training cannot be resumed "
             "from it. Pass it as `model` with a new output_dir to start a new training from its weights."
@@ -83,10 +83,10 @@ def _resumable_step(path: Path) -> int:
 
 
 def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str | None:
-    """Where training starts, after making sure that it will not overwrite anything. Called on the writing process.
+    """Where training starts. Raises if training would overwrite anything. Called on the writing process.
 
-    What an interrupted save left behind is cleared away if it is newer than the checkpoint to resume from. `fresh`: the
-    trainer has not trained yet, so that anything in the folder is somebody else's.
+    Leftovers of an interrupted save are deleted if they are newer than the checkpoint to resume from. `fresh`: the
+    trainer has not trained yet, so files in the folder belong to another run.
     """
     if not given:
         if fresh or _checkpoints(output_dir):
@@ -97,7 +97,7 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
     saving.check_writable(output_dir)
     _recover(Path(output_dir))
     path: Path | None = Path(str(given))
-    if str(given).lower() == "true":  # a command line gives the string
+    if str(given).lower() == "true":  # from a command line it is a string
         killed_early = (Path(output_dir) / _BEGUN).exists() and not any(map(_read, _checkpoints(output_dir).values()))
         path = None if killed_early else Path(last_complete_checkpoint(output_dir))
     step = 0 if path is None else _resumable_step(path)
@@ -118,7 +118,7 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
 
 
 def _remove(path: Path) -> None:
-    """By renaming first: a kill in the middle leaves no half of a folder that looks like a checkpoint."""
+    """Deletes a folder. It is renamed first, so that a kill leaves no partial folder that looks like a checkpoint."""
     doomed = path.with_name(_REMOVED + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -126,7 +126,7 @@ def _remove(path: Path) -> None:
 
 
 def _recover(output_dir: Path) -> None:
-    """Finishes what a kill interrupted: deleting a folder, or replacing a checkpoint by one of the same step."""
+    """Finishes interrupted deletions and interrupted replacements of a checkpoint by one of the same step."""
     for path in output_dir.glob(f"{_REMOVED}*"):
         shutil.rmtree(path, ignore_errors=True)
     for previous in output_dir.glob(f"{_PREVIOUS}*"):
@@ -139,7 +139,7 @@ def _recover(output_dir: Path) -> None:
 
 
 def _begin(path: Path, needed: int) -> None:
-    """An empty folder with an open manifest. A complete checkpoint of the same step is kept until the new one is."""
+    """Makes an empty folder with an open manifest. Keeps a complete checkpoint of that step meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saving.check_space(path.parent, needed)
     if path.exists():
@@ -160,7 +160,7 @@ def _write_manifest(path: Path, files: dict[str, int] | None) -> None:
 
 
 def _finish(path: Path) -> int:
-    """Closes the manifest once everything in the folder is on disk; the bytes there."""
+    """Closes the manifest when everything in the folder is on disk. Returns the bytes in the folder."""
     files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     del files[MANIFEST_NAME]
     flush_tree(path)
@@ -170,26 +170,26 @@ def _finish(path: Path) -> int:
 
 
 def _rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """As `transformers.trainer_utils.rotate_checkpoints`, but no folder is ever half-deleted under its own name."""
+    """As `transformers.trainer_utils.rotate_checkpoints`, but no folder is half-deleted under its own name."""
     if limit is None or limit <= 0:
         return
-    paths = sort_checkpoints(str(run_dir), best_model_checkpoint=best)  # the best one comes second to last
+    paths = sort_checkpoints(str(run_dir), best_model_checkpoint=best)  # the best one is second to last
     protected = {paths[-1], str(Path(best or paths[-1]))} & set(paths)
     for path in paths[: -max(limit, len(protected))]:
         _remove(Path(path))
 
 
 class CheckpointCallback(TrainerCallback):
-    """Opens and closes the manifest of each checkpoint, and rotates old ones only after that.
+    """Opens and closes the manifest of each checkpoint, and deletes old checkpoints only after that.
 
-    Trainer rotates before the other ranks have finished writing, so its `save_total_limit` is kept here meanwhile.
+    Trainer would delete before the other ranks have finished writing. So this class holds its `save_total_limit`.
     """
 
     def __init__(self) -> None:
         self._writing: Path | None = None
         self._limit: int | None = None
         self._args: TrainingArguments | None = None
-        self._size = 0  # of the last checkpoint
+        self._size = 0  # bytes of the last checkpoint
         self._parts: tuple[nn.Module | None, Any] = (None, None)
 
     def on_train_begin(
@@ -197,14 +197,14 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         self._args, self._limit, args.save_total_limit = args, args.save_total_limit, None
         self._size, self._parts = 0, (kwargs["model"], kwargs["optimizer"])
-        if state.global_step >= state.max_steps:  # continued after its end
+        if state.global_step >= state.max_steps:  # a finished training is continued
             control.should_training_stop = True
         if args.save_strategy != "no":
             folder, needed = Path(str(args.output_dir)), saving.saved_bytes(*self._parts)
             saving.agreed(lambda: saving.check_space(folder, needed), args.should_save)
 
     def begin(self, path: Path, writes: bool) -> None:
-        """Before Trainer writes into `path`: room is there, and no old file is."""
+        """Called before Trainer writes into `path`. Checks free space and removes old files."""
         needed = self._size or saving.saved_bytes(*self._parts)
         saving.agreed(lambda: _begin(path, needed), writes)
         self._writing = path
@@ -222,14 +222,14 @@ class CheckpointCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if args.should_save:
             (Path(str(args.output_dir)) / _BEGUN).unlink(missing_ok=True)
-        if args.should_save and self._limit == 1 and best is not None:  # as Trainer: only the best one stays
+        if args.should_save and self._limit == 1 and best is not None:  # as in Trainer, only the best one stays
             for path in _checkpoints(Path(best).parent).values():
                 if not os.path.samefile(path, best):
                     _remove(path)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around a training: says what to do after a save that failed, and gives `save_total_limit` back."""
+        """Context of a training. Explains what to do after a failed save, and restores `save_total_limit`."""
         try:
             yield
         except saving.WRITE_ERRORS as error:

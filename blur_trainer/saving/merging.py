@@ -1,4 +1,4 @@
-"""From an adapter to a model that needs no PEFT to be served."""
+"""Merges an adapter into its base model, so that serving needs no PEFT."""
 
 import shutil
 from pathlib import Path
@@ -22,15 +22,15 @@ def merge_and_save(
 ) -> PreTrainedModel:
     """Adds a trained adapter to its base model's weights, `W + (alpha/r) B A` for LoRA, and saves the whole model.
 
-    The base is loaded unquantized, also where the adapter was trained on a 4-bit one (QLoRA): an update that is small
-    beside the rounding of 4 bits would vanish in it. For one process; on the CPU unless `device_map` says otherwise.
+    The base is loaded unquantized, even if the adapter was trained on a 4-bit one (QLoRA): 4-bit rounding would remove
+    small updates. For one process. It runs on the CPU unless `device_map` says otherwise.
 
     Args:
-        adapter: folder or repository that `save_model` of a PEFT training wrote.
+        adapter: folder or repository written by `save_model` of a PEFT training.
         output_dir: a new folder for weights (safetensors), configuration, tokenizer and model card.
-        base_model: name, path or loaded model. Default: what the adapter was trained on.
-        dtype: of the loaded base. Default: as it is stored.
-        model_kwargs: for `from_pretrained` of the base.
+        base_model: name, path or loaded model. Default: the model that the adapter was trained on.
+        dtype: dtype of the loaded base. Default: the stored one.
+        model_kwargs: arguments of `from_pretrained` of the base.
     """
     saving.check_output_dir(output_dir)
     if (Path(adapter) / saving.ASSISTANT).exists():

@@ -1,4 +1,4 @@
-"""The output directory: nothing in it is overwritten by accident, nothing is left half-written."""
+"""Protects the output directory: nothing is overwritten by accident, nothing is left half-written."""
 
 import errno
 import itertools
@@ -23,10 +23,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from blur_trainer.atomic_write import flush, flush_tree
 
 T = TypeVar("T")
-# what torch, safetensors and Python raise when the disk is full
+# torch, safetensors and Python raise these when the disk is full
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE_NAME = "trainer_state.json"
-ASSISTANT = "assistant/adapter_model.safetensors"  # of a model unlearned by logit difference
+ASSISTANT = "assistant/adapter_model.safetensors"  # the adapter of a logit-difference model
 _ADAPTERS = ("adapter_model.safetensors", ASSISTANT)
 _RUN_FILES = ("model.safetensors", "model.safetensors.index.json", *_ADAPTERS, STATE_NAME)
 _ENTRIES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *_ADAPTERS)
@@ -34,7 +34,7 @@ _SHARD = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
 
 
 def check_output_dir(output_dir: str) -> None:
-    """A directory with another run in it is an error: nothing that the user has is overwritten."""
+    """Raises if the directory holds another run, so that nothing of the user's is overwritten."""
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {output_dir!r} is a file; pass a directory.")
@@ -49,7 +49,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def agreed(act: Callable[[], T], acts: bool) -> T:
-    """What the first process answers, on every process; what `act` raises on any that `acts`, on all of them."""
+    """Calls `act` where `acts`. All processes get the first one's result; an error in one is raised in all."""
     answer: Any = None
     error: Exception | None = None
     if acts:
@@ -65,7 +65,7 @@ def agreed(act: Callable[[], T], acts: bool) -> T:
 
 
 def check_writable(output_dir: str) -> None:
-    """Before training, not at the first save."""
+    """Raises before training, not at the first save, if the directory cannot be written."""
     try:
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
@@ -78,7 +78,7 @@ def check_writable(output_dir: str) -> None:
 
 
 def saved_bytes(model: nn.Module | None, optimizer: Any) -> int:
-    """What a checkpoint takes at least: of sharded weights this process sees only its part."""
+    """Lower bound of a checkpoint's bytes. This process sees only its part of sharded weights."""
     parameters = [] if model is None else list(model.parameters())
     if isinstance(model, PeftModel):
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -88,7 +88,7 @@ def saved_bytes(model: nn.Module | None, optimizer: Any) -> int:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """An error before the first byte is written, if the disk cannot take `needed` bytes."""
+    """Raises before the first byte is written if the disk has less than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -101,7 +101,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def failed(folder: Path, error: BaseException) -> OSError:
-    """Of a save that broke off: what is left, and what to do."""
+    """The error for an interrupted save: what is left, and what to do."""
     return OSError(
         f"Writing {str(folder)!r} failed ({error}). What was saved before is untouched. If the disk is full or a quota "
         "is used up, make room; then save again, or continue a training with `resume_from_checkpoint=True`."
@@ -110,14 +110,14 @@ def failed(folder: Path, error: BaseException) -> OSError:
 
 @contextmanager
 def staged(output_dir: str, writes: bool) -> Iterator[str]:
-    """A folder to save into, whose files replace those in `output_dir` if nothing failed.
+    """Yields a folder to save into. If nothing fails, its files replace those in `output_dir`.
 
-    A kill at any moment leaves a folder that loads the old or the new weights, provided that both are of one
-    architecture (`config.json` is replaced first): see `_replace`.
+    After a kill at any moment `output_dir` loads the old or the new weights, if both have the same architecture
+    (`config.json` is replaced first): see `_replace`.
     """
     staging = Path(output_dir) / ".saving"
     if writes:
-        shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed save
     try:
         yield str(staging)
         if writes and staging.exists():
@@ -130,12 +130,12 @@ def staged(output_dir: str, writes: bool) -> Iterator[str]:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Moves all files over, last the one through which the weights are found; then drops old weights.
+    """Moves all files; the file that leads to the weights comes last. Then deletes old weights.
 
-    `from_pretrained` looks for `model.safetensors`, then for the index. New shards get names that no old shard has, so
-    the old index keeps leading to the old ones.
+    `from_pretrained` looks for `model.safetensors`, then for the index. New shards get new names, so the old index
+    still points to the old shards.
     """
-    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty template: we write a card ourselves
+    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the trainer writes its own card
     _rename_shards(staging, target)
     flush_tree(staging)
     new = {str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()}
@@ -145,7 +145,7 @@ def _replace(staging: Path, target: Path) -> None:
     flush(target)
     if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & new:
         shards = [path.name for path in target.iterdir() if _SHARD.fullmatch(path.name)]
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *shards):  # in this order: what leads there goes first
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *shards):  # first those that point to others
             if name not in new:
                 (target / name).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The arguments of the unlearning trainers: strings and numbers of a command line, made into objectives and a rule."""
+"""The arguments of the unlearning trainers. Builds objectives and rule from the names on a command line."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
 #: what may be set per topic
 _TOPIC_SETTINGS = ("alpha", "coefficient", "max_length")
-#: which config fields are arguments of which rule
+#: rule -> config fields that are its arguments
 _RULE_FIELDS = {
     "blur": ("lower_level", "gamma", "alpha", "clamp"),
     "sum": ("forget_weight", "retain_weight"),
@@ -26,7 +26,7 @@ _RULE_FIELDS = {
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
-    """`TrainingArguments` plus what to forget, how to retain, and how the two gradients meet.
+    """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
         forget_objective: `grad_ascent`, `npo`, `simnpo`, `dpo`, `idk` or `rmu`.
@@ -34,33 +34,34 @@ class UnlearningConfig(TrainingArguments):
         retain_objective: `nll`, `kl` or `activation_match`.
         retain_objective_kwargs: its arguments.
         rule: `blur`, `sum`, `pcgrad` or `mgda`.
-        gamma, alpha, lower_level, clamp: of the rule `blur`, see [`BLUR`].
-        forget_weight, retain_weight: of the rule `sum`, see [`Sum`].
-        train_layers: train these decoder layers only, e.g. `5,6,7`; all else is frozen. Of a PEFT model: its adapter
-            there.
-        train_parameters: train only parameters whose name this regular expression is found in, e.g. `mlp.down_proj`.
-        topics: where `forget_dataset` is a mapping of topics, settings of some of them, as a dict or JSON such as
+        gamma, alpha, lower_level, clamp: arguments of the rule `blur`, see [`BLUR`].
+        forget_weight, retain_weight: arguments of the rule `sum`, see [`Sum`].
+        train_layers: train only these decoder layers, e.g. `5,6,7`. For a PEFT model: the adapter in these layers.
+        train_parameters: train only parameters whose name contains a match of this regular expression, e.g.
+            `mlp.down_proj`.
+        topics: settings per topic, if `forget_dataset` is a mapping of topics. A dict or JSON such as
             `{"bio": {"coefficient": 6.5, "alpha": 1200, "max_length": 512}}`: `coefficient` of [`RMU`], `alpha` of
-            [`BLUR`], `max_length` of the topic's examples. What is not named is as for all.
-        repeat_topics: go through a topic again that has fewer examples than are wanted (else an error).
+            [`BLUR`], `max_length` of the topic's examples. Missing settings are those of the whole training.
+        repeat_topics: repeat a topic that has too few examples. Otherwise that is an error.
         precompute_ref_logps: compute the reference's log-probabilities of the forget set once, before training, and
-            keep no reference model in memory. For objectives that need log-probabilities only (`npo`, `dpo`).
-        fused_lm_head: log-probabilities without the logits of the whole vocabulary, through TRL's fused LM head: same
-            numbers, less memory. `None`: on GPUs where the model suits (on a CPU it is slower). `kl` needs logits.
-        offload_forget_gradient: keep this process's forget gradient in the CPU's memory while the retain gradient is
-            computed: one gradient copy less on the GPU, exact, two copies over the bus per step.
-        single_gradient_buffer: keep no second gradient at all: the rule's inner product comes from forward-mode
-            differentiation. One process or DDP, the rules `sum` and `blur` with `lower_level="forget"`; more time.
-        max_length: longest example in tokens. `text` is cut into chunks of it, other formats are truncated from the
-            right. `None`: the model's context length.
+            keep no reference model in memory. For objectives that need only log-probabilities (`npo`, `dpo`).
+        fused_lm_head: compute log-probabilities by TRL's fused LM head, without logits: same numbers, less memory.
+            `None`: on GPUs, if the model suits (on a CPU it is slower). `kl` needs logits.
+        offload_forget_gradient: keep the forget gradient in the CPU's memory during the retain pass. The GPU holds one
+            gradient copy less; the result is the same; each step makes two copies over the bus.
+        single_gradient_buffer: keep no second gradient. The rule's inner product comes from forward-mode
+            differentiation, which takes more time. For one process or DDP, and the rules `sum` and `blur` with
+            `lower_level="forget"`.
+        max_length: longest example in tokens. `text` is cut into pieces of this length, other formats are truncated on
+            the right. `None`: the model's context length.
         drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
         qa_template: prompt of a `question`/`answer` row where the tokenizer has no chat template.
-        dataset_num_proc: processes of the tokenization.
+        dataset_num_proc: number of processes for tokenization.
         max_skipped_steps: stop with an error after so many steps in a row without a finite gradient.
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name.
     """
 
-    #: what the two objectives may be called
+    #: the accepted names of the two objectives
     forget_objectives: ClassVar[dict[str, type[Objective]]] = FORGET_OBJECTIVES
     retain_objectives: ClassVar[dict[str, type[Objective]]] = RETAIN_OBJECTIVES
 
@@ -124,14 +125,14 @@ class UnlearningConfig(TrainingArguments):
         default=None, metadata={"help": "Arguments of `from_pretrained` as JSON, when the model is given by name."}
     )
 
-    # Defaults of TrainingArguments that suit unlearning: a trained model moves gently, and its curves are looked at.
+    # Other defaults than TrainingArguments': a gentle learning rate, and frequent logs.
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
 
     def __post_init__(self) -> None:
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs", "topics"):
             setattr(self, name, _parse_dict(name, getattr(self, name)))
-        self.remove_unused_columns = False  # batches are nested; the collator picks what objectives need
+        self.remove_unused_columns = False  # batches are nested; the collator selects the columns
         prepare_cpu_engine(self)
         super().__post_init__()
         join_cpu_processes(self)
@@ -144,7 +145,7 @@ class UnlearningConfig(TrainingArguments):
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
         _check_topics(self.topics)
-        # Everything by name is built once here, so that a typo is an error before any model is loaded.
+        # Build everything once, so that a typo raises before any model is loaded.
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 
     def build_forget_objective(self) -> Objective:
@@ -159,7 +160,7 @@ class UnlearningConfig(TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearningConfig":
-        """The same settings as this class: a plain `TrainingArguments` (or another preset) is a fine start."""
+        """Makes this class from a plain `TrainingArguments` or another preset, with the same settings."""
         own = {f.name for f in fields(cls) if f.init}
         return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
 

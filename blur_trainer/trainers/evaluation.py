@@ -1,4 +1,4 @@
-"""Evaluation during training: Trainer's own on datasets, and benchmark suites on the same schedule."""
+"""Evaluation during training: Trainer's own on datasets, and `benchmarks` on the same schedule."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ class EvaluationMixin(_Base):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Trainer's evaluation of `eval_dataset`, and the benchmarks where no dataset is given here."""
-        # an evaluation draws numbers (a dataloader its seed, a benchmark its samples): dropout must not notice
+        # evaluations draw random numbers, which must not change the dropout of training
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             metrics = self._evaluate_datasets(eval_dataset, ignore_keys, metric_key_prefix)
@@ -52,7 +52,7 @@ class EvaluationMixin(_Base):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As Trainer's, but losses in several processes are those of one with the same `per_device_eval_batch_size`.
+        """As Trainer's, but several processes give the loss of one with the same `per_device_eval_batch_size`.
 
         Differs from transformers 5.23: there a batch's loss is divided by the tokens of all processes, and the rows
         that are repeated to fill the last batches count in both sums.
@@ -61,7 +61,7 @@ class EvaluationMixin(_Base):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = send_to_device(inputs, self.args.device)
         loader = self.accelerator.gradient_state
-        if loader.end_of_dataloader and loader.remainder > 0:  # rows of all processes' last batches, without repeats
+        if loader.end_of_dataloader and loader.remainder > 0:  # rows in the last batches, without repeats
             count = len(inputs["labels"])
             real = min(max(loader.remainder - count * self.args.process_index, 1), count)
             inputs = {name: value[:real] for name, value in inputs.items()}

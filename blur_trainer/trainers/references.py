@@ -1,4 +1,4 @@
-"""The reference model in a trainer: made, sharded like the trained one, or asked once and then not needed."""
+"""Makes the trainer's reference model, shards it like the trained one, or precomputes its log-probabilities."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
 from blur_trainer.trainers.setup import reads_logps_only
 
-#: in `output_dir`: what the reference said, for a resumed training, whose model is another one by then
+#: file in `output_dir` with the reference's log-probabilities; a resumed training cannot recompute them
 LOGPS_NAME = "reference_logps.safetensors"
 
 
@@ -40,9 +40,9 @@ def make_reference(
     args: UnlearningConfig,
     source: tuple[Any, Any] = (None, None),
 ) -> Reference | None:
-    """The reference that training needs in memory, `None` if none: see the table of `blur_trainer.models.reference`.
+    """The reference that training needs in memory, or `None`: see the table of `blur_trainer.models.reference`.
 
-    `source`: name and keyword arguments that the model was loaded with, where it was given by name.
+    `source`: name and keyword arguments of the model's loading, if it was given by name.
     """
     readers, num_layers = readers_of(objectives, args)
     if ref_model is not None and not any(o.needs_reference for o in objectives.values()):
@@ -64,7 +64,7 @@ def make_reference(
     if not is_partitioned(model):
         if num_layers is None:
             return FrozenModel.copy_of(model)
-        # what an engine shards or casts, it replaces: only elsewhere can frozen parameters be shared
+        # engines that shard or cast replace parameters, so frozen parameters can be shared only without them
         share = not any(engine_requested(args, engine) for engine in ("fsdp", "deepspeed"))
         return FrozenModel(frozen_lower(model, num_layers, share))
     name, kwargs = source
@@ -79,7 +79,7 @@ def make_reference(
 
 
 def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> tuple[list[Objective], int | None]:
-    """The objectives that read a reference in memory, and how many of its layers they look at, `None` for all of it."""
+    """The objectives that need a reference in memory, and how many of its layers they need (`None`: all)."""
     precomputed = {"forget"} if args.precompute_ref_logps and reads_logps_only(objectives["forget"]) else set()
     readers = [o for role, o in objectives.items() if o.needs_reference and role not in precomputed]
     tops = [reader.top_layer for reader in readers if reader.top_layer is not None]
@@ -87,21 +87,21 @@ def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> t
 
 
 def shard_reference(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """A frozen model on the trainer's devices, in the trained model's precision, sharded where that one is."""
+    """Moves a frozen model to the trainer's devices, in the trained model's precision, sharded if that one is."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         return fsdp2_prepare_model(accelerator, model)
-    if getattr(model, "hf_device_map", None) is None:  # else placed when it was loaded, and a quantized one stays there
+    if getattr(model, "hf_device_map", None) is None:  # a device map placed it at loading; quantized models cannot move
         model.to(accelerator.device)
-    return model  # not `Accelerator.prepare_model`, which would hold on to it when its numbers are there
+    return model  # `Accelerator.prepare_model` would keep it alive after its numbers are computed
 
 
 class PrecomputeCallback(TrainerCallback):
-    """Before the first step, `log p_ref` of every forget answer (and refusal) becomes a column of the forget set.
+    """Before the first step, adds `log p_ref` of every forget answer (and refusal) as a column of the forget set.
 
-    Each process does its part, with the prepared model, so that it needs no more memory than training does. A resumed
-    training reads what the first one wrote.
+    Each process computes its part with the prepared model, so it needs no more memory than training. A resumed training
+    reads the file of the first one.
 
     Args:
         accelerator, collator, dataset: the trainer's. Nothing is done where `dataset` is not paired.
@@ -141,7 +141,7 @@ class PrecomputeCallback(TrainerCallback):
 
     def _asked(self) -> Reference:
         given, self.ref_model = self.ref_model, None
-        if self.reference is not None:  # the retain objective keeps one in memory anyway
+        if self.reference is not None:  # the retain objective needs one in memory anyway
             return self.reference
         if given is not None:
             return FrozenModel(shard_reference(self.accelerator, given))
@@ -168,7 +168,7 @@ class PrecomputeCallback(TrainerCallback):
 
 
 def _digest(forget: datasets.Dataset) -> str:
-    """Of the tokens and the answers: numbers of other data are not taken over."""
+    """Digest of tokens and answers, so that numbers of other data are not reused."""
     digest = hashlib.sha256()
     for row in forget:
         for name in ("input_ids", "labels"):

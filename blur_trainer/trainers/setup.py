@@ -1,4 +1,4 @@
-"""Everything that is checked or loaded before training starts: arguments, model, tokenizer, reference."""
+"""Checks and loads everything before training: arguments, model, tokenizer, reference."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +17,13 @@ from blur_trainer.trainers.config import UnlearningConfig
 
 
 def resolve_args(config_class: type[UnlearningConfig], args: Any, model: Any) -> UnlearningConfig:
-    """The arguments as `config_class`; a default `output_dir` is named after the model and the class, as in TRL."""
+    """The arguments as `config_class`. The default `output_dir` is named after model and class, as in TRL."""
     if args is None:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         name = (name or type(model).__name__).rstrip("/").split("/")[-1]
         return config_class(f"{name}-{config_class.__name__.removesuffix('Config')}")
     if isinstance(args, UnlearningConfig):
-        if args.forget_objectives is not config_class.forget_objectives:  # one remembers what the other forgets
+        if args.forget_objectives is not config_class.forget_objectives:  # ULD learns what others forget
             raise TypeError(
                 f"`args` is a `{type(args).__name__}`, whose objectives are another trainer's: pass a "
                 f"`{config_class.__name__}`."
@@ -43,7 +43,7 @@ def check_rule(rule: Any) -> None:
 
 
 def check_retain_free(rule: Rule) -> None:
-    """Without a retain dataset, only a rule that gives it no weight makes sense."""
+    """Raises if there is no retain dataset but the rule gives retain a weight."""
     if not (isinstance(rule, Sum) and rule.retain_weight == 0):
         raise ValueError(
             f"`retain_dataset` is missing, and the rule {rule} combines two gradients: pass retain examples, or "
@@ -76,7 +76,7 @@ def reads_logps_only(objective: Objective) -> bool:
 
 
 def choose_heads(args: UnlearningConfig, *models: Any) -> None:
-    """Of every model that answers log-probabilities: see `UnlearningConfig.fused_lm_head`."""
+    """Chooses the LM head of every model that computes log-probabilities: see `UnlearningConfig.fused_lm_head`."""
     for model in models:
         model = model.model if isinstance(model, FrozenModel) else model
         if isinstance(model, PreTrainedModel | PeftModel):
@@ -86,7 +86,7 @@ def choose_heads(args: UnlearningConfig, *models: Any) -> None:
 def load_model(
     model: Any, args: UnlearningConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel | PeftModel:
-    """The model to train: loaded where a name was given (safetensors only), wrapped where `peft_config` was."""
+    """The model to train: loaded if it is a name (safetensors only), wrapped if there is a `peft_config`."""
     if isinstance(model, str):
         model = load_pretrained(model, args.model_init_kwargs or {})
     elif not isinstance(model, PreTrainedModel | PeftModel):
@@ -128,7 +128,7 @@ def load_tokenizer(
         return None
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # a folder or repository with weights only
+    except (OSError, ValueError):  # the folder or repository has no tokenizer
         return None
 
 
@@ -137,7 +137,7 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase | None,
     ref_model: PreTrainedModel | None,
 ) -> None:
-    """A token id that one side does not have is an index error on the CPU and garbage on a GPU: an error here."""
+    """Raises if model, tokenizer and reference differ in vocabulary. On a GPU wrong ids would give garbage."""
     if ref_model is not None and not isinstance(ref_model, PreTrainedModel | PeftModel):
         raise TypeError(f"`ref_model` must be a loaded model, got `{type(ref_model).__name__}`.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -169,13 +169,13 @@ def vocabulary_size(model: PreTrainedModel | PeftModel) -> int:
 
 
 def context_length(model: PreTrainedModel | PeftModel, max_length: int | None) -> int | None:
-    """`max_length`, but no more than the model has positions for."""
+    """`max_length`, limited to the model's number of positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min((n for n in (max_length, positions) if n is not None), default=None)
 
 
 def pad_token_id(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Any valid id does (padding is masked): the tokenizer's pad or eos, else the model's, else 0."""
+    """The tokenizer's pad or eos id, else the model's, else 0. Padding is masked, so any valid id will do."""
     config = model.config.get_text_config()
     owners = [tokenizer, config] if tokenizer is not None else [config]
     for name in ("pad_token_id", "eos_token_id"):

@@ -1,12 +1,12 @@
-"""The step with one gradient buffer: `.grad` holds the forget gradient, then the combination, and there is no slot.
+"""The step with one gradient buffer and no slots: `.grad` holds the forget gradient, then the combination.
 
     forget pass                   .grad = g_f
-    forward mode, retain loss     <g_f, g_r>, along `.grad`: g_r itself is not made
-    rule                          w, of a rule that does not ask for ||g_r||
-    scale, retain pass            .grad = w_f g_f + w_r g_r, the retain loss weighted before its backward pass
+    forward mode, retain loss     <g_f, g_r> along `.grad`, without computing g_r
+    rule                          w, from a rule that does not need ||g_r||
+    scale, retain pass            .grad = w_f g_f + w_r g_r; the retain loss is weighted before its backward pass
 
-Exact under DDP without further ado: what its last reduction averages is equal on all processes (`w_f g_f`, reduced
-already) plus each one's share of `w_r g_r`. `||g_r||`, for the log, follows from the norm of the combination.
+This is exact under DDP. Its last reduction averages `w_f g_f`, which is equal on all processes, plus each process's
+share of `w_r g_r`. `||g_r||`, for the log, follows from the norm of the combination.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from blur_trainer.trainers.step import Step, objective_pass, record
 
 
 def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, Any]) -> None:
-    """Raises `ValueError`, by name, for what a single gradient buffer cannot do; before any model is loaded."""
+    """Raises `ValueError` for settings that a single gradient buffer does not support, before any model is loaded."""
     if not args.single_gradient_buffer:
         return
     checkpointing: Any = args.activation_checkpointing_kwargs or {}
@@ -55,7 +55,7 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
 
 
 def check_forward_mode(model: Any, args: UnlearningConfig, engine: DistributedType) -> None:
-    """Raises `NotImplementedError` where the engine shards, or one of the model's kernels has no forward mode."""
+    """Raises `NotImplementedError` if the engine shards, or a kernel of the model has no forward mode."""
     if not args.single_gradient_buffer:
         return
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -67,7 +67,7 @@ def check_forward_mode(model: Any, args: UnlearningConfig, engine: DistributedTy
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tangents = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     try:
-        with evaluating(model):  # no dropout, which would draw random numbers
+        with evaluating(model):  # without dropout, which would draw random numbers
             directional_derivative(model, tangents, lambda m: forward(m, batch).sum())
     except NotImplementedError as error:
         raise NotImplementedError(
@@ -78,24 +78,24 @@ def check_forward_mode(model: Any, args: UnlearningConfig, engine: DistributedTy
 
 
 def one_buffer_step(step: Step) -> Tensor:
-    """Both passes over the window; `.grad` is the combination, or empty where it is not finite."""
+    """Runs both passes over the window. `.grad` becomes the combination, or empty if it is not finite."""
     backend, rule = step.backend, step.rule
     losses = {"forget": objective_pass(step, "forget")}
     gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
     gramian[0, 0] = _squared_norm(backend)
     weights = rule(gramian)
-    if gramian[0, 0].isfinite() and not weights.isfinite().all():  # a fixed sum does not ask for the inner product
+    if gramian[0, 0].isfinite() and not weights.isfinite().all():  # a fixed sum does not need the inner product
         gramian[0, 1] = gramian[1, 0] = _inner_product(step)
         weights = rule(gramian)
-    # NaN in the inner product is one that was not asked for, or in the weights too; a clamp may hide inf
+    # NaN in the inner product: it was not computed, or the weights are NaN too. A clamp may hide inf.
     finite = bool(gramian[0, 0].isfinite() and weights.isfinite().all() and not gramian[0, 1].isinf())
     if finite:
         forget_weight, retain_weight = weights.tolist()
         gradients = _gradients(backend)
-        if gradients:  # foreach refuses empty lists
+        if gradients:  # foreach does not accept empty lists
             torch._foreach_mul_(gradients, forget_weight)
         losses["retain"] = objective_pass(step, "retain", retain_weight)
-        combined = _squared_norm(backend)  # finite only where the retain gradient is
+        combined = _squared_norm(backend)  # finite only if the retain gradient is
         finite = bool(combined.isfinite())
         gramian[1, 1] = _retain_norm(combined, gramian, weights)
     if not finite:
@@ -108,13 +108,13 @@ def _gradients(backend: GradientBackend) -> list[Tensor]:
 
 
 def _squared_norm(backend: GradientBackend) -> Tensor:
-    """0-d float64 on the CPU, the same on every process."""
+    """Squared norm of `.grad`, 0-d float64 on the CPU, equal on every process."""
     gradients = _gradients(backend)
     return inner_products(gradients, [None] * len(gradients))[0]
 
 
 def _retain_norm(combined: Tensor, gramian: Tensor, weights: Tensor) -> Tensor:
-    """`||g_r||^2` from `||w_f g_f + w_r g_r||^2`, for the log; NaN where it is lost in the rounding of the rest."""
+    """`||g_r||^2` from `||w_f g_f + w_r g_r||^2`, for the log. NaN if rounding hides it."""
     forget, retain = weights
     known = torch.stack([forget**2 * gramian[0, 0], 2 * forget * retain * gramian[0, 1]])
     rest = combined - known.sum()
@@ -122,12 +122,12 @@ def _retain_norm(combined: Tensor, gramian: Tensor, weights: Tensor) -> Tensor:
 
 
 def _inner_product(step: Step) -> Tensor:
-    """`<g_f, g_r>`, `g_f` in `.grad`, of all processes. Their model is read beneath DDP: nothing is to be reduced."""
+    """`<g_f, g_r>` over all processes, with `g_f` in `.grad`. Uses the model below DDP, so that DDP reduces nothing."""
     model = step.accelerator.unwrap_model(step.backend.model, keep_torch_compile=False)
     tangents = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     objective, num_items, device = step.objectives["retain"], step.counts["retain"], step.device
     total = torch.zeros((), device=device)
-    # the retain pass then draws the same dropout masks
+    # so that the retain pass draws the same dropout masks
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type):
         for batch in step.window:

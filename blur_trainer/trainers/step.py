@@ -1,4 +1,4 @@
-"""The optimizer step up to `.grad`: one pass over the accumulation window per objective, the rule, the combination."""
+"""The optimizer step up to `.grad`: one pass over the accumulation window per objective, rule, combination."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -49,7 +49,7 @@ def two_slot_step(step: Step) -> Tensor:
     gramian = backend.gramian()
     weights = step.rule(gramian)
     finite = bool(gramian.isfinite().all() and weights.isfinite().all())
-    # a loss scaler skips the step itself and lowers its scale: NaN must reach it, also where only the norm is inf
+    # A loss scaler skips the step itself and lowers its scale. So it must see NaN, even if only the norm is inf.
     if finite or backend.skips_overflow:
         backend.write(weights if finite else weights * torch.nan)
     else:

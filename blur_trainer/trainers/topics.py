@@ -1,4 +1,4 @@
-"""Topics in a trainer: their settings, the objective and the rule of each, and the dataset that alternates them."""
+"""Topics in a trainer: settings, objective and rule of each topic, and the dataset that alternates them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ _SPLITS = {"train", "validation", "test"}
 
 
 def topic_names(forget: Any) -> tuple[str, ...]:
-    """The topics of a forget dataset: none unless it is a mapping of datasets, and not of splits (which is refused)."""
+    """The topics of a forget dataset, if it is a mapping of datasets. A mapping of splits is no topics."""
     splits = isinstance(forget, datasets.DatasetDict | datasets.IterableDatasetDict)
     topics = isinstance(forget, Mapping) and not splits and not set(forget) <= _SPLITS
     return tuple(forget) if topics else ()
 
 
 def settle_topics(objectives: dict[str, Objective], rule: Rule, forget: Any, args: UnlearningConfig) -> list[Rule]:
-    """Tells the forget objective its topics; the rule of each, none if there are none. Raises for what does not go."""
+    """Gives the forget objective its topics and returns the rule of each topic. Raises for wrong combinations."""
     names = topic_names(forget)
     if unknown := sorted(set(settings_of(args)) - set(names)):
         have = f"topics {list(names)}" if names else "no topics: give a mapping, topic -> dataset"
@@ -45,7 +45,7 @@ def settings_of(args: UnlearningConfig) -> dict[str, Any]:
 
 
 def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningConfig) -> Objective:
-    """RMU with a vector and a coefficient per topic; every other objective as it is, and refuses a coefficient."""
+    """Gives RMU a vector and a coefficient per topic. Other objectives do not change and accept no coefficient."""
     own = {topic: s["coefficient"] for topic, s in settings_of(args).items() if "coefficient" in s}
     if not isinstance(objective, RMU):
         if own:
@@ -58,12 +58,12 @@ def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningC
     return dataclasses.replace(objective, topics=topics, coefficient=spread | own)
 
 
-#: what a topic's `alpha` is of each rule: the weight that retaining has
+#: rule -> the argument that a topic's `alpha` sets: the weight of retaining
 _ALPHA: dict[type, str] = {BLUR: "alpha", Sum: "retain_weight"}
 
 
 def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: UnlearningConfig) -> list[Rule]:
-    """The rule of each topic, in their order."""
+    """The rule of each topic, in the order of the topics."""
     own = {topic: s["alpha"] for topic, s in settings_of(args).items() if "alpha" in s}
     if not own:
         return [rule] * len(topics)
@@ -75,7 +75,7 @@ def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: UnlearningConfig) 
 
 
 def alternate(forget: Mapping[str, Any], retain: Any, args: UnlearningConfig) -> TopicDataset:
-    """Topic after topic, step by step; Trainer reads it in sequence."""
+    """The dataset that alternates the topics step by step. Trainer reads it sequentially."""
     for role, given in (("forget", forget), ("retain", retain if isinstance(retain, Mapping) else {})):
         for topic, rows in given.items():
             if isinstance(rows, datasets.IterableDataset):
@@ -86,7 +86,7 @@ def alternate(forget: Mapping[str, Any], retain: Any, args: UnlearningConfig) ->
     config: Any = args.accelerator_config
     processes = 1 if config.split_batches else args.world_size
     block = args.train_batch_size * processes * args.gradient_accumulation_steps
-    args.train_sampling_strategy = "sequential"  # the order is the dataset's own
+    args.train_sampling_strategy = "sequential"  # the dataset defines the order
     seed = args.seed if args.data_seed is None else args.data_seed
     steps = args.max_steps if args.max_steps > 0 else None
     return TopicDataset(forget, retain, block, seed, steps, args.repeat_topics)

@@ -37,22 +37,22 @@ from blur_trainer.trainers.trainable import choose_trainable
 class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     """Unlearning = a forget objective x a retain objective x a gradient rule, inside `transformers.Trainer`.
 
-    Per optimizer step: one pass over the accumulation window for the forget objective, one for the retain objective,
-    the rule turns the Gramian of both gradients into two weights, and `.grad` becomes the weighted sum. Clipping,
-    optimizer, scheduler, checkpoints and everything else are Trainer's own. The `loss` it logs is
-    `w_forget * loss/forget + w_retain * loss/retain`: the scalar whose gradient (weights held) the optimizer receives.
+    Each optimizer step makes one pass over the accumulation window for the forget objective and one for the retain
+    objective. The rule turns the Gramian of both gradients into two weights, and `.grad` becomes the weighted sum.
+    Clipping, optimizer, scheduler, checkpoints and everything else are Trainer's own. The logged `loss` is
+    `w_forget * loss/forget + w_retain * loss/retain`; with fixed weights, its gradient is what the optimizer receives.
 
     Args:
         model: a model, a `PeftModel`, or a name or path for `from_pretrained`.
-        args: an [`UnlearningConfig`] (any `TrainingArguments` is taken over). Default: the class's own defaults.
+        args: an [`UnlearningConfig`], or any `TrainingArguments`. Default: the defaults of the class.
         forget_dataset: what to forget, a `Dataset`, `IterableDataset` or list with the columns `text`,
             `prompt`/`completion`, `messages`, `question`/`answer` or `input_ids`(/`labels`). Or a mapping of topics to
             datasets: optimizer steps go through the topics in turns, see `UnlearningConfig.topics`.
-        retain_dataset: what to keep, likewise; with topics, one for each or one for all. May be left out only under
+        retain_dataset: what to keep, in the same formats. With topics: one for each, or one for all. Optional only with
             `Sum(retain_weight=0)`.
         eval_dataset: a dataset, or a dict of datasets, whose NLL is evaluated on the schedule of `eval_strategy`.
         processing_class: the tokenizer. Default: the one beside the model.
-        peft_config: wraps the model, e.g. in LoRA. Its reference model is then the model with the adapter off.
+        peft_config: wraps the model, e.g. in LoRA. The reference model is then the model with the adapter off.
         ref_model: the reference model. Default: the model before training, see `blur_trainer.models.reference`.
         forget_objective, retain_objective: an [`Objective`]. Default: from `args`.
         rule: `(2, 2)` Gramian -> `(2,)` weights, e.g. [`BLUR`] or a TorchJD `Weighting`. Default: from `args`.
@@ -96,7 +96,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         setup.check_objectives(self.objectives, args.precompute_ref_logps)
         check_single_buffer(args, self.rule, self.objectives)
         self._topic_rules = settle_topics(self.objectives, self.rule, forget_dataset, args)
-        set_seed(args.seed)  # adapters are drawn before Trainer seeds
+        set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
         source = (model, args.model_init_kwargs)
         model = self._load_model(model, args, peft_config)
         self.trained = choose_trainable(model, args.train_layers, args.train_parameters, self.objectives)
@@ -113,7 +113,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             args=args,
             data_collator=UnlearningCollator(setup.pad_token_id(model, tokenizer)),
             train_dataset=pair(forget, retain, args),
-            # Trainer wants a dataset for its schedule; benchmarks bring their own data
+            # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
             callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
@@ -125,7 +125,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
 
     def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-        """What is trained."""
+        """The model to train."""
         return setup.load_model(model, args, peft_config)
 
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:
@@ -150,8 +150,8 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Mapping[str, Batch]], dict[str, Tensor] | None]:
-        """The accumulation window, and per role the items that all processes have in it: the divisor of its loss."""
-        if self.control.should_training_stop:  # resumed from the last step: Trainer would go one further
+        """The accumulation window, and per role the number of items over all processes, which divides its loss."""
+        if self.control.should_training_stop:  # resumed from the last step: Trainer would make one more
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = []
@@ -167,8 +167,8 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Keeps the micro-batch; on the window's last one, runs the whole step up to `.grad`."""
-        # not Trainer's `_prepare_inputs`, which casts floats to a DeepSpeed model's bf16: log-probabilities need more
+        """Keeps the micro-batch. On the last one of the window, runs the whole step up to `.grad`."""
+        # Trainer's `_prepare_inputs` would cast `ref_logps` to a DeepSpeed model's bf16, which is too coarse
         self._window.append(send_to_device(inputs, self.args.device))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -206,19 +206,19 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to each training log what the steps since the last one were like."""
+        """Adds the values of the steps since the last log to each training log."""
         if "loss" in logs:
             logs |= self.step_log.drain()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of both roles: Trainer asks per micro-batch, and ours are nested."""
+        """The operations of both roles in a micro-batch."""
         return sum(int(super(UnlearningTrainer, self).floating_point_ops(inputs[role])) for role in self.objectives)
 
     # ---- beginning and end ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`. Nothing in `output_dir` is overwritten; resuming passes over an interrupted save."""
+        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints."""
         given, fresh = resume_from_checkpoint, self.state.global_step == 0
         start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
         self._precompute.resumed_from = start

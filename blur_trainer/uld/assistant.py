@@ -1,4 +1,4 @@
-"""The assistant that ULD trains, and the target that it belongs to: loaded together, or only as far as needed."""
+"""The assistant that ULD trains, and its target. Loads only as many layers as are needed."""
 
 import copy
 from typing import Any
@@ -16,17 +16,17 @@ from blur_trainer.trainers.cpu import engine_requested
 
 class Assistant:
     """
-    The model that is trained, and how it becomes a [`LogitDifferenceModel`].
+    The trained model, and how it becomes a [`LogitDifferenceModel`].
 
-    Given by name, only the target's lower layers are loaded, unless `whole`: training needs no more. Given as a model,
-    or with `whole`, the assistant shares the target's weights.
+    If the target is a name, only its lower layers are loaded, because training needs no more. If it is a model, or with
+    `whole`, the assistant shares the target's weights.
 
     Args:
         target: the model to unlearn from, or its name.
-        num_layers: the assistant's, a quarter of the target's if `None`.
-        lora: of the assistant, as for `lora_assistant`.
-        whole: the unlearned model is needed during training.
-        args: of the training, for `model_init_kwargs` and the engine.
+        num_layers: layers of the assistant. `None`: a quarter of the target's.
+        lora: configuration of the assistant's LoRA, as for `lora_assistant`.
+        whole: whether the unlearned model is needed during training.
+        args: the training arguments, for `model_init_kwargs` and the engine.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Assistant:
             )
 
     def composed(self, weight: float, top_logit_filter: float) -> LogitDifferenceModel:
-        """Target and assistant as one model, sharing the target's weights. What is trained on shows in it at once where
-        they were shared before; else the target is loaded now, and the assistant is a copy."""
+        """Target and assistant as one model that shares the target's weights. If they shared weights before, further
+        training changes it too. Otherwise the target is loaded now, and the assistant is a copy."""
         target: Any = self.target
         model = self.model
         if target is None:
@@ -82,7 +82,7 @@ class Assistant:
         return LogitDifferenceModel(self.config(weight, top_logit_filter), target.to(device), model.to(device))
 
     def config(self, weight: float, top_logit_filter: float) -> LogitDifferenceConfig:
-        """Of the unlearned model."""
+        """The configuration of the unlearned model."""
         return LogitDifferenceConfig(
             target=self.name,
             num_assistant_layers=self.model.config.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""A model for the time of an attack: what an attacker holds of it, and all of it as before afterwards."""
+"""Prepares a model for an attack and restores it afterwards, bit for bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from blur_trainer.models.logit_difference import LogitDifferenceModel
 
 
 def check_attackable(model: nn.Module) -> None:
-    """Raises for a model whose weights are not all here, as floating point numbers that can be changed."""
+    """Raises unless all weights of the model are on this process, as floating point numbers that can be changed."""
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TypeError(
             f"`model` is a `{type(model).__name__}`; it takes a loaded model, a `PreTrainedModel` or a `PeftModel`. "
@@ -35,14 +35,14 @@ def check_attackable(model: nn.Module) -> None:
 @contextmanager
 def under_attack(model: nn.Module) -> Iterator[None]:
     """
-    Inside, parameters and buffers may be changed, and the adapters in use are merged into what they adapt: whoever is
-    given the model has one set of weights. Whatever happens, afterwards all is bit for bit as before, in place.
+    Inside, parameters and buffers may be changed, and active adapters are merged into their layers, as an attacker who
+    has the model could do. On exit everything is restored in place, bit for bit, even after an exception.
 
-    Not merged are those of a [`LogitDifferenceModel`], which share what they adapt with the target.
+    The adapters of a [`LogitDifferenceModel`] are not merged, because their layers are shared with the target.
     """
     check_attackable(model)
-    tensors = [*model.parameters(), *model.buffers()]  # a shared one once
-    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]  # the accelerator's memory is for the attack
+    tensors = [*model.parameters(), *model.buffers()]  # a shared tensor appears once
+    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]  # saves the accelerator's memory
     layers = [] if isinstance(model, LogitDifferenceModel) else _in_use(model)
     try:
         for layer in layers:
@@ -59,11 +59,11 @@ def under_attack(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """
-    The weights that fine-tuning changes, with `requires_grad` and no gradient; the model in evaluation mode, autograd
-    off but where it is enabled. Afterwards flags, gradients and modes are as before.
+    Yields the weights that fine-tuning changes. They require gradients and have none yet. The model is in evaluation
+    mode, and autograd is off unless it is enabled inside. On exit flags, gradients and modes are restored.
 
-    They are all that are floating point, and of a [`LogitDifferenceModel`] the adapter's: no gradient passes through
-    its target.
+    These are all floating point weights; for a [`LogitDifferenceModel`] only the adapter's, because no gradient passes
+    through its target.
     """
     adapters, of_adapter = adapter_weights(model), isinstance(model, LogitDifferenceModel)
     chosen = [p for p in model.parameters() if p.is_floating_point() and (id(p) in adapters) == of_adapter]
@@ -90,7 +90,7 @@ def adapter_weights(model: nn.Module) -> set[int]:
 
 
 def rounded_weights(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that quantizers round: of each `nn.Linear` but output embeddings and adapters, a shared one once."""
+    """The weights that quantizers round: those of each `nn.Linear` except output embeddings and adapters, each once."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     heads = [head for part in parts if (head := part.get_output_embeddings()) is not None]
     spared = {id(parameter) for head in heads for parameter in head.parameters()} | adapter_weights(model)

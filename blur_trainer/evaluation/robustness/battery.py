@@ -1,4 +1,4 @@
-"""Whether it was forgotten or only hidden: measure again after relearning, quantization, or another prompt.
+"""Tells forgotten from hidden: measures again after relearning, after quantization, or with another prompt.
 
 Each function takes an evaluation (any function from a model to numbers: [`MUSEEvaluation`], [`TOFUEvaluation`],
 [`WMDPEvaluation`], [`LMEval`]), leaves the model bit for bit as it was, and answers plain data, which
@@ -32,9 +32,9 @@ def quantized(
     The evaluation with the weights rounded to `bits` ([`quantize_dequantize`]): small steps of unlearning may vanish
     in it.
 
-    The weights of every `nn.Linear` are rounded but those of output embeddings, as usual quantizers do. An adapter is
-    merged first: beside a rounded base it would stay as it was. Of a [`LogitDifferenceModel`] it does, which is how
-    such a model would be served.
+    As usual quantizers do, it rounds the weights of every `nn.Linear` except output embeddings. An adapter is merged
+    first; otherwise it would stay unrounded. The adapter of a [`LogitDifferenceModel`] does stay unrounded, because
+    such a model would be served that way.
 
     Source: Zhang et al., "Catastrophic Failure of LLM Unlearning via Quantization" (2025).
 
@@ -47,8 +47,8 @@ def quantized(
             See [`quantize_dequantize`].
 
     Raises:
-        `TypeError`: the model is wrapped in something.
-        `ValueError`: its weights are sharded, offloaded, or of few bits already; it has no `nn.Linear`; wrong `bits`.
+        `TypeError`: the model is wrapped.
+        `ValueError`: its weights are sharded, offloaded or already quantized; it has no `nn.Linear`; wrong `bits`.
     """
     check_bits(bits, group_size)
     check_attackable(model)
@@ -105,7 +105,7 @@ def robustness(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    All of them, for `metrics.json` ([`Results.add_robustness`]) and the report's curve and table.
+    Runs all attacks, for `metrics.json` ([`Results.add_robustness`]) and the report's curve and table.
 
     The cost is that of the evaluation, once for each of `bits` and `prompted`, for each of `steps` per set of texts to
     relearn (and for `retrained`), and once for each model as it is, but where `unchanged` is given.
@@ -122,8 +122,8 @@ def robustness(
         prompted (`Mapping`, *optional*):
             Name of a prefix -> the evaluation that puts it before its prompts ([`prefixed`]).
         retrained ([`~transformers.PreTrainedModel`], *optional*):
-            A model that never saw the forget set. It relearns the first of `relearning` too: what comes back to the
-            unlearned model no faster than this one learns it is learnt, not remembered.
+            A model that never saw the forget set. It also relearns the first of `relearning`. What the unlearned model
+            regains no faster than this model learns it was not hidden.
         steps, learning_rate, batch_size, seed, unchanged (*optional*):
             See [`relearn`].
         progress (`bool`, *optional*, defaults to `True`):

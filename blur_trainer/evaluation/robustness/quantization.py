@@ -1,4 +1,4 @@
-"""Weights through few bits and back, in plain torch."""
+"""Quantizes weights to few bits and back, in plain torch."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ BITS = (2, 8)
 
 
 def check_bits(bits: int, group_size: int | None) -> None:
-    """Raises for what [`quantize_dequantize`] does not take."""
+    """Raises for values that [`quantize_dequantize`] does not accept."""
     low, high = BITS
     if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
         raise ValueError(f"`bits` is {bits!r}; it takes {low} to {high}.")
@@ -29,8 +29,8 @@ def quantize_dequantize(weight: Tensor, bits: int, group_size: int | None = 64) 
     Args:
         weight (`Tensor`): (rows, columns), floating point.
         bits (`int`): $b$, from 2 to 8.
-        group_size (`int`, *optional*, defaults to `64`): columns per group, the last one as many as are left. None:
-            whole rows.
+        group_size (`int`, *optional*, defaults to `64`): columns per group; the last group may be smaller. None: whole
+            rows.
 
     Returns:
         `Tensor`: $\hat w$, of the same shape and dtype. A group of zeros stays zero.

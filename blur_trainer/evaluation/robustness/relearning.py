@@ -1,4 +1,4 @@
-"""Fine-tune the unlearned model for a few steps and measure: what comes back fast was never gone."""
+"""Fine-tunes the unlearned model for a few steps and measures. What comes back fast was only hidden."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,21 +54,21 @@ def relearn(
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Unwrapped and whole, in float32 or bfloat16. It is trained in evaluation mode (no dropout), and it is bit
-            for bit as before afterwards.
+            Unwrapped and whole, in float32 or bfloat16. It is trained in evaluation mode (no dropout) and restored bit
+            for bit afterwards.
         examples (`Dataset` or `Sequence[dict]`):
             `{"input_ids", "labels"}`, as [`tokenize_dataset`] makes them: a small part of the forget set
             ([`sample_rows`]), or unrelated text.
         evaluation ([`Evaluation`] or `Callable`):
             What measures the model.
         steps (`Sequence[int]`, *optional*, defaults to `(1, 2, 5, 10, 20)`):
-            When to measure, rising; step 0 comes first.
+            When to measure, in rising order. Step 0 is added.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Suits models of billions of weights; tiny ones and adapters want more.
+            The default suits models with billions of weights. Tiny models and adapters need more.
         batch_size (`int`, *optional*, defaults to `4`):
             Examples per step.
         seed (`int`, *optional*, defaults to `0`):
-            Of the order of the examples.
+            Seed of the order of the examples.
         unchanged (`Mapping`, *optional*):
             What the evaluation says of the model as it is, where that is known: step 0 is then not measured again.
         desc (`str`, *optional*):
@@ -88,7 +88,7 @@ def relearn(
     points = [{"steps": 0, "metrics": dict(evaluation(model) if unchanged is None else unchanged)}]
     cuda = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
     with under_attack(model), trainable(model) as parameters, torch.random.fork_rng(cuda):
-        # float32 to add small steps to; a parameter that is float32 is its own
+        # float32 copies, for small steps; a float32 parameter needs no copy
         masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
         optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
         batches = _batches(rows, batch_size, seed)
@@ -102,7 +102,7 @@ def relearn(
 def check_relearning(
     model: PreTrainedModel, relearning: Mapping[str, Examples], steps: Sequence[int], rate: float, batch_size: int
 ) -> None:
-    """Raises for what [`relearn`] does not take, before anything is measured."""
+    """Raises for arguments that [`relearn`] does not accept, before anything is measured."""
     check_positive(batch_size=batch_size, **{f"steps[{i}]": step for i, step in enumerate(steps)})
     if not steps or list(steps) != sorted(set(steps)):
         raise ValueError(f"`steps` is {list(steps)!r}; it takes rising numbers of steps, at least one.")

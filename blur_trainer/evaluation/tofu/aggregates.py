@@ -1,4 +1,4 @@
-"""TOFU's aggregates from per-question scores: those of a model just run, or those of a published log."""
+"""Computes TOFU's aggregates from per-question scores of a model or of a published log."""
 
 import json
 import os
@@ -26,13 +26,13 @@ UTILITY = [f"{group}_{metric}" for group in ("retain", *CHOICES) for metric in (
 @dataclass(frozen=True)
 class SplitScores:
     """
-    Per question of one split.
+    Scores per question of one split.
 
     Args:
         right: mean negative log-likelihood (nats per token) of the answer.
-        paraphrased: the same of the paraphrased answer, of the answer itself on Real Authors and World Facts.
-        perturbed: the same of each perturbed answer.
-        rouge: ROUGE-L recall of what the model answers.
+        paraphrased: the same for the paraphrased answer (on Real Authors and World Facts: for the answer itself).
+        perturbed: the same for each perturbed answer.
+        rouge: ROUGE-L recall of the model's answer.
     """
 
     right: Sequence[float]
@@ -44,7 +44,7 @@ class SplitScores:
     def of(
         cls, group: str, questions: Questions, scores: Sequence[Sequence[AnswerScores]], rouge: Sequence[float]
     ) -> "SplitScores":
-        """From the scores of a split's answers, in the order of `Questions.variants`."""
+        """Makes it from the scores of a split's answers, in the order of `Questions.variants`."""
         nlls = [[answer.nll for answer in answers] for answers in scores]
         right = [row[0] for row in nlls]
         paraphrased = [row[1] for row in nlls] if questions.paraphrased else right if group in CHOICES else None
@@ -52,7 +52,7 @@ class SplitScores:
         return cls(right, paraphrased, [row[first:] for row in nlls] if questions.perturbed else None, rouge)
 
     def truth_ratios(self, protocol: str) -> np.ndarray:
-        """Of each question; needs the paraphrased and the perturbed answers."""
+        """Truth ratio of each question. Needs paraphrased and perturbed answers."""
         if self.paraphrased is None or self.perturbed is None:
             raise ValueError("Truth ratios need a paraphrased and perturbed answers to each question.")
         return truth_ratios(self.paraphrased, self.perturbed, protocol)
@@ -66,14 +66,14 @@ def aggregate(
     normalized: Sequence[str] = CHOICES,
 ) -> dict[str, float]:
     """
-    `{group}_{probability,rouge,truth_ratio}` as far as the scores go, `model_utility` where all its nine numbers are
-    there, `forget_quality` and `forget_quality_log10` with a `reference`.
+    `{group}_{probability,rouge,truth_ratio}` for the given scores, `model_utility` if all nine numbers are there, and
+    `forget_quality` and `forget_quality_log10` with a `reference`.
 
     Args:
         splits: scores by group: `forget`, `retain`, `real_authors`, `world_facts`.
-        reference: what the retain model said.
+        reference: numbers of the retain model.
         protocol: `"tofu"` or `"open-unlearning"`.
-        normalized: groups whose probability is that among the choices.
+        normalized: groups whose probability is normalized over the choices.
     """
     values: dict[str, float] = {}
     for group, scores in splits.items():
@@ -106,7 +106,7 @@ def forget_quality(ratios: Sequence[float] | np.ndarray, reference: RetainRefere
 
 
 def memorization(scores: Sequence[AnswerScores], protocol: str) -> dict[str, float]:
-    """Of the forget set's answers, scored in detail."""
+    """Memorization metrics of the forget answers, which must be scored in detail."""
     inputs: dict[str, Any] = {
         "predictions": [score.predicted for score in scores],
         "references": [score.tokens for score in scores],
@@ -137,8 +137,8 @@ def aggregate_log(
         reference ([`RetainReference`], *optional*):
             What the retain model said, for the forget quality.
         normalize_forget (`bool`, *optional*, defaults to `False`):
-            Whether the forget set's probability, too, is that among right and wrong answers: so in the tables that were
-            published with the logs (`aggregated_stat.csv`), but not in TOFU's present code.
+            Whether to normalize the forget set's probability over right and wrong answers too. The tables published
+            with the logs (`aggregated_stat.csv`) do so, TOFU's present code does not.
 
     Returns:
         `dict[str, float]`: see [`aggregate`].

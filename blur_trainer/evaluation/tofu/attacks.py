@@ -1,4 +1,4 @@
-"""Membership inference: a score of each text under each attack, low for a text that the model knows."""
+"""Membership inference: one score per text and attack. It is low for a text that the model knows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from blur_trainer.metrics.protocols import OPEN_UNLEARNING, TOFU, check_protocol
 from blur_trainer.models.forward import evaluating
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 
-Scores = dict[str, list[float]]  # by attack, one per text
+Scores = dict[str, list[float]]  # attack -> one score per text
 
 
 def likelihood_attacks(scores: Sequence[AnswerScores], texts: Sequence[str], protocol: str = TOFU) -> Scores:
@@ -32,8 +32,8 @@ def likelihood_attacks(scores: Sequence[AnswerScores], texts: Sequence[str], pro
 
 def reference_attack(scores: Sequence[AnswerScores], reference: Sequence[AnswerScores]) -> list[float]:
     """
-    Loss of each text less that under a reference model, in nats per token: how much better the model knows it than one
-    that has not seen it. Source: Carlini et al., "Extracting Training Data from Large Language Models" (2021).
+    Loss of each text minus its loss under a reference model, in nats per token: how much better the model knows it than
+    a model that has not seen it. Source: Carlini et al., "Extracting Training Data from Large Language Models" (2021).
     """
     return [score.nll - other.nll for score, other in zip(scores, reference, strict=True)]
 
@@ -42,15 +42,14 @@ def gradient_norms(
     model: PreTrainedModel, examples: Sequence[dict[str, Any]], *, protocol: str = TOFU, desc: str | None = None
 ) -> list[float]:
     r"""
-    Size of the gradient of each text's loss: small for a text that the model was fitted to.
+    Norm of the gradient of each text's loss. It is small for a text that the model was trained on.
 
     $$s = \Big\lVert \nabla_\theta \frac{1}{T} \sum_{t=1}^{T} -\log p_\theta(y_t \mid x_{<t}) \Big\rVert_2$$
 
-    over all parameters that require gradients. One backward pass per text; the parameters' own gradients are not
-    touched.
+    over all parameters that require gradients. It makes one backward pass per text and does not change `.grad`.
 
-    Differs in open-unlearning (`protocol="open-unlearning"`): the mean over the parameter tensors of each one's norm,
-    and a loss without the last token, the end of sequence.
+    Differs in open-unlearning (`protocol="open-unlearning"`): the mean of the parameter tensors' norms, and a loss
+    without the last token (the end of sequence).
 
     Source: Wang et al., "Pandora's White-Box: Precise Training Data Detection and Extraction in Large Language Models"
     (2024).
@@ -103,7 +102,7 @@ def _norm(
         logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
         targets = torch.tensor(labels[1:], device=logits.device)
         loss = torch.nn.functional.cross_entropy(logits, targets)  # mean over labels that are not -100
-    # not `backward`: training's own gradients may be there
+    # not `backward`, because `.grad` may hold training's gradients
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     norms = torch.stack([g.float().norm().to(loss.device) for g in gradients if g is not None])
     return float(norms.mean() if protocol == OPEN_UNLEARNING else norms.norm())

@@ -1,4 +1,4 @@
-"""TOFU's splits -> tokenized questions with all their answers, the very tokens that training sees."""
+"""Turns TOFU's splits into tokenized questions with all their answers, with the same tokens as in training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ SPLITS = {
     "world_facts": "world_facts_perturbed",
     "holdout": "holdout",
 }
-CHOICES = ("real_authors", "world_facts")  # probability among choices, and no paraphrase but the answer itself
+CHOICES = ("real_authors", "world_facts")  # probability among the choices; the answer itself replaces the paraphrase
 
 
 @dataclass(frozen=True)
 class Questions:
     """
-    One split, ready to be scored and asked.
+    One split, prepared for scoring and generation.
 
     Args:
         prompts: texts that the model continues.
         answers: true answers.
-        variants: per question, tokenized: the answer, the paraphrased answer where there is one, the perturbed ones.
+        variants: per question, tokenized: the answer, the paraphrased answer if there is one, the perturbed answers.
         paraphrased: whether there are paraphrased answers.
         perturbed: whether there are perturbed answers.
     """
@@ -48,7 +48,7 @@ def read_splits(
     max_rows: int | None,
     max_length: int,
 ) -> dict[str, Questions]:
-    """The splits that `data` has, by group; raises where one is there but cannot be used."""
+    """The splits of `data` by group. Raises if a split exists but cannot be used."""
     encoder = RowEncoder(
         tokenizer=tokenizer,
         fmt="prompt-completion",
@@ -78,7 +78,7 @@ def _questions(
         raise ValueError(f"Split `{name}` lacks the columns {missing}, it has {split.column_names}.")
     if len(split) == 0:
         raise ValueError(f"Split `{name}` is empty: its metrics would be undefined. Fill it or leave it out.")
-    holdout = name == SPLITS["holdout"]  # scored on the answer alone, whatever else it has
+    holdout = name == SPLITS["holdout"]  # only the answer is scored, even if it has other columns
     paraphrased = not holdout and "paraphrased_answer" in split.column_names
     perturbed = not holdout and "perturbed_answer" in split.column_names
     prompts, answers, variants = [], [], []

@@ -1,4 +1,4 @@
-"""Which of TOFU's metrics some data allows, and how a table shows them."""
+"""Names of TOFU's metrics that given data allows, and how a table shows them."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ OTHERS = {
 def metric_keys(
     splits: Mapping[str, Questions], *, reference: RetainReference | None, gradnorm: bool, by_reference: bool
 ) -> list[str]:
-    """Keys in the order of the tables; raises where an argument asks for what the splits cannot give."""
+    """Keys in table order. Raises if an argument asks for a metric that the splits do not allow."""
     keys: list[str] = []
     for group, split in splits.items():
         if group == "holdout":

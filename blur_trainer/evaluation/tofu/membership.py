@@ -13,14 +13,14 @@ from blur_trainer.evaluation.token_scores import AnswerScores
 
 class Membership:
     """
-    `mia_{attack}` and, against the retain model, `privleak`: a function from a model and its scores of each answer.
+    Computes `mia_{attack}` and, with the retain model's AUC, `privleak`, from a model and its scores of each answer.
 
     Args:
-        forget, holdout: the questions; of each, the true answer is attacked.
+        forget, holdout: the questions. The true answer of each is attacked.
         protocol: `"tofu"` or `"open-unlearning"`.
         gradnorm: whether to attack by gradient norms.
-        reference_model: a model to attack by reference with; it is run once.
-        batch_size: texts per forward pass of it.
+        reference_model: the model for the attack `reference`. It is run once.
+        batch_size: texts per forward pass of the reference model.
         progress: whether to show bars.
     """
 
@@ -47,7 +47,7 @@ class Membership:
         holdout: Sequence[Sequence[AnswerScores]],
         min_k_auc: float | None = None,
     ) -> dict[str, float]:
-        """Each question's first answer is the true one, scored in detail; `min_k_auc` is the retain model's."""
+        """Each question's first answer must be the true one, scored in detail. `min_k_auc` is the retain model's."""
         from blur_trainer.metrics.privleak import PrivLeak
 
         scores = {name: self._attacks(model, name, rows) for name, rows in (("forget", forget), ("holdout", holdout))}
@@ -55,7 +55,7 @@ class Membership:
             f"mia_{attack}": _auc(scores["forget"][attack], scores["holdout"][attack]) for attack in scores["forget"]
         }
         if min_k_auc is not None:
-            # PrivLeak's AUC is of the opposite order: 1 where every forget text is the less likely one.
+            # PrivLeak's AUC has the opposite order: it is 1 if every forget text is less likely.
             pair = _labelled(scores["forget"]["min_k"], scores["holdout"]["min_k"])
             result = PrivLeak(keep_in_memory=True).compute(**pair, auc_retrain=1 - min_k_auc)
             values["privleak"] = float(result["privleak"])
@@ -85,7 +85,7 @@ class Membership:
         if name not in self._reference:
             found = score_variants(
                 model,
-                self.sides[name].variants,  # all, in the same batches: a model against itself is then a tie, exactly
+                self.sides[name].variants,  # all in the same batches, so that a model against itself is an exact tie
                 pad_token_id=0,  # masked: any id does
                 batch_size=self.batch_size,
                 desc=self._desc(f"{name}, reference model"),

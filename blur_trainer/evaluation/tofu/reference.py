@@ -1,4 +1,4 @@
-"""What the retain model said on the forget set: the other side of Forget Quality and PrivLeak."""
+"""The retain model's numbers on the forget set, with which Forget Quality and PrivLeak compare."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class RetainReference:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON atomically."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_durably(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -65,8 +65,8 @@ class RetainReference:
     @classmethod
     def from_tofu_log(cls, path: str | os.PathLike[str]) -> "RetainReference":
         """
-        From TOFU's published `eval_log_aggregated.json`, or from an `eval_log_forget.json` alone: its first 300 forget
-        questions, answers cut to 200 tokens, so for `protocol="tofu"`. There is no membership attack in it.
+        Reads TOFU's published `eval_log_aggregated.json`, or an `eval_log_forget.json`. It has the first 300 forget
+        questions with answers cut to 200 tokens, so it is for `protocol="tofu"`. It has no membership attack.
         """
         # Here and not above: `evaluate` takes seconds to import.
         from blur_trainer.metrics.truth_ratio import truth_ratios

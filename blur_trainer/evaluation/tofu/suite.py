@@ -1,4 +1,4 @@
-"""TOFU: which splits, which metrics -> one flat dict."""
+"""The evaluation of TOFU: forget quality, model utility, memorization, membership inference."""
 
 import logging
 from collections.abc import Mapping
@@ -33,8 +33,7 @@ SAMPLE = ("prompt", "gt", "response", "score")
 
 class TOFUEvaluation(Evaluation):
     r"""
-    TOFU's forget quality and model utility, with memorization and membership inference, as a function from a model to
-    numbers.
+    Measures TOFU's forget quality and model utility, memorization, and membership inference.
 
     | key | what |
     |---|---|
@@ -49,7 +48,7 @@ class TOFUEvaluation(Evaluation):
     | `mia_gradnorm`, `mia_reference` | the same, with `gradnorm` and with `reference_model` |
     | `privleak` | relative change of Min-K's AUC against the retain model x 100, with `reference` |
 
-    A key exists where its split and its columns do. Each text is run once, for all its metrics.
+    A key exists if its split and its columns do. Each text is run once for all its metrics.
 
     | `protocol` | `"tofu"` | `"open-unlearning"` |
     |---|---|---|
@@ -60,8 +59,7 @@ class TOFUEvaluation(Evaluation):
     | least extraction strength | 0 | 1 / tokens |
     | `mia_gradnorm` | norm over all parameters | mean of the tensors' norms |
 
-    What the model answers is 200 new tokens long at most. A token that the model gives probability 0 counts as a
-    log-probability of -1000.
+    Generated answers have at most 200 new tokens. A token with probability 0 counts with a log-probability of -1000.
 
     Differs from TOFU: its 200 tokens of an answer count the padded question.
 
@@ -72,24 +70,24 @@ class TOFUEvaluation(Evaluation):
         data (`DatasetDict`):
             `forget_perturbed`, `retain_perturbed` (question, answer, paraphrased_answer, perturbed_answer),
             `real_authors_perturbed`, `world_facts_perturbed` (question, answer, perturbed_answer), `holdout` (question,
-            answer). Other splits are left alone; those absent are not evaluated.
+            answer). Other splits are ignored; missing ones are not evaluated.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
         template (`str` or [`TOFUTemplate`], *optional*, defaults to `"plain"`):
-            How a question becomes a prompt: that of the training. `"plain"` is what the trainers make of `question` and
-            `answer` for a tokenizer without a chat template; see [`apply_template`] for the others.
+            How a question becomes a prompt. Use that of the training. `"plain"` is what the trainers make of `question`
+            and `answer` if the tokenizer has no chat template. See [`apply_template`] for the others.
         protocol (`str`, *optional*, defaults to `"tofu"`):
             Whose conventions, see the table.
         reference ([`RetainReference`], *optional*):
-            What the retain model said, from [`~TOFUEvaluation.reference`] or a published log.
+            The retain model's numbers, from [`~TOFUEvaluation.reference`] or a published log.
         gradnorm (`bool`, *optional*, defaults to `False`):
             Whether to attack by gradient norms: one backward pass per forget and holdout answer.
         reference_model ([`~transformers.PreTrainedModel`], *optional*):
-            A model to attack by reference with. It is run once.
+            The model for the attack `reference`. It is run once.
         batch_size (`int`, *optional*, defaults to `16`):
             Questions per forward pass, each with all its answers.
         max_new_tokens (`int`, *optional*, defaults to 200), max_length (`int`, *optional*):
-            Instead of the protocol's.
+            They replace the protocol's values.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars (in the main process: of its share).
 
@@ -145,13 +143,13 @@ class TOFUEvaluation(Evaluation):
 
     @property
     def primary_metrics(self) -> list[str]:
-        """What a short table shows: TOFU's two numbers, what became of each group, memorization and privacy."""
+        """Keys of a short table: TOFU's two numbers, one per group, memorization and privacy."""
         return [key for key in PRIMARY if key in self.metric_keys]
 
     @property
     def columns(self) -> list[Column]:
         """What a table shows of each metric: `name`, `label` and the `goal`: `"min"`, `"max"` or `"zero"`."""
-        # none for the attacks: best is the retain model's value, which `privleak` compares with
+        # attacks have no column: the best value is the retain model's, and `privleak` compares with it
         shown = [key for key in self.metric_keys if not key.startswith("mia_") and "log10" not in key]
         return [column_of(key) for key in dict.fromkeys([*self.primary_metrics, *shown])]
 
@@ -176,7 +174,7 @@ class TOFUEvaluation(Evaluation):
         return {key: values[key] for key in self.metric_keys}
 
     def reference(self, model: PreTrainedModel) -> RetainReference:
-        """Of the retain model: the `reference` of the others. Only the forget and holdout answers are scored."""
+        """Makes the `reference` from the retain model. Scores only the forget and holdout answers."""
         from blur_trainer.evaluation.tofu.aggregates import SplitScores
 
         if "forget_truth_ratio" not in self.metric_keys:
