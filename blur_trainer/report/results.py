@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
 
+from blur_trainer.atomic_write import atomic_write
+
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
 _PACKAGES = ("blur_trainer", "torch", "transformers", "accelerate", "datasets", "peft", "trl")
 
@@ -87,7 +89,6 @@ class Results:
             content["robustness"] = self.robustness
         path = Path(output_dir) / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        text = json.dumps(content, indent=2) + "\n"
+        atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         return content

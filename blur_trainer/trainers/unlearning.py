@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.engines import check_engine, choose_backend
@@ -241,7 +241,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
     def save_state(self) -> None:
         """As `Trainer.save_state`, but whole or not at all: the file says that a training has ended."""
         if self.is_world_process_zero():
-            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
+            atomic_write(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
         """Writes `README.md`; `info` overrides what `blur_trainer.report.model_card` is told, e.g. `metrics`."""
