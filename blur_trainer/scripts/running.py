@@ -1,4 +1,4 @@
-"""One run from its folder to its end: what is refused, what an interrupt left, how a training is gone on with."""
+"""One run from its folder to its end: what is refused, and how it goes on after an interrupt."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
     The output folder. It holds no other run, which would be overwritten. From now on one process shows bars.
 
     Raises:
-        ValueError: the folder holds a run that is not to be gone on with, or attacks are asked of float16 weights.
+        ValueError: the folder holds a run and this one does not resume it, or attacks are asked of float16 weights.
     """
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
