@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from trl.trainer.utils import get_config_model_id
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.objectives.base import Objective
 from blur_trainer.report.model_card import write_model_card
 from blur_trainer.saving import output_dir as saving
@@ -73,7 +73,7 @@ class SavingMixin(_Base):
     def save_state(self) -> None:
         """As `Trainer.save_state`, but atomically, because the file is a sign that a training has ended."""
         if self.is_world_process_zero():
-            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
+            atomic_write(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
         """Writes `README.md`. `info` overrides the content of the card, e.g. `metrics`."""

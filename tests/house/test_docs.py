@@ -283,11 +283,14 @@ def example_parser(name: str = "run_muse") -> TrlParser:
 
     class Parser(TrlParser):
         def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-            raise Caught(self)
+            if self.add_help:  # the one of all arguments, after that of those which it depends on
+                raise Caught(self)
+            return super().parse_known_args(*args, **kwargs)
 
     module = example_module(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TrlParser", Parser)
+        patch.setattr("blur_trainer.scripts.command_line.TrlParser", Parser)
+        patch.setattr("sys.argv", [f"{name}.py"])
         with pytest.raises(Caught) as caught:
             module.main()
     parser = caught.value.args[0]
@@ -310,10 +313,10 @@ def flags(parser: TrlParser) -> set[str]:
     compare = ROOT / "examples" / "compare.py"
     benchmarks += compare.read_text(encoding="utf-8") if compare.exists() else ""
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
-    tofu = example_module("run_tofu")
+    tofu, wmdp = (importlib.import_module(f"blur_trainer.scripts.{name}") for name in ("tofu", "wmdp"))
     configs = {trainer.config_class for _, trainer, *_ in tofu.METHODS.values()}
     others = "\n".join(TrlParser((tofu.TOFUArguments, config)).format_help() for config in configs)
-    others += TrlParser((example_module("run_wmdp").WMDPArguments,)).format_help()
+    others += TrlParser((wmdp.WMDPArguments,)).format_help()
     text = f"{parser.format_help()} {others} {launcher} {own} --config --help"
     return set(re.findall(r"--\w[\w-]*", text))
 

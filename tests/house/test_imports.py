@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "choices": set(),
     "metrics": set(),
     "recipes": set(),
-    "toy": {"choices"},
+    "toy": {"choices", "atomic_write"},
     "gradients": {"constants"},
     "data": {"constants", "choices", "toy"},
     "models": {"constants", "atomic_write"},

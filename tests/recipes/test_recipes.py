@@ -14,6 +14,8 @@ from trl import ModelConfig
 
 import blur_trainer as bt
 from blur_trainer.recipes import BENCHMARKS, recipe_names
+from blur_trainer.scripts.muse import MUSEArguments
+from blur_trainer.scripts.tofu import TOFUArguments
 from blur_trainer.trainers.topics import check_settings
 
 ROOT = Path(bt.__file__).parents[1]
@@ -87,10 +89,10 @@ def test_every_value_has_a_source(benchmark, name):
 
 
 @EVERY
-def test_script_options_are_those_of_the_script(benchmark, name, examples):
+def test_script_options_are_those_of_the_script(benchmark, name):
     known = {field.name for field in fields(ModelConfig)}
     if benchmark != "wmdp":
-        cls = examples["run_tofu"].TOFUArguments if benchmark == "tofu" else examples["run_muse"].MUSEArguments
+        cls = TOFUArguments if benchmark == "tofu" else MUSEArguments
         known |= {field.name for field in fields(cls)}
     assert set(bt.recipe(benchmark, name)["script"]) <= known
 
