@@ -1,18 +1,14 @@
 """Two processes (gloo, CPU) evaluate as one does: all numbers and texts, on every engine, and the best checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support import distributed_evaluation_worker as worker
+from support.processes import SUPPORT, torchrun
 
 from blur_trainer.evaluation.distributed import in_shares
 
-TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.distributed
 
 
@@ -20,25 +16,8 @@ pytestmark = pytest.mark.distributed
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     worker.memorize(str(folder))
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(TESTS),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [
-        *launcher,
-        str(TESTS / "support" / "distributed_evaluation_worker.py"),
-        str(folder),
-        ",".join(worker.NAMES),
-    ]
-    log = folder / "log"
-    with log.open("w") as stream:
-        done = subprocess.run(
-            command, env=os.environ | environment, stderr=stream, stdout=stream, timeout=1200, check=False
-        )
-    assert done.returncode == 0, log.read_text()[-3000:]
+    script = SUPPORT / "distributed_evaluation_worker.py"
+    torchrun(script, str(folder), ",".join(worker.NAMES), DS_ACCELERATOR="cpu")
     return folder
 
 

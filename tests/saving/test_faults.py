@@ -18,16 +18,14 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 from support.fault_worker import REPLACED, RETAIN, make
+from support.processes import ENVIRONMENT, SUPPORT
 from support.runs import distance, weights
 from transformers import TrainerCallback
 
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
 from blur_trainer.trainers.callbacks import ReportCallback
 
-TESTS = Path(__file__).parents[1]
-WORKER = TESTS / "support" / "fault_worker.py"
-NETWORK = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT = os.environ | NETWORK | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+WORKER = SUPPORT / "fault_worker.py"
 STEPS = 12
 pytestmark = pytest.mark.distributed
 

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also as a program
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel

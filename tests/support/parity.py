@@ -7,7 +7,6 @@ far the weights are from the reference's. benchmarks/parity.py prints the table 
 import copy
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.models import examples, tiny_llama
+from support.processes import torchrun
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
@@ -300,21 +300,6 @@ def main(folder: str, names: str) -> None:
         errors[cell] = error(engine, feature, trainer)
         if PartialState().is_main_process:
             Path(folder, "errors.json").write_text(json.dumps(errors))
-
-
-def torchrun(script: str, *arguments: str, processes: int = 2) -> None:
-    """Several processes on this machine's CPU."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the training processes failed:\n{done.stderr[-6000:]}")
 
 
 def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str, float]:
