@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-ROLES = ("forget", "retain")
+from blur_trainer.constants import ROLES
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational
 
+from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.columns import check_row
 from blur_trainer.data.refusals import REFUSALS
-
-IGNORE_INDEX = -100
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,8 +14,8 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from blur_trainer.evaluation.batching import buckets, check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import in_shares, is_sharded
-from blur_trainer.evaluation.scoring import evaluating
 from blur_trainer.evaluation.token_scores import AnswerScores, score_row, scored_positions, to_numpy
+from blur_trainer.models.forward import evaluating
 
 
 @dataclass(frozen=True)

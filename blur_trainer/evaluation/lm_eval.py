@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.distributed import is_sharded, rank_and_world
-from blur_trainer.evaluation.scoring import evaluating
+from blur_trainer.models.forward import evaluating
 
 #: how tasks begin that test what is to be forgotten: the harness's of WMDP, and those of `write_tasks`
 FORGET = ("wmdp_", "forget_")

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.evaluation.batching import check_positive
-from blur_trainer.evaluation.scoring import answer_logps, generate
+from blur_trainer.evaluation.scoring import generate, token_logps
 
 GROUPS = ("forget", "retain", "hold")
 _PRIVLEAK = ("privleak_forget", "privleak_holdout")
@@ -180,7 +180,7 @@ class MUSEEvaluation:
         labels: list[int] = []
         for label, name in enumerate(_PRIVLEAK):  # 0 forget, 1 holdout
             ids = self.tokenizer(list(self.data[name]["text"]))["input_ids"]
-            logps = answer_logps(
+            logps = token_logps(
                 model,
                 [{"input_ids": row, "labels": row} for row in ids],
                 pad_token_id=0,  # masked: any id does

@@ -25,9 +25,10 @@ from blur_trainer.evaluation.batching import (
     pad,
 )
 from blur_trainer.evaluation.distributed import gathering_in_generate, in_shares, is_sharded
+from blur_trainer.models.forward import evaluating
 
 
-def answer_logps(
+def token_logps(
     model: PreTrainedModel,
     examples: Sequence[dict[str, Any]],
     *,
@@ -139,21 +140,6 @@ def generate(
 
     with evaluating(model), _generation_config(model, config), gathering_in_generate(model):
         return in_shares(model, buckets([len(ids) for ids in prompt_ids], batch_size), run, desc)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the training flag it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: tensors that a module caches here (rotary tables) must stay usable in training.
-        with torch.no_grad():
-            yield
-    finally:
-        # One by one: `model.train()` would also wake a part that its owner keeps in evaluation mode.
-        for module, flag in flags:
-            module.training = flag
 
 
 @contextmanager

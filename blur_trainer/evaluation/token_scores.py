@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from blur_trainer.constants import IGNORE_INDEX
+
 # Log-probability of a token whose probability is 0, as of a model that bars tokens (logits of -inf): an infinite loss
 # has no order among others and no mean. Far below what models give to tokens that they do not bar.
 REJECTED = -1000.0

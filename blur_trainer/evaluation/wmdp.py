@@ -6,13 +6,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.constants import ROLES
 from blur_trainer.data.choices import LETTERS, choice_prompt
 from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.batching import check_positive
 
 SUBJECTS = {"bio": "biology", "cyber": "cybersecurity", "chem": "chemistry"}
 COLUMNS = ("question", "choices", "answer")
-ROLES = ("forget", "retain")
 Example = dict[str, list[int]]
 
 

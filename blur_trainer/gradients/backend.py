@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-ROLES = ("forget", "retain")
+from blur_trainer.constants import ROLES
+
 # elements per float32 dot product: of the size of a cache, or large enough to hide the launch of a kernel
 _CHUNK, _CHUNK_ON_ACCELERATOR = 2**18, 2**26
 

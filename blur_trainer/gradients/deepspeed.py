@@ -19,7 +19,8 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from packaging.version import Version
 from torch import Tensor
 
-from blur_trainer.gradients.backend import ROLES, GradientBackend, Gradients
+from blur_trainer.constants import ROLES
+from blur_trainer.gradients.backend import GradientBackend, Gradients
 
 TESTED = (Version("0.19"), Version("0.20"))
 #: settings never run with two gradients, and the values of them that mean "off"

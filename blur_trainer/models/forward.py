@@ -6,7 +6,8 @@ and the backward pass makes each tile again. At 2048 tokens and a vocabulary of 
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from blur_trainer.objectives.losses import sequence_logps
+from blur_trainer.models.logps import sequence_logps
 
 logger = get_logger(__name__)
 
@@ -98,3 +99,18 @@ def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     if target.base_model is target:
         return f"`{type(target).__name__}` has no backbone (`base_model`) below the LM head"
     return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has the training flag it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: tensors that a module caches here (rotary tables) must stay usable in training.
+        with torch.no_grad():
+            yield
+    finally:
+        # One by one: `model.train()` would also wake a part that its owner keeps in evaluation mode.
+        for module, flag in flags:
+            module.training = flag

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 
 from blur_trainer.models.early_exit import activations
-from blur_trainer.models.forward import answer_logps, forward
+from blur_trainer.models.forward import answer_logps, evaluating, forward
 
 REFERENCE_ADAPTER = "reference"
 
@@ -37,17 +37,6 @@ class Reference(Protocol):
 
     def activations(self, batch: Mapping[str, Tensor], layer: int) -> Tensor:
         """`{"input_ids", "attention_mask"}` `(B, T)` -> the output of decoder layer `layer`, `(B, T, H)`."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, the former mode after: a reference is a function, not a sample."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class CurrentModel:

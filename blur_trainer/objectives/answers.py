@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from blur_trainer.models.forward import answer_logps, forward
+from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective, positive
 from blur_trainer.objectives.losses import (
-    answer_mask,
     dpo_loss,
     grad_ascent_loss,
     kl_loss,

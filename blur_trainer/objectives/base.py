@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
-from blur_trainer.objectives.losses import answer_mask
 
 Batch = Mapping[str, Any]
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from blur_trainer.constants import ROLES
+
 MISSING = "—"
 ARROWS = {"min": "↓", "max": "↑", "zero": "→0"}
-ROLES = ("forget", "retain")
 GAP = "  "
 SHORTEST_NAME = 12
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from blur_trainer.gradients.backend import GradientBackend, inner_products
 from blur_trainer.gradients.forward_mode import directional_derivative
 from blur_trainer.gradients.rules import Rule
-from blur_trainer.models.forward import forward
-from blur_trainer.models.reference import evaluating
+from blur_trainer.models.forward import evaluating, forward
 from blur_trainer.trainers.step import Window, objective_pass, record
 
 if TYPE_CHECKING:

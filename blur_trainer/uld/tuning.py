@@ -10,13 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.batching import buckets, check_context, check_positive, pad
 from blur_trainer.evaluation.distributed import in_shares
-from blur_trainer.evaluation.scoring import evaluating
+from blur_trainer.models.forward import evaluating
 from blur_trainer.models.logit_composition import check_composition, composition_named
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.objectives.losses import IGNORE_INDEX, answer_mask
+from blur_trainer.models.logps import answer_mask
 
 WEIGHTS = (-0.2, -0.4, -0.6, -0.8, -1.0, -1.25, -1.5, -2.0)
 FILTERS = (1e-3, 1e-2, 1e-1)

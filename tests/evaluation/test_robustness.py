@@ -19,7 +19,7 @@ from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.robustness.battery import prefixed, quantized, robustness
 from blur_trainer.evaluation.robustness.quantization import quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import relearn
-from blur_trainer.evaluation.scoring import answer_logps
+from blur_trainer.evaluation.scoring import token_logps
 from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
 from blur_trainer.models.truncation import lora_assistant
 from blur_trainer.report.figures import LIGHT
@@ -33,7 +33,7 @@ ROWS = examples(6, seed=3)
 
 def nll(model):
     """A benchmark: mean negative log-likelihood of the rows."""
-    scores = answer_logps(model, ROWS, pad_token_id=0)
+    scores = token_logps(model, ROWS, pad_token_id=0)
     return {"forget_nll": -sum(float(row.sum()) for row in scores) / sum(map(len, scores))}
 
 

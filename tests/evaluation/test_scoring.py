@@ -10,7 +10,8 @@ from support.scoring_helpers import SENTENCES, build_model, build_tokenizer
 from transformers import GenerationConfig
 
 from blur_trainer.evaluation import batching, scoring
-from blur_trainer.evaluation.scoring import answer_logps, evaluating, generate
+from blur_trainer.evaluation.scoring import generate, token_logps
+from blur_trainer.models.forward import evaluating
 
 PROMPTS = ["The", SENTENCES[1], "Question: Where?\nAnswer: ", "", "spoke of crime novels and", "In Norvale é 東京"]
 LONGEST = 16
@@ -85,30 +86,30 @@ def literal(tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("pad_token_id", [1, 299])
 def test_logps_are_the_definition_whatever_the_batch(model, literal_logps, batch_size, pad_token_id):
-    rows = answer_logps(model, make_examples(), pad_token_id=pad_token_id, batch_size=batch_size)
+    rows = token_logps(model, make_examples(), pad_token_id=pad_token_id, batch_size=batch_size)
     assert [row.tolist() for row in rows] == [pytest.approx(expected, abs=1e-5) for expected in literal_logps]
     assert all(row.dtype == np.float32 for row in rows)
     assert sum(len(row) for row in rows) > 30
 
 
 def test_an_example_without_a_scored_label_gives_an_empty_row(model):
-    rows = answer_logps(model, make_examples(), pad_token_id=1)
+    rows = token_logps(model, make_examples(), pad_token_id=1)
     assert rows[2].shape == rows[3].shape == (0,)  # all labels -100; one token, which has no context
     assert rows[5].shape == (sum(label != -100 for label in make_examples()[5]["labels"][1:]),)
 
 
 def test_logps_of_a_dataset_and_of_nothing(model):
     examples = make_examples()
-    from_list = answer_logps(model, examples, pad_token_id=1)
-    from_dataset = answer_logps(model, Dataset.from_list(examples), pad_token_id=1)
+    from_list = token_logps(model, examples, pad_token_id=1)
+    from_dataset = token_logps(model, Dataset.from_list(examples), pad_token_id=1)
     assert all((a == b).all() for a, b in zip(from_list, from_dataset, strict=True))
-    assert answer_logps(model, [], pad_token_id=1) == []
+    assert token_logps(model, [], pad_token_id=1) == []
 
 
 def test_half_precision_logits_are_normalized_in_float32(model):
     examples = make_examples()
     half = build_model().to(torch.bfloat16).eval()
-    rows = answer_logps(half, examples, pad_token_id=1, batch_size=1)
+    rows = token_logps(half, examples, pad_token_id=1, batch_size=1)
     for row, example in zip(rows, examples, strict=True):
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
         with torch.no_grad():
@@ -119,7 +120,7 @@ def test_half_precision_logits_are_normalized_in_float32(model):
 
 
 def test_a_row_outlives_its_batch(model):
-    row = answer_logps(model, make_examples(), pad_token_id=1)[0]
+    row = token_logps(model, make_examples(), pad_token_id=1)[0]
     assert row.flags.owndata and row.flags.writeable
 
 
@@ -142,7 +143,7 @@ def test_a_row_outlives_its_batch(model):
 )
 def test_logps_refuse_bad_input(model, examples, kwargs, error, message):
     with pytest.raises(error, match=message):
-        answer_logps(model, examples, **({"pad_token_id": 1} | kwargs))
+        token_logps(model, examples, **({"pad_token_id": 1} | kwargs))
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_checkpointing_and_training_change_nothing_and_come_back(tokenizer, lite
     model.train()
     model.model.layers[0].eval()  # its owner keeps this part in evaluation mode
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=3) == expected
-    answer_logps(model, make_examples(), pad_token_id=1)
+    token_logps(model, make_examples(), pad_token_id=1)
     assert model.config.use_cache is False
     assert model.model.layers[1].gradient_checkpointing
     assert model.training and model.model.layers[1].self_attn.training
@@ -243,7 +244,7 @@ def test_checkpointing_and_training_change_nothing_and_come_back(tokenizer, lite
 def test_training_goes_on_after_an_evaluation(tokenizer):
     model = build_model()
     generate(model, tokenizer, PROMPTS[:2], max_new_tokens=4)
-    answer_logps(model, make_examples(), pad_token_id=1)
+    token_logps(model, make_examples(), pad_token_id=1)
     ids = torch.randint(2, 300, (2, 9))
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -260,7 +261,7 @@ def test_flags_come_back_after_an_error(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model, "forward", broken)
     for run in (
         lambda: generate(model, tokenizer, PROMPTS, max_new_tokens=4),
-        lambda: answer_logps(model, make_examples(), pad_token_id=1),
+        lambda: token_logps(model, make_examples(), pad_token_id=1),
     ):
         with pytest.raises(RuntimeError, match="out of memory"):
             run()
@@ -279,11 +280,11 @@ def test_evaluating_disables_dropout_and_gradients():
 
 def test_a_peft_model_is_evaluated_as_its_base_and_keeps_its_configuration(model, tokenizer, literal):
     expected = literal(6)
-    logps = answer_logps(model, make_examples(), pad_token_id=1)
+    logps = token_logps(model, make_examples(), pad_token_id=1)
     own = model.generation_config = GenerationConfig(eos_token_id=1, repetition_penalty=5.0)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert generate(wrapped, tokenizer, PROMPTS, max_new_tokens=6) == expected  # a fresh adapter adds nothing
-    for row, before in zip(answer_logps(wrapped, make_examples(), pad_token_id=1), logps, strict=True):
+    for row, before in zip(token_logps(wrapped, make_examples(), pad_token_id=1), logps, strict=True):
         assert row.tolist() == pytest.approx(before.tolist(), abs=1e-5)
     assert wrapped.generation_config is own and model.generation_config is own
 
@@ -356,10 +357,10 @@ def test_the_mask_follows_the_length_not_the_pad_id(side):
 
 def test_progress_bars_only_with_a_description(model, tokenizer, capfd):
     generate(model, tokenizer, ["a"], max_new_tokens=2)
-    answer_logps(model, make_examples(), pad_token_id=1)
+    token_logps(model, make_examples(), pad_token_id=1)
     assert capfd.readouterr().err == ""
     generate(model, tokenizer, ["a"], max_new_tokens=2, desc="VerbMem forget")
-    answer_logps(model, make_examples(), pad_token_id=1, desc="PrivLeak forget")
+    token_logps(model, make_examples(), pad_token_id=1, desc="PrivLeak forget")
     bars = capfd.readouterr().err
     assert "VerbMem forget: 100%" in bars and "1/1" in bars
     assert "PrivLeak forget: 100%" in bars and "7/7" in bars
@@ -370,5 +371,5 @@ def test_only_scored_positions_are_normalized(model, monkeypatch):
     logsumexp = torch.Tensor.logsumexp
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, dim: shapes.append(self.shape) or logsumexp(self, dim))
     examples = make_examples()
-    scoring.answer_logps(model, examples, pad_token_id=1)
+    scoring.token_logps(model, examples, pad_token_id=1)
     assert sum(shape[0] for shape in shapes) == sum(sum(label != -100 for label in e["labels"][1:]) for e in examples)

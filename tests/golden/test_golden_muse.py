@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blur_trainer.evaluation.muse import MUSEEvaluation
-from blur_trainer.evaluation.scoring import answer_logps
+from blur_trainer.evaluation.scoring import token_logps
 from blur_trainer.metrics.privleak import min_k_score
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -88,7 +88,7 @@ def test_knowmem_without_examples(golden, name, evaluate_with):
 def test_min_40_scores(golden, name, model, tokenizer, data, split):
     log = golden["models"][name]["privleak"]["log"][split]
     ids = tokenizer(list(data[f"privleak_{split}"]["text"]))["input_ids"]
-    rows = answer_logps(model, [{"input_ids": row, "labels": row} for row in ids], pad_token_id=2, batch_size=3)
+    rows = token_logps(model, [{"input_ids": row, "labels": row} for row in ids], pad_token_id=2, batch_size=3)
     assert [entry["text"] for entry in log] == list(data[f"privleak_{split}"]["text"])
     assert [min_k_score(row) for row in rows] == pytest.approx([entry["Min-40%"] for entry in log], abs=1e-4)
     assert [-row.mean() for row in rows] == pytest.approx([entry["PPL"] for entry in log], abs=1e-4)
@@ -113,7 +113,7 @@ def test_a_short_text(golden, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "target")
     short = golden["short_text"]
     ids = tokenizer(short["text"])["input_ids"]
-    (row,) = answer_logps(model, [{"input_ids": ids, "labels": ids}], pad_token_id=2)
+    (row,) = token_logps(model, [{"input_ids": ids, "labels": ids}], pad_token_id=2)
     assert min_k_score(row) == pytest.approx(short["result"]["Min-40%"], abs=1e-4)
     # Differs from MUSE: there Min-5% of three tokens is NaN, here it is the least likely token.
     assert min_k_score(row, fraction=0.05) == pytest.approx(-row.min(), abs=1e-6)

@@ -28,10 +28,11 @@ from blur_trainer.models.forward import (
     fused_head_obstacle,
     has_fused_head,
 )
+from blur_trainer.models.logps import sequence_logps
 from blur_trainer.models.reference import CurrentModel, FrozenModel, OtherAdapter
 from blur_trainer.objectives.answers import NLL, reference_logps
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES
-from blur_trainer.objectives.losses import grad_ascent_loss, sequence_logps
+from blur_trainer.objectives.losses import grad_ascent_loss
 from blur_trainer.trainers.config import UnlearningConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -21,8 +21,8 @@ from transformers import (
 from blur_trainer.models.forward import answer_logps, choose_head, forward, fused_head_obstacle
 from blur_trainer.models.logit_composition import ULDLogitsProcessor, logit_difference, passing
 from blur_trainer.models.logit_difference import LogitDifferenceCache, LogitDifferenceConfig, LogitDifferenceModel
+from blur_trainer.models.logps import sequence_logps
 from blur_trainer.models.truncation import decoder_layers, lora_assistant, truncated_view
-from blur_trainer.objectives.losses import sequence_logps
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "uld"
 WEIGHT, FILTER = -0.7, 0.15  # the filter rejects most tokens and keeps more than one: int(0.15 * 48) = 7

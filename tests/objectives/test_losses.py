@@ -3,6 +3,7 @@ import torch
 from support import reference
 from support.models import VOCAB, collate, examples
 
+from blur_trainer.models import logps
 from blur_trainer.objectives import losses
 
 
@@ -18,9 +19,9 @@ def logits(batch):
 
 
 def test_per_token_logps_equal_the_literal_loop_and_are_zero_elsewhere(batch, logits):
-    got = losses.per_token_logps(logits, batch["labels"])
+    got = logps.per_token_logps(logits, batch["labels"])
     assert got.shape == (4, batch["labels"].shape[1] - 1)
-    mask = losses.answer_mask(batch["labels"])
+    mask = logps.answer_mask(batch["labels"])
     assert torch.equal(got[~mask], torch.zeros(int((~mask).sum())))
     for row, literal, m in zip(got, reference.log_prob(logits, batch["labels"]), mask, strict=True):
         torch.testing.assert_close(row[m].double(), torch.stack(literal), atol=1e-5, rtol=0)
@@ -29,30 +30,30 @@ def test_per_token_logps_equal_the_literal_loop_and_are_zero_elsewhere(batch, lo
 def test_label_at_position_0_is_no_target(logits):
     labels = torch.full(logits.shape[:2], -100)
     labels[:, 0] = 5
-    assert not losses.answer_mask(labels).any()
-    assert torch.equal(losses.sequence_logps(logits, labels), torch.zeros(4))
+    assert not logps.answer_mask(labels).any()
+    assert torch.equal(logps.sequence_logps(logits, labels), torch.zeros(4))
 
 
 def test_sequence_logps(batch, logits):
-    got = losses.sequence_logps(logits, batch["labels"])
+    got = logps.sequence_logps(logits, batch["labels"])
     torch.testing.assert_close(got.double(), reference.sequence_log_prob(logits, batch["labels"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_summed_in_float32(batch, logits, dtype):
     half = logits.to(dtype)
-    got = losses.sequence_logps(half, batch["labels"])
+    got = logps.sequence_logps(half, batch["labels"])
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, losses.sequence_logps(half.float(), batch["labels"]))
+    torch.testing.assert_close(got, logps.sequence_logps(half.float(), batch["labels"]))
 
 
 def test_padding_and_prompt_do_not_enter(batch, logits):
     changed = logits.clone()
-    outside = torch.nn.functional.pad(~losses.answer_mask(batch["labels"]), (0, 1), value=True)
+    outside = torch.nn.functional.pad(~logps.answer_mask(batch["labels"]), (0, 1), value=True)
     changed[outside] = 1e3 * torch.randn(int(outside.sum()), VOCAB)
     ref = torch.randn_like(logits)
     for loss in (
-        lambda z: losses.sequence_logps(z, batch["labels"]),
+        lambda z: logps.sequence_logps(z, batch["labels"]),
         lambda z: losses.kl_loss(z, ref, batch["labels"]),
     ):
         torch.testing.assert_close(loss(changed), loss(logits))
@@ -61,7 +62,7 @@ def test_padding_and_prompt_do_not_enter(batch, logits):
 def test_gradient_reaches_answer_positions_only(batch, logits):
     z = logits.clone().requires_grad_()
     losses.kl_loss(z, torch.randn_like(z), batch["labels"]).sum().backward()
-    inside = torch.nn.functional.pad(losses.answer_mask(batch["labels"]), (0, 1))
+    inside = torch.nn.functional.pad(logps.answer_mask(batch["labels"]), (0, 1))
     assert z.grad[~inside].abs().max() == 0
     assert (z.grad[inside].abs().sum(-1) > 0).all()
 

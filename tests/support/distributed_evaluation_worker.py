@@ -26,7 +26,7 @@ from blur_trainer.evaluation.lm_eval import LMEval
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.robustness.battery import robustness
-from blur_trainer.evaluation.scoring import answer_logps, generate
+from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.gradients.rules import Sum
 from blur_trainer.objectives.answers import NLL, GradAscent
 from blur_trainer.trainers.config import UnlearningConfig
@@ -104,7 +104,7 @@ def results(model: torch.nn.Module, folder: str) -> dict[str, Any]:
     for count in (7, 1, 0):
         forwards.clear()
         rows = [{"input_ids": ids, "labels": ids} for ids in ROWS[:count]]
-        logps = answer_logps(model, rows, pad_token_id=1, batch_size=3)
+        logps = token_logps(model, rows, pad_token_id=1, batch_size=3)
         found[f"logps of {count}"] = [row.tolist() for row in logps]
         found["forwards"].append(len(forwards))
     hook.remove()

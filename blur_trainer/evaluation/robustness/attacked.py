@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.distributed import is_sharded
-from blur_trainer.evaluation.scoring import evaluating
+from blur_trainer.models.forward import evaluating
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 
 

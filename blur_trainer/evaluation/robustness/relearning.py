@@ -10,11 +10,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.evaluation.batching import check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, trainable, under_attack
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.objectives.losses import IGNORE_INDEX
 
 Examples: TypeAlias = Dataset | Sequence[dict[str, Any]]
 Row = tuple[list[int], list[int]]

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.evaluation.batching import check_context, check_example
 from blur_trainer.evaluation.distributed import in_shares, is_sharded
-from blur_trainer.evaluation.scoring import evaluating
-from blur_trainer.evaluation.token_scores import IGNORE_INDEX, AnswerScores, scored_positions
+from blur_trainer.evaluation.token_scores import AnswerScores, scored_positions
 from blur_trainer.metrics.protocols import OPEN_UNLEARNING, TOFU, check_protocol
+from blur_trainer.models.forward import evaluating
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 
 Scores = dict[str, list[float]]  # by attack, one per text

@@ -1,0 +1,6 @@
+"""What several rooms must agree on."""
+
+#: the label of a token that is no target
+IGNORE_INDEX = -100
+#: the two roles, always in this order: of gradients, weights, batches and columns
+ROLES = ("forget", "retain")
