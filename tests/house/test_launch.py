@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from support.example_runs import FILES as WRITTEN
+from support.example_runs import as_the_hub, launch, load, with_ignorant_models
 from support.runs import distance, weights
-from test_example_muse import FILES as WRITTEN
-from test_example_muse import as_the_hub, launch, load, with_ignorant_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
