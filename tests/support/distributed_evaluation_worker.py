@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.parity import ENGINES, forget_engine, whole
+from support.processes import freeze_imports
 from support.scoring_helpers import PASSAGES, QUESTIONS, SENTENCES, build_model, build_tokenizer, muse_data
 from transformers import PrinterCallback
 
@@ -237,6 +238,7 @@ def main(engine: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    freeze_imports()
     for name in sys.argv[2].split(","):
         main(name, sys.argv[1])
     PartialState().wait_for_everyone()

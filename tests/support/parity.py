@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.models import examples, tiny_llama
-from support.processes import torchrun
+from support.processes import freeze_imports, torchrun
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
@@ -209,6 +210,12 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
     return start, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@cache
+def expected(feature: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same on every engine."""
+    return literal(FEATURES[feature])
+
+
 def whole(parameter: Tensor, engine: str) -> Tensor:
     """The fp32 master of a trainable parameter, from all processes' shards."""
     if engine.startswith("fsdp2"):
@@ -274,13 +281,15 @@ def train(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearnin
 
 
 def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
-    """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights."""
-    start, want = literal(FEATURES[feature])
+    """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights; on the first process, which has read them."""
     got = {
         name.removeprefix("_orig_mod.").removeprefix("module."): whole(p, engine)
         for name, p in trainer.model_wrapped.named_parameters()
         if p.requires_grad
     }
+    if not PartialState().is_main_process:
+        return 0.0
+    start, want = expected(feature)
     if got.keys() != want.keys():
         raise AssertionError(f"other parameters: {sorted(got.keys() ^ want.keys())}")
     distance = sum((got[name].double() - want[name].double()).square().sum() for name in want)
@@ -292,6 +301,7 @@ def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
 
 def main(folder: str, names: str) -> None:
     datasets.disable_progress_bars()
+    freeze_imports()
     errors = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for cell in names.split(";"):
