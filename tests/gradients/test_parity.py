@@ -5,6 +5,7 @@ changes a backend; benchmarks/parity.py prints it.
 """
 
 import pytest
+from support.cases import chosen
 from support.parity import CELLS, DEFAULT_TOLERANCE, ENGINES, TOLERANCE, launch
 
 #: reduces on the last micro-batch only; clips by the norm of all shards
@@ -41,8 +42,7 @@ def test_every_engine_is_in_every_run():
 @pytest.fixture(scope="module")
 def errors(request, tmp_path_factory):
     """Of the cells that this run has chosen, in one launch."""
-    here = [item.callspec.params["cell"] for item in request.session.items if "errors" in item.fixturenames]
-    return launch(here, tmp_path_factory.mktemp("parity"))
+    return launch(chosen(request, "cell"), tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""Many small cases in one test: all of them run, and whatever fails is told by name."""
+"""Many small cases in one test: all of them run, and whatever fails is told by name. Also: which cases a run has."""
 
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -20,3 +20,9 @@ def every(cases: Mapping[str, Any] | Iterable[Any], check: Callable[..., Any]) -
             failed.append(f"{name} (line {line}): {type(error).__name__}: {error}")
     if failed:
         pytest.fail(f"{len(failed)} of {len(named)} cases:\n\n" + "\n\n".join(failed))
+
+
+def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """What a fixture of a module is to prepare: the values of `parameter` in the module's tests that are run."""
+    here = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return list(dict.fromkeys(spec.params[parameter] for spec in here if spec and parameter in spec.params))
