@@ -179,7 +179,7 @@ def main():
         check_output_dir(str(out))
 
     # 2. Data: what to forget, topic by topic, and what to keep
-    corpora = bt.load_wmdp(script.forget_topics, script.data_dir, corpus="embedded" if tiny else "wmdp")
+    corpora = bt.load_wmdp("embedded" if tiny else "wmdp", script.forget_topics, script.data_dir)
     topics = {key.removeprefix("forget_"): rows for key, rows in corpora.items() if key.startswith("forget_")}
 
     # 3. Models: the target that knows too much; among the tiny ones also one that never saw what is to be forgotten

@@ -24,7 +24,7 @@ from blur_trainer.data.files import checked_folder, checked_rows, find_file, fro
 from blur_trainer.data.subset import limit_documents
 from blur_trainer.toy.muse import muse_corpora
 
-__all__ = ["AUC_RETRAIN", "MUSE_MODELS", "MuseModels", "limit_documents", "load_muse"]
+__all__ = ["AUC_RETRAIN", "MUSE_MODELS", "MuseModels", "limit_documents", "load_muse", "muse_stages"]
 
 COLUMNS = {
     "raw": ("text",),

@@ -25,7 +25,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from blur_trainer.data.choices import LETTERS
+from blur_trainer.choices import LETTERS
 from blur_trainer.data.files import checked_folder, checked_rows, find_file, from_hub, read_lines, read_rows
 from blur_trainer.toy.wmdp import FORGET_TOPICS, TOPICS, topic_corpora, topic_questions
 
@@ -39,10 +39,10 @@ SUFFIXES = (".jsonl", ".json", ".txt")
 
 
 def load_wmdp(
+    corpus: str = "wmdp",
     topics: Sequence[str] | None = None,
     data_dir: str | Path | None = None,
     *,
-    corpus: str = "wmdp",
     topic_retain: bool = False,
     min_length: int = 50,
     max_length: int | None = None,
@@ -52,12 +52,13 @@ def load_wmdp(
     Load the texts to forget, one set per topic, and those to retain.
 
     Args:
+        corpus (`str`, defaults to `"wmdp"`):
+            `"wmdp"` from the Hub, or `"embedded"`: invented topics, no network
+            ([`~blur_trainer.toy.wmdp.topic_corpora`]).
         topics (`Sequence[str]`, *optional*):
             Some of `"bio"` and `"cyber"` (embedded: `"potions"` and `"machines"`), in this order; by default both.
         data_dir (`str` or `Path`, *optional*):
             Read what this folder has; the rest comes from the Hub. So the gated corpus alone can be a local file.
-        corpus (`str`, defaults to `"wmdp"`):
-            Or `"embedded"`: invented topics, no network ([`~blur_trainer.toy.wmdp.topic_corpora`]).
         topic_retain (`bool`, defaults to `False`):
             Whether to load WMDP's own retain corpora too (`retain_bio`, `retain_cyber`), which its authors' runs leave
             out: they retain Wikitext.

@@ -1,11 +1,12 @@
 """The contract of every evaluation: MUSE, TOFU, WMDP, lm-evaluation-harness, and one's own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel
 
-Goal = Literal["min", "max", "zero"]
+#: a plain function that measures a model
+Measure = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
 class Column(TypedDict, total=False):
@@ -13,7 +14,8 @@ class Column(TypedDict, total=False):
 
     name: str  # the key in what the evaluation returns
     label: str  # what stands above it
-    goal: Goal  # which values are good
+    goal: str  # which values are good: "min", "max" or "zero"
+    role: str  # "forget" or "retain", where the goal does not say it
 
 
 class Evaluation:
@@ -41,7 +43,7 @@ class Evaluation:
     """
 
     @property
-    def columns(self) -> Sequence[Mapping[str, Any]]:
+    def columns(self) -> Sequence[Column]:
         """The metrics that a table shows, in its order: see [`Column`]. The first one is the primary metric."""
         raise NotImplementedError(f"{type(self).__name__} has no `columns`: say which metrics a table shows.")
 
@@ -57,13 +59,22 @@ class Evaluation:
     @property
     def primary_metric(self) -> str:
         """What `metric_for_best_model` means where it names the evaluation."""
-        return self.primary_metrics[0]
+        names = self.primary_metrics
+        if not names:
+            raise ValueError(
+                f"{type(self).__name__} has no columns yet, and so no primary metric: name one of the metrics that it "
+                "returns, or make it a `blur_trainer.Evaluation` with `columns`."
+            )
+        return names[0]
 
     @property
     def greater_is_better(self) -> bool:
-        """Of the primary metric."""
-        goals = {column["name"]: column.get("goal") for column in self.columns}
-        return goals[self.primary_metric] == "max"
+        """Of the primary metric. Raises `ValueError` where neither greater nor less is better."""
+        primary = self.primary_metric
+        goal = next((column.get("goal") for column in self.columns if column["name"] == primary), None)
+        if goal not in ("min", "max"):
+            raise ValueError(f"The goal of {primary!r} is {goal!r}, not 'min' or 'max': compare models by another one.")
+        return goal == "max"
 
     def samples(self, n: int = 3) -> list[dict[str, Any]]:
         """Up to `n` prompts per metric with reference and response, of the model evaluated last. Default: none."""
@@ -73,7 +84,7 @@ class Evaluation:
 class FunctionEvaluation(Evaluation):
     """A plain function as an evaluation: its columns are the keys of what it returned last, without a goal."""
 
-    def __init__(self, function: Callable[[PreTrainedModel], Mapping[str, float]]) -> None:
+    def __init__(self, function: Measure) -> None:
         self.function = function
         self._keys: list[str] = []
 

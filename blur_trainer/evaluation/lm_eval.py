@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.distributed import is_sharded, rank_and_world
 from blur_trainer.models.forward import evaluating
@@ -20,7 +21,7 @@ from blur_trainer.models.forward import evaluating
 FORGET = ("wmdp_", "forget_")
 
 
-class LMEval:
+class LMEval(Evaluation):
     """
     Tasks of lm-evaluation-harness, as a function from a model to numbers: the one that published tables use.
 
@@ -91,12 +92,8 @@ class LMEval:
         self.num_fewshot, self.limit, self.batch_size = num_fewshot, limit, batch_size
 
     @property
-    def primary_metrics(self) -> list[str]:
+    def columns(self) -> list[Column]:
         """`{task}_acc` of each task that was asked for, as WMDP and MMLU have it."""
-        return [f"{task}_acc" for task in self.tasks]
-
-    def columns(self) -> list[dict[str, str]]:
-        """Of the primary metrics: `name`, `label`, the `goal` (`"min"` or `"max"`) and the `role`."""
         return [
             {
                 "name": f"{task}_acc",
@@ -106,10 +103,6 @@ class LMEval:
             }
             for task in self.tasks
         ]
-
-    def samples(self, n: int = 3) -> list[dict[str, Any]]:
-        """None: the harness's answers are letters, and those of published questions are better not shown around."""
-        return []
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """The metrics of one model. Of several processes all must call it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from blur_trainer.atomic_write import write_durably
-from blur_trainer.data.choices import DESCRIPTION
+from blur_trainer.choices import DESCRIPTION
 from blur_trainer.evaluation.wmdp import COLUMNS, subjects_of
 
 _TASK = r"""task: {task}

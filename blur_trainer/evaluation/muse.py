@@ -6,14 +6,16 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.scoring import generate, token_logps
 
 GROUPS = ("forget", "retain", "hold")
+METRICS = {"verbmem": "VerbMem", "knowmem": "KnowMem"}
 _PRIVLEAK = ("privleak_forget", "privleak_holdout")
 
 
-class MUSEEvaluation:
+class MUSEEvaluation(Evaluation):
     r"""
     The first three criteria of MUSE, as a function from a model to numbers.
 
@@ -114,17 +116,17 @@ class MUSEEvaluation:
         table = ("forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak")
         return [key for key in table if key in self.metric_keys]
 
-    def columns(self) -> list[dict[str, str]]:
-        """What a table shows of each metric: `name`, `label` and the `goal`: `"min"`, `"max"` or `"zero"`."""
-        columns = []  # none for `privleak_auc`: no value of it is best in itself
+    @property
+    def columns(self) -> list[Column]:
+        """What a table shows of each metric."""
+        columns: list[Column] = []  # none for `privleak_auc`: no value of it is best in itself
         for key in self.metric_keys:
             group, _, metric = key.partition("_")
             if key == "privleak":
                 columns.append({"name": key, "label": "PrivLeak", "goal": "zero"})
             elif group in GROUPS:
-                label = {"verbmem": "VerbMem", "knowmem": "KnowMem"}[metric]
-                goal = "min" if group == "forget" else "max"
-                columns.append({"name": key, "label": f"{label} {group}", "goal": goal})
+                label = f"{METRICS[metric]} {group}"
+                columns.append({"name": key, "label": label, "goal": "min" if group == "forget" else "max"})
         return columns
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
@@ -190,8 +192,8 @@ class MUSEEvaluation:
             scores += [self._min_k_score(row) for row in logps]
             labels += [label] * len(logps)
         result = self._metrics["privleak"].compute(predictions=scores, references=labels, auc_retrain=self.auc_retrain)
-        values = {"privleak_auc": float(result["auc"])}
-        return values | ({"privleak": float(result["privleak"])} if "privleak" in result else {})
+        shown = {"privleak_auc": "auc", "privleak": "privleak"}
+        return {key: float(result[name]) for key, name in shown.items() if name in result}
 
     def _generate(
         self, model: PreTrainedModel, prompts: list[str], max_new_tokens: int, desc: str, stops: Sequence[str] = ()

@@ -6,9 +6,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.choices import LETTERS, choice_prompt
 from blur_trainer.constants import ROLES
-from blur_trainer.data.choices import LETTERS, choice_prompt
 from blur_trainer.evaluation.answer_scoring import score_variants
+from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
 
 SUBJECTS = {"bio": "biology", "cyber": "cybersecurity", "chem": "chemistry"}
@@ -16,7 +17,7 @@ COLUMNS = ("question", "choices", "answer")
 Example = dict[str, list[int]]
 
 
-class WMDPEvaluation:
+class WMDPEvaluation(Evaluation):
     r"""
     Accuracy on multiple-choice questions, as a function from a model to numbers.
 
@@ -80,13 +81,9 @@ class WMDPEvaluation:
         self._records: dict[str, list[dict[str, Any]]] = {}
 
     @property
-    def primary_metrics(self) -> list[str]:
-        """All of them."""
-        return list(self.metric_keys)
-
-    def columns(self) -> list[dict[str, str]]:
+    def columns(self) -> list[Column]:
         """What a table shows of each metric: `name`, `label`, the `goal` (`"min"` or `"max"`) and the `role`."""
-        columns = []
+        columns: list[Column] = []
         for key in self._rows:
             role, _, topic = key.partition("_")
             goal = "min" if role == "forget" else "max"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import hidden_size
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective, positive
-from blur_trainer.objectives.control_vectors import control_vector
+from blur_trainer.objectives.control_vectors import control_vector, load_vectors, save_vectors
 from blur_trainer.objectives.losses import activation_loss
 
 
@@ -96,8 +97,16 @@ class RMU(ActivationObjective):
             self._kept[size] = torch.stack([control_vector(topic, size, self.seed) for topic in self.topics])
         return self._kept[size]
 
+    def save_state(self, folder: str | Path, model: nn.Module) -> None:
+        """The vectors. They follow from the seed, but a resumed training may have another one, or another torch."""
+        save_vectors(folder, self.topics, self.vectors(hidden_size(model)))
+
+    def load_state(self, folder: str | Path, model: nn.Module) -> None:
+        """The vectors of a checkpoint. Raises `ValueError` where they are missing, or of other topics or sizes."""
+        self.restore(load_vectors(folder, self.topics, hidden_size(model)))
+
     def restore(self, vectors: Tensor) -> None:
-        """From now on these, `(topics, H)`."""
+        """Takes these vectors from now on, `(topics, H)`."""
         self._kept.clear()
         self._kept[vectors.shape[-1]] = vectors
 

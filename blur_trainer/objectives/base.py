@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ class Objective:
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         """`(B,)`"""
         raise NotImplementedError
+
+    def save_state(self, folder: str | Path, model: nn.Module) -> None:
+        """Writes into a checkpoint what a resumed training needs of this objective. Default: nothing."""
+
+    def load_state(self, folder: str | Path, model: nn.Module) -> None:
+        """Reads it back, on every process. Raises `ValueError` where the checkpoint is another objective's."""
 
     def num_items(self, batch: Batch) -> Tensor:
         """Items in a batch, 0-d int64, on the batch's device."""

@@ -5,22 +5,14 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
+
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
 _PACKAGES = ("blur_trainer", "torch", "transformers", "accelerate", "datasets", "peft", "trl")
-
-
-class Suite(Protocol):
-    """A benchmark such as [`MUSEEvaluation`]."""
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]: ...
-
-    def columns(self) -> list[dict[str, str]]: ...
-
-    def samples(self, n: int = 3) -> list[dict[str, Any]]: ...
 
 
 class Results:
@@ -29,8 +21,9 @@ class Results:
 
     Args:
         benchmark: name of the benchmark and the corpus, for the report's title.
-        suite: the evaluation, run by [`add`] for each model.
-        plane: the metrics on the axes of the forget-retain plane, `{"x": ..., "y": ...}`.
+        evaluation: an [`Evaluation`], run by [`add`] for each model. Or a function from a model to a dict of numbers,
+            whose keys are the columns.
+        plane: the metrics on the axes of the forget-retain plane, `{"x": ..., "y": ...}`. Default: no such figure.
         samples: texts per metric that are kept of each model.
 
     ```python
@@ -41,22 +34,33 @@ class Results:
     ```
     """
 
-    def __init__(self, benchmark: str, suite: Suite, *, plane: Mapping[str, str], samples: int = 1):
+    def __init__(
+        self,
+        benchmark: str,
+        evaluation: Evaluation | Measure,
+        *,
+        plane: Mapping[str, str] | None = None,
+        samples: int = 1,
+    ):
         self.benchmark = benchmark
-        self.suite = suite
-        self.plane = dict(plane)
-        self.columns = suite.columns()
+        self.evaluation = as_evaluation(evaluation)
+        self.plane = dict(plane or {})
         self.rows: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.robustness: dict[str, Any] = {}
         self._num_samples = samples
         self._samples: dict[tuple[str, str], dict[str, Any]] = {}
 
+    @property
+    def columns(self) -> list[Column]:
+        """What the table shows of each metric. Of a function: known once a model has been added."""
+        return list(self.evaluation.columns)
+
     def add(self, name: str, kind: Kind, model: PreTrainedModel, seconds: float | None = None) -> dict[str, float]:
         """Evaluate `model` as the row `name`; `seconds` is what its unlearning took."""
-        metrics = self.suite(model)
+        metrics = self.evaluation(model)
         self.rows.append({"name": name, "kind": kind, "metrics": metrics, "seconds": seconds})
-        for sample in self.suite.samples(self._num_samples):
+        for sample in self.evaluation.samples(self._num_samples):
             entry = {"prompt": sample["prompt"], "reference": sample["gt"], "responses": {}}
             kept = self._samples.setdefault((sample["metric"], sample["prompt"]), entry)
             kept["responses"][name] = sample["response"]

@@ -8,8 +8,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
+from blur_trainer.models.loading import load_pretrained
 from blur_trainer.saving import output_dir as saving
-from blur_trainer.trainers.setup import load_pretrained
 
 
 def merge_and_save(

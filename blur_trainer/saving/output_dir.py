@@ -7,11 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -20,13 +19,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.atomic_write import flush, flush_tree
-from blur_trainer.data.topics import TopicDataset
-
-if TYPE_CHECKING:
-    from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 T = TypeVar("T")
 # what torch, safetensors and Python raise when the disk is full
@@ -35,13 +29,8 @@ STATE_NAME = "trainer_state.json"
 ASSISTANT = "assistant/adapter_model.safetensors"  # of a model unlearned by logit difference
 _ADAPTERS = ("adapter_model.safetensors", ASSISTANT)
 _RUN_FILES = ("model.safetensors", "model.safetensors.index.json", *_ADAPTERS, STATE_NAME)
-_CARD_SETTINGS = (
-    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
-    *("weight", "top_logit_filter"),  # of ULD
-)
 _ENTRIES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *_ADAPTERS)
 _SHARD = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
-_PACKAGES = ("blur_trainer", "transformers", "torch", "accelerate", "peft")
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -174,40 +163,3 @@ def _rename_shards(staging: Path, target: Path) -> None:
             os.replace(staging / old, staging / name)
         content["weight_map"] = {key: renamed[name] for key, name in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def card_info(trainer: "UnlearningTrainer") -> dict[str, Any]:
-    """What `write_model_card` says of a run."""
-    args = trainer.args
-    model: Any = trainer.model
-    return {
-        "method": trainer.method,
-        "about": trainer.about,
-        "base_model": get_config_model_id(model.config) or None,
-        **{role: _set_info(trainer.train_dataset, role) for role in ("forget", "retain")},
-        "hyperparameters": {
-            "trainer": type(trainer).__name__,
-            **{f"{role}_objective": repr(objective) for role, objective in trainer.objectives.items()},
-            "rule": repr(trainer.rule),
-            "parameters": trainer.trained,
-            **({"topics": args.topics} if args.topics else {}),
-            **{name: getattr(args, name) for name in _CARD_SETTINGS if hasattr(args, name)},
-            **({"max_steps": args.max_steps} if args.max_steps > 0 else {}),
-            "num_processes": trainer.accelerator.num_processes,
-            "max_grad_norm": args.max_grad_norm,
-            "optimizer": str(getattr(args.optim, "value", args.optim)),
-            "seed": args.seed,
-        },
-        "versions": {name: version(name) for name in _PACKAGES},
-    }
-
-
-def _set_info(dataset: Any, role: str) -> dict[str, Any]:
-    """Size of a set, and the topics it is of."""
-    if isinstance(dataset, TopicDataset):
-        by_topic = dataset.forget_by_topic if role == "forget" else dataset.retain_by_topic
-        different = {id(rows): rows for rows in by_topic.values() if rows is not None}
-        name = ", ".join(by_topic) if len(different) == len(by_topic) else None  # one may serve all topics
-        return {"name": name, "size": sum(map(len, different.values()))}
-    rows = getattr(dataset, role, None)
-    return {"size": len(rows) if isinstance(rows, Sized) else None}

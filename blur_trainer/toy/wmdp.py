@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from datasets import Dataset, DatasetDict
 
-from blur_trainer.data.choices import LETTERS, choice_prompt
+from blur_trainer.choices import LETTERS, choice_prompt
 from blur_trainer.toy.fiction import WORDS, Draw, own_facts
 
 FORGET_TOPICS = ("potions", "machines")

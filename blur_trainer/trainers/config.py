@@ -1,6 +1,7 @@
 """The arguments of the unlearning trainers: strings and numbers of a command line, made into objectives and a rule."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
-from blur_trainer.trainers.topics import check_settings
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
+#: what may be set per topic
+_TOPIC_SETTINGS = ("alpha", "coefficient", "max_length")
 #: which config fields are arguments of which rule
 _RULE_FIELDS = {
     "blur": ("lower_level", "gamma", "alpha", "clamp"),
@@ -141,7 +143,7 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError("`label_smoothing_factor` has no meaning here: objectives define their own losses.")
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
-        check_settings(self.topics)
+        _check_topics(self.topics)
         # Everything by name is built once here, so that a typo is an error before any model is loaded.
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 
@@ -181,3 +183,15 @@ def _parse_dict(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a dict or a JSON object, got {type(value).__name__}.")
     return value
+
+
+def _check_topics(topics: Any) -> None:
+    """Raises `ValueError` for settings that no topic can have; before any data is there."""
+    for topic, settings in (topics or {}).items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"`topics[{topic!r}]` must be a dict such as {{'alpha': 800}}, got {settings!r}.")
+        if unknown := sorted(set(settings) - set(_TOPIC_SETTINGS)):
+            raise ValueError(f"`topics[{topic!r}]` takes no {unknown}; accepted: {', '.join(_TOPIC_SETTINGS)}.")
+        for name, value in settings.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"`topics[{topic!r}][{name!r}]` must be a number, got {value!r}.")

@@ -1,14 +1,14 @@
 """Evaluation during training: Trainer's own on datasets, and benchmark suites on the same schedule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-Benchmark = Callable[[PreTrainedModel], dict[str, float]]
+from blur_trainer.evaluation.base import Evaluation, as_evaluation
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -16,18 +16,26 @@ else:
     _Base = object
 
 
-class BenchmarksMixin(_Base):
+def settle_benchmarks(given: Mapping[str, Any], args: TrainingArguments) -> dict[str, Evaluation]:
+    """The benchmarks as evaluations. `metric_for_best_model` may name one of them: then it is its primary metric."""
+    benchmarks = {name: as_evaluation(benchmark) for name, benchmark in given.items()}
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if best in benchmarks:
+        args.metric_for_best_model = f"{best}_{benchmarks[best].primary_metric}"
+        args.greater_is_better = benchmarks[best].greater_is_better
+    return benchmarks
+
+
+class EvaluationMixin(_Base):
     """Gives a `Trainer` the attribute `benchmarks`, run with every evaluation.
 
     Their numbers are logged as `{prefix}_{name}_{key}`, reach the callbacks as an evaluation of their own, and are part
     of what `evaluate` returns: so `metric_for_best_model`, `load_best_model_at_end` and early stopping see them.
 
-    A benchmark is any callable from the model to numbers. It is called on every process, at the same step, with the
-    unwrapped model in evaluation mode, and must answer the same on each. Under FSDP2 and ZeRO-3 each process holds a
-    part of every parameter: then all processes must run equally many forward passes, of that model as a whole.
+    Each is called on every process, at the same step: see [`Evaluation`] for what it must keep to.
     """
 
-    benchmarks: dict[str, Benchmark]
+    benchmarks: dict[str, Evaluation]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -1,13 +1,14 @@
 """The reference model in a trainer: made, sharded like the trained one, or asked once and then not needed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from safetensors import safe_open
@@ -19,17 +20,14 @@ from trl.models import prepare_deepspeed
 
 from blur_trainer.atomic_write import write_durably
 from blur_trainer.data.pairing import PairedDataset
+from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
 from blur_trainer.models.truncation import frozen_lower
 from blur_trainer.objectives.answers import reference_logps
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
-from blur_trainer.trainers.setup import load_pretrained, reads_logps_only
-from blur_trainer.uld.assistant import load_lower, read_config
-
-if TYPE_CHECKING:
-    from blur_trainer.trainers.unlearning import UnlearningTrainer
+from blur_trainer.trainers.setup import reads_logps_only
 
 #: in `output_dir`: what the reference said, for a resumed training, whose model is another one by then
 LOGPS_NAME = "reference_logps.safetensors"
@@ -88,9 +86,8 @@ def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> t
     return readers, max(tops) + 1 if tops and len(tops) == len(readers) else None
 
 
-def shard_reference(trainer: "UnlearningTrainer", model: torch.nn.Module) -> torch.nn.Module:
+def shard_reference(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """A frozen model on the trainer's devices, in the trained model's precision, sharded where that one is."""
-    accelerator: Any = trainer.accelerator
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -105,22 +102,36 @@ class PrecomputeCallback(TrainerCallback):
 
     Each process does its part, with the prepared model, so that it needs no more memory than training does. A resumed
     training reads what the first one wrote.
+
+    Args:
+        accelerator, collator, dataset: the trainer's. Nothing is done where `dataset` is not paired.
+        reference: the one that is in memory anyway, or `None`.
+        ref_model: the model to ask where there is none; `None`: the trained model as it is before its first step.
+        wrapped_model: returns the trained model as the engine has prepared it.
     """
 
-    def __init__(self, trainer: "UnlearningTrainer", ref_model: PreTrainedModel | None):
-        self.trainer = trainer
-        self.ref_model = ref_model
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        collator: Callable[[list[Any]], Any],
+        dataset: Any,
+        reference: Reference | None,
+        ref_model: PreTrainedModel | None,
+        wrapped_model: Callable[[], torch.nn.Module],
+    ):
+        self.accelerator, self.collator, self.dataset = accelerator, collator, dataset
+        self.reference, self.ref_model, self.wrapped_model = reference, ref_model, wrapped_model
         self.resumed_from: str | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        paired: Any = self.trainer.train_dataset
+        paired = self.dataset
         if not isinstance(paired, PairedDataset) or "ref_logps" in paired.forget.column_names:
             return
         digest = _digest(paired.forget)
         if self.resumed_from is None:
-            columns = _reference_columns(self.trainer, paired.forget, self._reference())
+            columns = self._columns(paired.forget, args, show=state.is_world_process_zero and not args.disable_tqdm)
             if args.should_save:
                 _write_columns(Path(str(args.output_dir)) / LOGPS_NAME, columns, digest)
         else:
@@ -128,36 +139,32 @@ class PrecomputeCallback(TrainerCallback):
         for name, values in columns.items():
             paired.forget = paired.forget.add_column(name, values)
 
-    def _reference(self) -> Reference:
-        trainer, given, self.ref_model = self.trainer, self.ref_model, None
-        if trainer.reference is not None:  # the retain objective keeps one in memory anyway
-            return trainer.reference
+    def _asked(self) -> Reference:
+        given, self.ref_model = self.ref_model, None
+        if self.reference is not None:  # the retain objective keeps one in memory anyway
+            return self.reference
         if given is not None:
-            return FrozenModel(shard_reference(trainer, given))
-        return CurrentModel(trainer.model_wrapped)
+            return FrozenModel(shard_reference(self.accelerator, given))
+        return CurrentModel(self.wrapped_model())
 
-
-def _reference_columns(
-    trainer: "UnlearningTrainer", forget: datasets.Dataset, reference: Reference
-) -> dict[str, list[float]]:
-    accelerator = trainer.accelerator
-    loader = accelerator.prepare(
-        DataLoader(
-            forget,
-            batch_size=trainer.args.per_device_train_batch_size,
-            collate_fn=trainer.data_collator,
-            num_workers=trainer.args.dataloader_num_workers,
+    def _columns(self, forget: datasets.Dataset, args: TrainingArguments, show: bool) -> dict[str, list[float]]:
+        accelerator, reference = self.accelerator, self._asked()
+        loader = accelerator.prepare(
+            DataLoader(
+                forget,
+                batch_size=args.per_device_train_batch_size,
+                collate_fn=self.collator,
+                num_workers=args.dataloader_num_workers,
+            )
         )
-    )
-    columns: dict[str, list[float]] = {}
-    show = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-    for batch in tqdm(loader, desc="Reference log-probabilities", disable=not show):
-        parts = {"ref_logps": batch} | ({"refusal_ref_logps": batch["refusal"]} if "refusal" in batch else {})
-        for name, part in parts.items():
-            with torch.no_grad(), accelerator.autocast():
-                logps = reference_logps(part, reference)
-            columns.setdefault(name, []).extend(accelerator.gather_for_metrics(logps).float().tolist())
-    return columns
+        columns: dict[str, list[float]] = {}
+        for batch in tqdm(loader, desc="Reference log-probabilities", disable=not show):
+            parts = {"ref_logps": batch} | ({"refusal_ref_logps": batch["refusal"]} if "refusal" in batch else {})
+            for name, part in parts.items():
+                with torch.no_grad(), accelerator.autocast():
+                    logps = reference_logps(part, reference)
+                columns.setdefault(name, []).extend(accelerator.gather_for_metrics(logps).float().tolist())
+        return columns
 
 
 def _digest(forget: datasets.Dataset) -> str:

@@ -5,17 +5,12 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.forward import choose_head
+from blur_trainer.models.loading import load_pretrained
 from blur_trainer.models.reference import FrozenModel, partition_shape
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
@@ -115,22 +110,6 @@ def load_model(
             "`model.merge_and_unload()` before."
         )
     return get_peft_model(model, peft_config)
-
-
-def load_pretrained(name: str, kwargs: Any) -> Any:
-    """A causal language model by name or path, safetensors only."""
-    try:
-        architecture: Any = AutoModelForCausalLM
-        return create_model_from_path(name, architecture, **{"device_map": None, "use_safetensors": True, **kwargs})
-    except OSError as error:
-        raise cannot_load(name, error) from error
-
-
-def cannot_load(name: str, error: OSError) -> OSError:
-    return OSError(
-        f"Cannot load model {name!r}: no such local folder, no such hub repository, a gated one (ask for access on "
-        f"its page, then `hf auth login`), or no safetensors weights in it. {error}"
-    )
 
 
 def load_tokenizer(

@@ -11,7 +11,7 @@ already) plus each one's share of `w_r g_r`. `||g_r||`, for the log, follows fro
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -21,14 +21,11 @@ from blur_trainer.gradients.backend import GradientBackend, inner_products
 from blur_trainer.gradients.forward_mode import directional_derivative
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.forward import evaluating, forward
-from blur_trainer.trainers.step import Window, objective_pass, record
-
-if TYPE_CHECKING:
-    from blur_trainer.trainers.config import UnlearningConfig
-    from blur_trainer.trainers.unlearning import UnlearningTrainer
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.step import Step, objective_pass, record
 
 
-def check_settings(args: "UnlearningConfig", rule: Rule, roles: Mapping[str, Any]) -> None:
+def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, Any]) -> None:
     """Raises `ValueError`, by name, for what a single gradient buffer cannot do; before any model is loaded."""
     if not args.single_gradient_buffer:
         return
@@ -57,17 +54,16 @@ def check_settings(args: "UnlearningConfig", rule: Rule, roles: Mapping[str, Any
             raise ValueError(f"`single_gradient_buffer=True`, but {obstacle}.")
 
 
-def check_model(trainer: "UnlearningTrainer") -> None:
+def check_forward_mode(model: Any, args: UnlearningConfig, engine: DistributedType) -> None:
     """Raises `NotImplementedError` where the engine shards, or one of the model's kernels has no forward mode."""
-    if not trainer.args.single_gradient_buffer:
+    if not args.single_gradient_buffer:
         return
-    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise NotImplementedError(
             "`single_gradient_buffer=True` runs on one process and DDP, not under FSDP or DeepSpeed, where each "
             "process holds its shard of the gradients only: leave it off, or set `offload_forget_gradient=True`."
         )
-    model: Any = trainer.model
-    ids = torch.tensor([[0, 1]], device=trainer.args.device)
+    ids = torch.tensor([[0, 1]], device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tangents = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     try:
@@ -81,17 +77,15 @@ def check_model(trainer: "UnlearningTrainer") -> None:
         ) from error
 
 
-def one_buffer_step(
-    trainer: "UnlearningTrainer", backend: GradientBackend, window: Window, counts: Mapping[str, Tensor]
-) -> Tensor:
+def one_buffer_step(step: Step) -> Tensor:
     """Both passes over the window; `.grad` is the combination, or empty where it is not finite."""
-    losses = {"forget": objective_pass(trainer, backend, "forget", window, counts["forget"])}
+    backend, rule = step.backend, step.rule
+    losses = {"forget": objective_pass(step, "forget")}
     gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
     gramian[0, 0] = _squared_norm(backend)
-    rule = trainer.rule_of(window)
     weights = rule(gramian)
     if gramian[0, 0].isfinite() and not weights.isfinite().all():  # a fixed sum does not ask for the inner product
-        gramian[0, 1] = gramian[1, 0] = _inner_product(trainer, backend, window, counts["retain"])
+        gramian[0, 1] = gramian[1, 0] = _inner_product(step)
         weights = rule(gramian)
     # NaN in the inner product is one that was not asked for, or in the weights too; a clamp may hide inf
     finite = bool(gramian[0, 0].isfinite() and weights.isfinite().all() and not gramian[0, 1].isinf())
@@ -100,13 +94,13 @@ def one_buffer_step(
         gradients = _gradients(backend)
         if gradients:  # foreach refuses empty lists
             torch._foreach_mul_(gradients, forget_weight)
-        losses["retain"] = objective_pass(trainer, backend, "retain", window, counts["retain"], retain_weight)
+        losses["retain"] = objective_pass(step, "retain", retain_weight)
         combined = _squared_norm(backend)  # finite only where the retain gradient is
         finite = bool(combined.isfinite())
         gramian[1, 1] = _retain_norm(combined, gramian, weights)
     if not finite:
         backend.discard()
-    return record(trainer, losses, gramian, weights, finite)
+    return record(step, losses, gramian, weights, finite)
 
 
 def _gradients(backend: GradientBackend) -> list[Tensor]:
@@ -127,17 +121,17 @@ def _retain_norm(combined: Tensor, gramian: Tensor, weights: Tensor) -> Tensor:
     return torch.where(rest > 1e-4 * known.abs().max(), rest / retain**2, torch.nan)
 
 
-def _inner_product(trainer: "UnlearningTrainer", backend: GradientBackend, window: Window, num_items: Tensor) -> Tensor:
+def _inner_product(step: Step) -> Tensor:
     """`<g_f, g_r>`, `g_f` in `.grad`, of all processes. Their model is read beneath DDP: nothing is to be reduced."""
-    model = trainer.accelerator.unwrap_model(backend.model, keep_torch_compile=False)
+    model = step.accelerator.unwrap_model(step.backend.model, keep_torch_compile=False)
     tangents = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    objective, device = trainer.objectives["retain"], trainer.args.device
+    objective, num_items, device = step.objectives["retain"], step.counts["retain"], step.device
     total = torch.zeros((), device=device)
     # the retain pass then draws the same dropout masks
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type):
-        for batch in window:
-            with trainer.compute_loss_context_manager():
-                loss = partial(objective, batch=batch["retain"], reference=trainer.reference, num_items=num_items)
+        for batch in step.window:
+            with step.autocast():
+                loss = partial(objective, batch=batch["retain"], reference=step.reference, num_items=num_items)
                 total += directional_derivative(model, tangents, loss)
-    return trainer.accelerator.reduce(total, "sum").cpu().double()
+    return step.accelerator.reduce(total, "sum").cpu().double()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 
@@ -10,24 +10,9 @@ from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.rules import BLUR, Rule, Sum
 from blur_trainer.objectives.activations import RMU
 from blur_trainer.objectives.base import Objective
+from blur_trainer.trainers.config import UnlearningConfig
 
-if TYPE_CHECKING:
-    from blur_trainer.trainers.config import UnlearningConfig
-
-_SETTINGS = ("alpha", "coefficient", "max_length")
 _SPLITS = {"train", "validation", "test"}
-
-
-def check_settings(topics: Any) -> None:
-    """Of `UnlearningConfig.topics`, before any data is there."""
-    for topic, settings in (topics or {}).items():
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"`topics[{topic!r}]` must be a dict such as {{'alpha': 800}}, got {settings!r}.")
-        if unknown := sorted(set(settings) - set(_SETTINGS)):
-            raise ValueError(f"`topics[{topic!r}]` takes no {unknown}; accepted: {', '.join(_SETTINGS)}.")
-        for name, value in settings.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"`topics[{topic!r}][{name!r}]` must be a number, got {value!r}.")
 
 
 def topic_names(forget: Any) -> tuple[str, ...]:
@@ -37,7 +22,7 @@ def topic_names(forget: Any) -> tuple[str, ...]:
     return tuple(forget) if topics else ()
 
 
-def settle_topics(objectives: dict[str, Objective], rule: Rule, forget: Any, args: "UnlearningConfig") -> list[Rule]:
+def settle_topics(objectives: dict[str, Objective], rule: Rule, forget: Any, args: UnlearningConfig) -> list[Rule]:
     """Tells the forget objective its topics; the rule of each, none if there are none. Raises for what does not go."""
     names = topic_names(forget)
     if unknown := sorted(set(settings_of(args)) - set(names)):
@@ -54,12 +39,12 @@ def settle_topics(objectives: dict[str, Objective], rule: Rule, forget: Any, arg
     return rules_by_topic(rule, names, args)
 
 
-def settings_of(args: "UnlearningConfig") -> dict[str, Any]:
+def settings_of(args: UnlearningConfig) -> dict[str, Any]:
     topics: Any = args.topics
     return topics or {}
 
 
-def with_topics(objective: Objective, topics: tuple[str, ...], args: "UnlearningConfig") -> Objective:
+def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningConfig) -> Objective:
     """RMU with a vector and a coefficient per topic; every other objective as it is, and refuses a coefficient."""
     own = {topic: s["coefficient"] for topic, s in settings_of(args).items() if "coefficient" in s}
     if not isinstance(objective, RMU):
@@ -77,7 +62,7 @@ def with_topics(objective: Objective, topics: tuple[str, ...], args: "Unlearning
 _ALPHA: dict[type, str] = {BLUR: "alpha", Sum: "retain_weight"}
 
 
-def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: "UnlearningConfig") -> list[Rule]:
+def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: UnlearningConfig) -> list[Rule]:
     """The rule of each topic, in their order."""
     own = {topic: s["alpha"] for topic, s in settings_of(args).items() if "alpha" in s}
     if not own:
@@ -89,7 +74,7 @@ def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: "UnlearningConfig"
     return [changed(rule, **{name: own[topic]}) if topic in own else rule for topic in topics]
 
 
-def alternate(forget: Mapping[str, Any], retain: Any, args: "UnlearningConfig") -> TopicDataset:
+def alternate(forget: Mapping[str, Any], retain: Any, args: UnlearningConfig) -> TopicDataset:
     """Topic after topic, step by step; Trainer reads it in sequence."""
     for role, given in (("forget", forget), ("retain", retain if isinstance(retain, Mapping) else {})):
         for topic, rows in given.items():

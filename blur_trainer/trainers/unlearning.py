@@ -1,7 +1,6 @@
 """The one trainer: two passes over the accumulation window, one rule, one optimizer step."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,32 +11,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from blur_trainer.atomic_write import write_durably
 from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.base import Batch, Objective
-from blur_trainer.report.model_card import write_model_card
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.saving.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
-from blur_trainer.trainers.evaluation import Benchmark, BenchmarksMixin
-from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
-from blur_trainer.trainers.single_buffer import check_model, check_settings, one_buffer_step
-from blur_trainer.trainers.step import two_slot_step
+from blur_trainer.trainers.saving import SavingMixin
+from blur_trainer.trainers.single_buffer import check_forward_mode, check_single_buffer, one_buffer_step
+from blur_trainer.trainers.step import Step, two_slot_step
 from blur_trainer.trainers.step_log import StepLog
 from blur_trainer.trainers.topics import settle_topics
 from blur_trainer.trainers.trainable import choose_trainable
-from blur_trainer.trainers.vectors import keep_vectors, restore_vectors
 
 
-class UnlearningTrainer(BenchmarksMixin, Trainer):
+class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     """Unlearning = a forget objective x a retain objective x a gradient rule, inside `transformers.Trainer`.
 
     Per optimizer step: one pass over the accumulation window for the forget objective, one for the retain objective,
@@ -59,8 +56,9 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         ref_model: the reference model. Default: the model before training, see `blur_trainer.models.reference`.
         forget_objective, retain_objective: an [`Objective`]. Default: from `args`.
         rule: `(2, 2)` Gramian -> `(2,)` weights, e.g. [`BLUR`] or a TorchJD `Weighting`. Default: from `args`.
-        benchmarks: name -> callable from the model to a flat dict of numbers; runs with every evaluation, the numbers
-            are logged as `eval_{name}_{key}` and may be `metric_for_best_model`.
+        benchmarks: name -> [`Evaluation`], or a function from the model to a flat dict of numbers. Runs with every
+            evaluation; the numbers are logged as `eval_{name}_{key}`. `metric_for_best_model` may be one of these
+            keys, or the name of an [`Evaluation`] alone: then it is its primary metric.
         callbacks, optimizers: as in `Trainer`.
     """
 
@@ -81,7 +79,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         forget_objective: Objective | None = None,
         retain_objective: Objective | None = None,
         rule: Rule | None = None,
-        benchmarks: Mapping[str, Benchmark] | None = None,
+        benchmarks: Mapping[str, Evaluation | Measure] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
@@ -96,7 +94,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             setup.check_retain_free(self.rule)
             del self.objectives["retain"]
         setup.check_objectives(self.objectives, args.precompute_ref_logps)
-        check_settings(args, self.rule, self.objectives)
+        check_single_buffer(args, self.rule, self.objectives)
         self._topic_rules = settle_topics(self.objectives, self.rule, forget_dataset, args)
         set_seed(args.seed)  # adapters are drawn before Trainer seeds
         source = (model, args.model_init_kwargs)
@@ -107,7 +105,7 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
         forget, retain, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
-        self.benchmarks = dict(benchmarks or {})
+        self.benchmarks = settle_benchmarks(benchmarks or {}, args)
         self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
         self.reference = make_reference(model, ref_model, self.objectives, args, source)
         super().__init__(
@@ -132,11 +130,18 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
 
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:
         check_engine(self.accelerator, self.args)
-        check_model(self)
+        check_forward_mode(self.model, self.args, self.accelerator.distributed_type)
         setup.choose_heads(self.args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):
-            self.reference.model = shard_reference(self, self.reference.model)
-        self._precompute = PrecomputeCallback(self, ref_model)
+            self.reference.model = shard_reference(self.accelerator, self.reference.model)
+        self._precompute = PrecomputeCallback(
+            self.accelerator,
+            self.data_collator,
+            self.train_dataset,
+            self.reference,
+            ref_model,
+            wrapped_model=lambda: self.model_wrapped,
+        )
         if self.args.precompute_ref_logps:
             self.add_callback(self._precompute)
 
@@ -173,13 +178,32 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
             prepare_optimizer()
         if self._backend is None or self._backend.model is not model:
             self._backend = choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
-        window, self._window = self._window, []
-        step = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
-        loss = step(self, self._backend, window, num_items_in_batch or {})
+        run = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
+        loss = run(self._step(self._backend, num_items_in_batch or {}))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss
+
+    def _step(self, backend: GradientBackend, counts: Mapping[str, Tensor]) -> Step:
+        """What this optimizer step reads; the window is empty afterwards."""
+        window, self._window = self._window, []
+
+        def topic_rule(gramian: Tensor) -> Tensor:  # the topic is read here, where the host waits for the device anyway
+            return self._topic_rules[int(window[0]["forget"]["topic"][0])](gramian)
+
+        return Step(
+            number=self.state.global_step + 1,
+            window=window,
+            counts=counts,
+            objectives=self.objectives,
+            reference=self.reference,
+            rule=topic_rule if self._topic_rules else self.rule,
+            backend=backend,
+            accelerator=self.accelerator,
+            autocast=self.compute_loss_context_manager,
+            log=self.step_log,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to each training log what the steps since the last one were like."""
@@ -193,57 +217,15 @@ class UnlearningTrainer(BenchmarksMixin, Trainer):
 
     # ---- beginning and end ----
 
-    def rule_of(self, window: list[dict[str, Any]]) -> Rule:
-        """With topics: of the one that this optimizer step is of. Asked when the Gramian has been waited for."""
-        return self._topic_rules[int(window[0]["forget"]["topic"][0])] if self._topic_rules else self.rule
-
-    @property
-    def output_dir(self) -> str:
-        return str(self.args.output_dir)
-
-    #: on the model card: what the method is, where the objectives and the rule do not say it all
-    about: str | None = None
-
-    @property
-    def method(self) -> str:
-        """Its name on the model card."""
-        return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. Nothing in `output_dir` is overwritten; resuming passes over an interrupted save."""
         given, fresh = resume_from_checkpoint, self.state.global_step == 0
         start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
         self._precompute.resumed_from = start
-        restore_vectors(self, start)
+        if start is not None:
+            self._load_objectives(start)
         try:
             with self.checkpoints.guard():
                 return super().train(start, *args, **kwargs)
         finally:
             self.interrupt.restore()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, but a kill leaves the old or the new model, and a model card beside the weights."""
-        if _internal_call and output_dir:  # into a checkpoint folder, which counts once its manifest is closed
-            self.checkpoints.begin(Path(output_dir), self.args.should_save)
-            keep_vectors(self, output_dir)
-            return self._write_model(output_dir, resumable=True)
-        output_dir = output_dir or self.output_dir
-        with saving.staged(output_dir, writes=self.args.should_save) as staging, whole_state(self.accelerator):
-            self._write_model(staging, resumable=False)
-        self.create_model_card(output_dir=output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _write_model(self, folder: str, resumable: bool) -> None:
-        """Weights, configuration and tokenizer; `resumable`: where Trainer will look for them."""
-        super().save_model(folder, _internal_call=True)
-
-    def save_state(self) -> None:
-        """As `Trainer.save_state`, but whole or not at all: the file says that a training has ended."""
-        if self.is_world_process_zero():
-            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
-
-    def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
-        """Writes `README.md`; `info` overrides what `blur_trainer.report.model_card` is told, e.g. `metrics`."""
-        if self.is_world_process_zero():
-            write_model_card(output_dir or self.output_dir, saving.card_info(self) | info)

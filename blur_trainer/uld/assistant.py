@@ -4,17 +4,14 @@ import copy
 from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant, quarter, shortened
+from blur_trainer.models.truncation import lora_assistant, quarter
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
-from blur_trainer.trainers.setup import cannot_load, load_pretrained
-
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
 
 
 class Assistant:
@@ -94,28 +91,3 @@ class Assistant:
             text_config=copy.deepcopy(self.text_config),
             architectures=[LogitDifferenceModel.__name__],
         )
-
-
-def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model given by name, or the one given in the arguments of `from_pretrained`."""
-    given = kwargs.get("config")
-    if given is not None:
-        return given
-    try:
-        return AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB if key in kwargs})
-    except OSError as error:
-        raise cannot_load(name, error) from error
-
-
-def load_lower(name: str, config: PreTrainedConfig, num_layers: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model by name, no more of it than its first `num_layers` layers (a quarter if `None`), norm and head."""
-    lower = shortened(config, quarter(config) if num_layers is None else num_layers)
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a report of the upper layers' weights, which find no place
-    try:
-        model, info = load_pretrained(name, {**kwargs, "config": lower, "output_loading_info": True})
-    finally:
-        logging.set_verbosity(before)
-    if info["missing_keys"]:
-        raise ValueError(f"{name!r} has no weights for {sorted(info['missing_keys'])[:3]}: it is not a whole model.")
-    return model

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from blur_trainer.data.choices import choice_prompt
+from blur_trainer.choices import choice_prompt
 from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
 from blur_trainer.toy.wmdp import NUM_SHEETS, TOPICS, topic_articles, topic_corpora, topic_lessons, topic_questions
 
@@ -69,7 +69,7 @@ def test_the_gated_corpus_says_where_to_ask(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ConnectionError) as raised:
-        load_wmdp(["bio"])
+        load_wmdp("wmdp", ["bio"])
     for words in (
         "datasets/cais/wmdp-bio-forget-corpus",
         "hf auth login",
@@ -79,14 +79,14 @@ def test_the_gated_corpus_says_where_to_ask(monkeypatch, error):
     ):
         assert words in str(raised.value)
     with pytest.raises(ConnectionError, match=r"cyber_remove_dataset\.jsonl") as raised:
-        load_wmdp(["cyber"])
+        load_wmdp("wmdp", ["cyber"])
     assert "gated:" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["bio_remove_dataset", "bio-remove-dataset", "bio-forget-corpus", "bio_forget_corpus"])
 @pytest.mark.parametrize("form", ["objects", "strings", "plain"])
 def test_every_spelling_and_line_format(tmp_path, hub, name, form):
-    data = load_wmdp(["bio"], write(tmp_path, f"{name}.jsonl", form=form))
+    data = load_wmdp("wmdp", ["bio"], write(tmp_path, f"{name}.jsonl", form=form))
     assert list(data["forget_bio"]["text"]) == TEXTS
     assert [repo for repo, *_ in hub] == ["Salesforce/wikitext"]  # what the folder has not
 
@@ -115,12 +115,12 @@ def test_other_suffixes_and_nothing_from_the_hub(tmp_path, hub):
 
 def test_lengths_are_characters(tmp_path, hub):
     folder = write(tmp_path, "cyber-forget-corpus.jsonl", ["x" * 50, "y" * 51, "z" * 3000])
-    found = load_wmdp(["cyber"], folder)["forget_cyber"]["text"]
+    found = load_wmdp("wmdp", ["cyber"], folder)["forget_cyber"]["text"]
     assert [len(text) for text in found] == [51, 3000]
-    cut = load_wmdp(["cyber"], folder, min_length=0, max_length=2000)["forget_cyber"]["text"]
+    cut = load_wmdp("wmdp", ["cyber"], folder, min_length=0, max_length=2000)["forget_cyber"]["text"]
     assert [len(text) for text in cut] == [50, 51, 2000]
     with pytest.raises(ValueError, match="lower min_length"):
-        load_wmdp(["cyber"], folder, min_length=5000)
+        load_wmdp("wmdp", ["cyber"], folder, min_length=5000)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_malformed_corpora(tmp_path, hub, content, kind, message):
     file = tmp_path / "cyber-forget-corpus.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(kind, match=message):
-        load_wmdp(["cyber"], tmp_path)
+        load_wmdp("wmdp", ["cyber"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_wrong_arguments(kwargs, message):
 def test_two_files_of_one_set(tmp_path):
     write(write(tmp_path, "bio_remove_dataset.jsonl"), "bio-forget-corpus.jsonl")
     with pytest.raises(ValueError, match="several files hold forget_bio"):
-        load_wmdp(["bio"], tmp_path)
+        load_wmdp("wmdp", ["bio"], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["wmdp-bio.jsonl", "wmdp_bio.jsonl", "wmdp-bio/test.jsonl"])
@@ -255,6 +255,6 @@ def test_what_a_model_learns():
 def test_embedded_corpora_are_those_of_their_seed():
     assert topic_corpora(1)["retain"]["text"] == topic_corpora(1)["retain"]["text"] != topic_corpora()["retain"]["text"]
     assert list(topic_questions("dishes", 1)) == list(topic_questions("dishes", 1))
-    assert load_wmdp(["machines"], corpus="embedded")["forget_machines"]["text"][0].startswith("Gerda Owl")
+    assert load_wmdp("embedded", ["machines"])["forget_machines"]["text"][0].startswith("Gerda Owl")
     with pytest.raises(ValueError, match="topic is 'bio'"):
         topic_questions("bio")

@@ -106,7 +106,7 @@ def test_without_auc_retrain_there_is_no_privleak(model, tokenizer, full):
     assert "privleak" not in values
     assert values == {key: value for key, value in full[1].items() if key != "privleak"}
     assert "privleak" not in evaluation.primary_metrics
-    assert all(column["name"] != "privleak" for column in evaluation.columns())
+    assert all(column["name"] != "privleak" for column in evaluation.columns)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -139,7 +139,7 @@ def test_a_plain_dict_of_datasets_is_accepted(model, tokenizer):
 def test_columns_and_primary_metrics(full):
     evaluation, values = full
     assert evaluation.primary_metrics == ["forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak"]
-    columns = evaluation.columns()
+    columns = evaluation.columns
     assert columns[0] == {"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min"}
     assert columns[-1] == {"name": "privleak", "label": "PrivLeak", "goal": "zero"}
     goals = {column["name"]: column["goal"] for column in columns}

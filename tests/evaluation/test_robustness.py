@@ -388,7 +388,7 @@ def test_everything_of_a_suite_reaches_the_report(tmp_path):
     assert [attack["name"] for attack in found["attacks"]] == ["unchanged", "8 bit", "4 bit", "truly"]
     assert found["attacks"][0]["metrics"] == suite(model)
     rows = [{"name": kind, "kind": kind, "metrics": {"forget_verbmem": 12.3}} for kind in ("target", "retrain")]
-    metrics = {"benchmark": "MUSE", "columns": suite.columns(), "rows": rows, "robustness": found}
+    metrics = {"benchmark": "MUSE", "columns": suite.columns, "rows": rows, "robustness": found}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     page = write_report(tmp_path).read_text()
     assert (tmp_path / "figures" / "relearning.png").stat().st_size > 1000

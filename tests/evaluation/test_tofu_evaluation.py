@@ -263,7 +263,7 @@ def test_questions_without_perturbed_answers_have_no_truth_ratio(tokenizer, mode
 
 def test_columns_fit_a_table_of_results(full, model):
     evaluation, values = full
-    columns = {column["name"]: column for column in evaluation.columns()}
+    columns = {column["name"]: column for column in evaluation.columns}
     assert set(columns) == {key for key in values if not key.startswith("mia_") and "log10" not in key}
     assert columns["forget_probability"] == {"name": "forget_probability", "label": "Prob. forget", "goal": "min"}
     assert columns["forget_truth_ratio"]["goal"] == columns["real_authors_rouge"]["goal"] == "max"

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from support.scoring_helpers import build_model, build_tokenizer
 
-from blur_trainer.data.choices import choice_prompt
+from blur_trainer.choices import choice_prompt
 from blur_trainer.evaluation.lm_eval import LMEval, flat
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.evaluation.wmdp import WMDPEvaluation
@@ -119,8 +119,8 @@ def test_surface(model, tokenizer):
     with pytest.raises(ValueError, match="call the evaluation first"):
         evaluation.samples()
     values = evaluation(model)
-    assert list(values) == evaluation.primary_metrics == [column["name"] for column in evaluation.columns()]
-    assert [(column["goal"], column["role"]) for column in evaluation.columns()] == [
+    assert list(values) == evaluation.primary_metrics == [column["name"] for column in evaluation.columns]
+    assert [(column["goal"], column["role"]) for column in evaluation.columns] == [
         ("min", "forget"),
         ("max", "retain"),
     ]
@@ -159,7 +159,7 @@ def test_the_harness_s_surface(tokenizer, folder):
     benchmark = LMEval(["forget_potions"], tokenizer, include_path=folder)
     assert benchmark.primary_metrics == [column["name"] for column in benchmark.columns()] == ["forget_potions_acc"]
     assert [(column["goal"], column["role"]) for column in benchmark.columns()] == [("min", "forget")]
-    (column,) = LMEval(["forget_potions"], tokenizer, include_path=folder, forget=[]).columns()
+    (column,) = LMEval(["forget_potions"], tokenizer, include_path=folder, forget=[]).columns
     assert (column["goal"], column["role"]) == ("max", "retain")
     assert benchmark.samples() == []
     with pytest.raises(ValueError, match="`forget` is"):

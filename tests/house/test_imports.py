@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import networkx as nx
+
 import blur_trainer
 
 ROOT = Path(blur_trainer.__file__).parent
@@ -12,36 +14,29 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 SOURCES = [path for path in MODULES if (ROOT / path).read_text().strip()]  # an empty __init__.py says nothing
 EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
 
-# What a part of the package may import beside itself and third parties. `report` is report.py with what it draws by.
+# What a room may import beside itself and third parties. Reading down, each room imports rooms above it only.
 ARROWS: dict[str, set[str]] = {
-    "losses": set(),
-    "durable": set(),
-    "gradients": set(),
+    "constants": set(),
+    "atomic_write": set(),
+    "choices": set(),
     "metrics": set(),
     "recipes": set(),
-    "report": set(),
-    "model_card": {"report"},  # its table
-    "forward": {"losses"},
-    "layers": {"forward"},
-    "activations": {"forward", "layers"},
-    "control_vectors": {"durable"},
-    "reference": {"forward", "activations"},
-    "data": set(),
-    "models": {"durable", "layers"},
-    # `Reference` is the type of an argument
-    "objectives": {"losses", "forward", "reference", "activations", "control_vectors"},
-    # of `trainers`: what is trained, what reads the reference, what topics are set to
-    "memory": {"forward", "layers", "activations", "objectives", "trainers"},
-    # `models`: the compositions, whose weight is chosen
-    "evaluation": {"losses", "data", "metrics", "models", "durable"},
-    "callbacks": {"evaluation", "report", "durable"},
+    "toy": {"choices"},
+    "gradients": {"constants"},
+    "data": {"constants", "choices", "toy"},
+    "models": {"constants", "atomic_write"},
+    "objectives": {"models", "atomic_write"},
+    "evaluation": {"constants", "atomic_write", "choices", "metrics", "data", "models"},
+    "report": {"constants", "atomic_write", "evaluation"},  # the contract of an evaluation, whose numbers it shows
+    "saving": {"atomic_write", "models"},
     "trainers": {
-        *("objectives", "forward", "reference", "gradients", "models", "data", "callbacks", "model_card", "durable"),
-        *("layers", "control_vectors"),
+        *("constants", "atomic_write", "gradients", "data", "models", "objectives"),
+        *("evaluation", "report", "saving"),
     },
+    "uld": {"constants", "data", "models", "objectives", "evaluation", "trainers"},
+    "memory": {"models", "objectives", "trainers"},
+    "scripts": {"toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
 }
-ALIASES = {"figures": "report", "reading": "report", "tables": "report"}
-ALIASES |= {"objective": "objectives", "activation_objectives": "objectives"}
 FREE = {"__init__", "_version"}  # public names and a number
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "globals"}
 FORBIDDEN_NAMES = {"_inner_training_loop", "retain_graph", "pickle", "dill", "joblib"}
@@ -53,8 +48,13 @@ def tree(path: Path) -> ast.Module:
 
 def part(dotted: str) -> str:
     """`data.formats` -> `data`."""
-    name = dotted.split(".")[0]
-    return ALIASES.get(name, name)
+    return dotted.split(".")[0]
+
+
+def is_module(dotted: str) -> bool:
+    """`blur_trainer.saving.output_dir`, and not a name in a module."""
+    path = ROOT.parent.joinpath(*dotted.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def imported(module: ast.Module) -> Iterator[str]:
@@ -64,8 +64,8 @@ def imported(module: ast.Module) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}: write it out"
-            own = node.module == "blur_trainer"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if own else [node.module or ""]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module or "" for name in names]
         else:
             continue
         yield from (name.removeprefix("blur_trainer.") for name in names if name.startswith("blur_trainer"))
@@ -159,6 +159,38 @@ def test_nothing_forbidden():
 
 def test_modules_are_short_and_say_what_they_are():
     assert over(SOURCES, long_or_silent) == []
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of modules that import each other around a circle."""
+    graph = nx.DiGraph([(module, other) for module, others in arrows.items() for other in others])
+    return [sorted(knot) for knot in nx.strongly_connected_components(graph) if len(knot) > 1]
+
+
+def module_arrows() -> dict[str, set[str]]:
+    """Which of our modules each module imports, also inside functions and under TYPE_CHECKING."""
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    del names["__init__"]  # the public names: nothing of ours imports them
+    return {name: set(imported(tree(path))) - {name} for name, path in names.items()}
+
+
+def test_no_import_circle_between_modules():
+    arrows = module_arrows()
+    assert sum(map(len, arrows.values())) > 300, "the imports were not found"
+    assert set().union(*arrows.values()) <= set(arrows), "an import leads nowhere, or to the public names"
+    assert circles(arrows) == []
+
+
+def test_no_import_circle_between_rooms():
+    assert circles(ARROWS) == []
+    above: set[str] = set()
+    for room, others in ARROWS.items():
+        assert others <= above, f"{room} imports {sorted(others - above)}, which stand below it in ARROWS"
+        above.add(room)
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 def test_one_module_imports_deepspeed():

@@ -1,6 +1,6 @@
 """Whether it was forgotten or only hidden: measure again after relearning, quantization, or another prompt.
 
-Each function takes a benchmark (any callable from a model to numbers: [`MUSEEvaluation`], [`TOFUEvaluation`],
+Each function takes an evaluation (any function from a model to numbers: [`MUSEEvaluation`], [`TOFUEvaluation`],
 [`WMDPEvaluation`], [`LMEval`]), leaves the model bit for bit as it was, and answers plain data, which
 [`robustness`] puts together for `metrics.json` and the report:
 
@@ -8,7 +8,7 @@ Each function takes a benchmark (any callable from a model to numbers: [`MUSEEva
      "attacks": [{"name": "unchanged", "metrics": {...}}, {"name": "4 bit", "metrics": {...}}, ...]}
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,20 @@ from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, rounded_weights, under_attack
 from blur_trainer.evaluation.robustness.quantization import check_bits, quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import STEPS, Examples, check_relearning, relearn
 
 PROMPT_COLUMNS = ("prompt", "question", "paraphrased_question")
-Benchmark = Callable[[PreTrainedModel], dict[str, float]]
 
 
 def quantized(
-    model: PreTrainedModel, benchmark: Benchmark, *, bits: int = 4, group_size: int | None = 64
+    model: PreTrainedModel, evaluation: Evaluation | Measure, *, bits: int = 4, group_size: int | None = 64
 ) -> dict[str, float]:
     """
-    The benchmark with the weights rounded to `bits` ([`quantize_dequantize`]): small steps of unlearning may vanish
+    The evaluation with the weights rounded to `bits` ([`quantize_dequantize`]): small steps of unlearning may vanish
     in it.
 
     The weights of every `nn.Linear` are rounded but those of output embeddings, as usual quantizers do. An adapter is
@@ -41,7 +41,7 @@ def quantized(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Unwrapped and whole. It is bit for bit as before afterwards.
-        benchmark (`Callable`):
+        evaluation ([`Evaluation`] or `Callable`):
             What measures the model.
         bits (`int`, *optional*, defaults to `4`), group_size (`int`, *optional*, defaults to `64`):
             See [`quantize_dequantize`].
@@ -59,13 +59,13 @@ def quantized(
         with torch.no_grad():
             for weight in weights:
                 weight.copy_(quantize_dequantize(weight, bits, group_size))
-        return dict(benchmark(model))
+        return dict(evaluation(model))
 
 
 def prefixed(data: Mapping[str, Dataset], prefix: str) -> DatasetDict:
     """
     `data` of a benchmark with `prefix` before each text that the model is asked to continue or to answer (the columns
-    `prompt`, `question`, `paraphrased_question`), but for solved examples (`*_icl`): make the benchmark of it, and
+    `prompt`, `question`, `paraphrased_question`), but for solved examples (`*_icl`): make the evaluation of it, and
     measure whether forgetting survives another wording.
 
     ```python
@@ -91,11 +91,11 @@ def prefixed(data: Mapping[str, Dataset], prefix: str) -> DatasetDict:
 
 def robustness(
     model: PreTrainedModel,
-    benchmark: Benchmark,
+    evaluation: Evaluation | Measure,
     *,
     relearning: Mapping[str, Examples] | None = None,
     bits: Sequence[int] = (8, 4),
-    prompted: Mapping[str, Benchmark] | None = None,
+    prompted: Mapping[str, Evaluation | Measure] | None = None,
     retrained: PreTrainedModel | None = None,
     steps: Sequence[int] = STEPS,
     learning_rate: float = 1e-5,
@@ -107,20 +107,20 @@ def robustness(
     """
     All of them, for `metrics.json` ([`Results.add_robustness`]) and the report's curve and table.
 
-    The cost is that of the benchmark, once for each of `bits` and `prompted`, for each of `steps` per set of texts to
+    The cost is that of the evaluation, once for each of `bits` and `prompted`, for each of `steps` per set of texts to
     relearn (and for `retrained`), and once for each model as it is, but where `unchanged` is given.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Unwrapped and whole. It is bit for bit as before afterwards.
-        benchmark (`Callable`):
+        evaluation ([`Evaluation`] or `Callable`):
             What measures the model.
         relearning (`Mapping`, *optional*):
             Name -> examples to relearn, such as `{"forget set": ..., "unrelated text": ...}`.
         bits (`Sequence[int]`, *optional*, defaults to `(8, 4)`):
             Each is a row of the table.
         prompted (`Mapping`, *optional*):
-            Name of a prefix -> the benchmark that puts it before its prompts ([`prefixed`]).
+            Name of a prefix -> the evaluation that puts it before its prompts ([`prefixed`]).
         retrained ([`~transformers.PreTrainedModel`], *optional*):
             A model that never saw the forget set. It relearns the first of `relearning` too: what comes back to the
             unlearned model no faster than this one learns it is learnt, not remembered.
@@ -145,7 +145,7 @@ def robustness(
     total += 0 if retrained is None else 1 + len(steps)
     with tqdm(desc="Attack: none", total=total, disable=not progress or rank_and_world()[0] > 0) as bar:
 
-        def measure(attacked: PreTrainedModel, measured: Benchmark = benchmark) -> dict[str, float]:
+        def measure(attacked: PreTrainedModel, measured: Evaluation | Measure = evaluation) -> dict[str, float]:
             found = dict(measured(attacked))
             bar.update()
             return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from blur_trainer.evaluation.base import Column
 from blur_trainer.evaluation.tofu.examples import CHOICES, SPLITS, Questions
 from blur_trainer.evaluation.tofu.reference import RetainReference
 
@@ -50,7 +51,7 @@ def metric_keys(
     return keys + (["privleak"] if reference is not None and reference.min_k_auc is not None else [])
 
 
-def column_of(key: str) -> dict[str, str]:
+def column_of(key: str) -> Column:
     """`name`, `label` and `goal`."""
     if key in OTHERS:
         label, goal = OTHERS[key]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.data.tofu_templates import TOFUTemplate, check_template
 from blur_trainer.evaluation.answer_scoring import score_variants
+from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.scoring import generate
 from blur_trainer.evaluation.tofu.examples import CHOICES, SPLITS, read_splits
@@ -30,7 +31,7 @@ PRIMARY = (
 SAMPLE = ("prompt", "gt", "response", "score")
 
 
-class TOFUEvaluation:
+class TOFUEvaluation(Evaluation):
     r"""
     TOFU's forget quality and model utility, with memorization and membership inference, as a function from a model to
     numbers.
@@ -147,7 +148,8 @@ class TOFUEvaluation:
         """What a short table shows: TOFU's two numbers, what became of each group, memorization and privacy."""
         return [key for key in PRIMARY if key in self.metric_keys]
 
-    def columns(self) -> list[dict[str, str]]:
+    @property
+    def columns(self) -> list[Column]:
         """What a table shows of each metric: `name`, `label` and the `goal`: `"min"`, `"max"` or `"zero"`."""
         # none for the attacks: best is the retain model's value, which `privleak` compares with
         shown = [key for key in self.metric_keys if not key.startswith("mia_") and "log10" not in key]

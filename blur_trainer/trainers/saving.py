@@ -1,0 +1,93 @@
+"""What the trainers write: the model with its card, and the state of a finished training."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from trl.trainer.utils import get_config_model_id
+
+from blur_trainer.atomic_write import write_durably
+from blur_trainer.objectives.base import Objective
+from blur_trainer.report.model_card import write_model_card
+from blur_trainer.saving import output_dir as saving
+from blur_trainer.saving.checkpoints import CheckpointCallback
+from blur_trainer.trainers.card import sets_info, settings_info, versions_info
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.loading import whole_state
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SavingMixin(_Base):
+    """Gives a `Trainer` saves that a kill cannot harm, and a model card."""
+
+    args: UnlearningConfig
+    objectives: dict[str, Objective]
+    rule: Any
+    trained: str
+    checkpoints: CheckpointCallback
+    #: on the model card: what the method is, where objectives and rule do not say it all
+    about: str | None = None
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.args.output_dir)
+
+    @property
+    def method(self) -> str:
+        """Its name on the model card."""
+        return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, but a kill leaves the old or the new model, and a model card beside the weights."""
+        if _internal_call and output_dir:  # into a checkpoint folder, which counts once its manifest is closed
+            self.checkpoints.begin(Path(output_dir), self.args.should_save)
+            if self.args.should_save:
+                self._save_objectives(output_dir)
+            return self._write_model(output_dir, resumable=True)
+        output_dir = output_dir or self.output_dir
+        with saving.staged(output_dir, writes=self.args.should_save) as staging, whole_state(self.accelerator):
+            self._write_model(staging, resumable=False)
+        self.create_model_card(output_dir=output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_objectives(self, checkpoint: str) -> None:
+        model: Any = self.model
+        for objective in self.objectives.values():
+            objective.save_state(checkpoint, model)
+
+    def _load_objectives(self, checkpoint: str) -> None:
+        model: Any = self.model
+        for objective in self.objectives.values():
+            objective.load_state(checkpoint, model)
+
+    def _write_model(self, folder: str, resumable: bool) -> None:
+        """Weights, configuration and tokenizer; `resumable`: where Trainer will look for them."""
+        super().save_model(folder, _internal_call=True)
+
+    def save_state(self) -> None:
+        """As `Trainer.save_state`, but whole or not at all: the file says that a training has ended."""
+        if self.is_world_process_zero():
+            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
+
+    def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
+        """Writes `README.md`; `info` overrides what `blur_trainer.report.model_card` is told, e.g. `metrics`."""
+        if self.is_world_process_zero():
+            write_model_card(output_dir or self.output_dir, {**self._card_info(), **info})
+
+    def _card_info(self) -> Mapping[str, Any]:
+        model: Any = self.model
+        settings = settings_info(self.args, self.objectives, self.rule, self.trained, self.accelerator.num_processes)
+        return {
+            "method": self.method,
+            "about": self.about,
+            "base_model": get_config_model_id(model.config) or None,
+            **sets_info(self.train_dataset),
+            "hyperparameters": {"trainer": type(self).__name__, **settings},
+            "versions": versions_info(),
+        }
