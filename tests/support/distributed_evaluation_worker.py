@@ -217,29 +217,30 @@ def train(engine: str, name: str, folder: str) -> dict[str, Any]:
     }
 
 
-def main(engine: str, folder: str) -> None:
+def main(case: str, folder: str) -> None:
+    """`ENGINE-MODEL` is evaluated, `ENGINE-train-MODEL` trained with evaluations."""
+    engine, *training, name = case.split("-")
     if engine == "zero3":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo instead of minutes of g++
     rank = os.environ["RANK"]
-    for name in MODELS:
-        model = prepared(engine, name, folder)
-        Path(folder, f"{engine}-{name}-{rank}.json").write_text(json.dumps(results(model, folder)))
-        if engine == "ddp":
-            Path(folder, f"attacked-{name}-{rank}.json").write_text(json.dumps(attacked(model)))
-        else:
-            with contextlib.suppress(ValueError):
-                attacked(model)
-                raise RuntimeError("attacked a part of a model")
-    for name in TRAINED:
-        found = train(engine, name, folder)
-        Path(folder, f"{engine}-train-{name}-{rank}.json").write_text(json.dumps(found))
+    if training:
+        Path(folder, f"{case}-{rank}.json").write_text(json.dumps(train(engine, name, folder)))
+        return
+    model = prepared(engine, name, folder)
+    Path(folder, f"{case}-{rank}.json").write_text(json.dumps(results(model, folder)))
+    if engine == "ddp":
+        Path(folder, f"attacked-{name}-{rank}.json").write_text(json.dumps(attacked(model)))
+    else:
+        with contextlib.suppress(ValueError):
+            attacked(model)
+            raise RuntimeError("attacked a part of a model")
 
 
 if __name__ == "__main__":
     freeze_imports()
-    for name in sys.argv[2].split(","):
-        main(name, sys.argv[1])
+    for case in sys.argv[2].split(","):
+        main(case, sys.argv[1])
     PartialState().wait_for_everyone()
     os._exit(0)  # gloo's teardown aborts the interpreter now and then: see tests/support/engine_worker.py
