@@ -1,7 +1,7 @@
 """Log-probabilities with and without logits: forward and backward pass of one model on both ways, time and memory.
 
     python benchmarks/fused_head.py                                 # this CPU, one thread, CPU seconds
-    python benchmarks/fused_head.py --device cuda --dtype bfloat16
+    python benchmarks/fused_head.py --device cuda --dtype bfloat16 --hidden 2048 --layers 4 --shapes 32000,4,1024
 
 The result decides the default of `fused_lm_head`. Time is the median of the rounds, both ways in turn. Memory is the
 highest point of a pass, less what is held before it (CPU, Linux: resident memory, as in step_cost.py).
@@ -24,6 +24,10 @@ from blur_trainer.models.forward import answer_logps, choose_head
 # vocabulary, batch size, tokens
 SHAPES = ((8192, 2, 64), (8192, 2, 512), (65536, 2, 256))
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def shape(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def held(device: str) -> int:
@@ -53,13 +57,14 @@ def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=320,
-        intermediate_size=853,
-        num_hidden_layers=8,
-        num_attention_heads=10,
+        hidden_size=options.hidden,
+        intermediate_size=8 * options.hidden // 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 32,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    with torch.device(options.device):
+        model = LlamaForCausalLM(config).to(getattr(torch, options.dtype))
     ids = torch.randint(3, vocabulary, (batch_size, tokens), device=options.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     results: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
@@ -72,7 +77,7 @@ def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> str:
     cells = []
     for pairs in results.values():
         seconds, peaks = zip(*pairs, strict=True)
-        cells.append(f"{1e3 * statistics.median(seconds):.0f}, {statistics.median(peaks) / 2**20:.0f}")
+        cells.append(f"{1e3 * statistics.median(seconds):.1f}, {statistics.median(peaks) / 2**20:.0f}")
     return f"| {vocabulary}, {batch_size} × {tokens} | {' | '.join(cells)} |"
 
 
@@ -81,6 +86,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=320)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=shape, metavar="VOCABULARY,BATCH,TOKENS")
     options = parser.parse_args()
     if options.device == "cpu" and not MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)  # freed blocks go back at once
@@ -88,8 +96,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine(options.device))
     print("| vocabulary, tokens | logits: ms, MiB | fused: ms, MiB |\n|---|---|---|")
-    for shape in SHAPES:
-        print(compare(shape, options), flush=True)
+    for sizes in options.shapes:
+        print(compare(sizes, options), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -198,24 +199,31 @@ def measure_in_subprocess(name: str, device: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def compare(names: list[str], device: str) -> bool:
+def compare(names: list[str], device: str, jobs: int = 1) -> bool:
     """Prints one line per case; whether all ratios are as they should be."""
     print(f"{machine(device)}\n{'':42} {'measured':>9} {'estimated':>9} {'ratio':>6}   MiB")
     good = True
-    for name in names:
-        estimated = CASES[name].estimate(device).total
-        measured = measure_in_subprocess(name, device)
-        off = not LOW <= measured / estimated <= HIGH
-        good &= not off
-        numbers = f"{measured / 2**20:9.0f} {estimated / 2**20:9.0f} {measured / estimated:6.2f}"
-        print(f"{name:42} {numbers}{'   OFF' if off else ''}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(measure_in_subprocess, name, device) for name in names]
+        for name, future in zip(names, running, strict=True):
+            estimated = CASES[name].estimate(device).total
+            if future.exception():
+                print(f"{name:42} failed: {future.exception()}", flush=True)
+                good = False
+                continue
+            measured = future.result()
+            off = not LOW <= measured / estimated <= HIGH
+            good &= not off
+            numbers = f"{measured / 2**20:9.0f} {estimated / 2**20:9.0f} {measured / estimated:6.2f}"
+            print(f"{name:42} {numbers}{'   OFF' if off else ''}", flush=True)
     return good
 
 
-def headlines(device: str) -> bool:
+def headlines(device: str, names: list[str]) -> bool:
     """The two targets: measured on a GPU, else estimated and said so."""
     good = True
-    for name, case in HEADLINES.items():
+    for name in names:
+        case = HEADLINES[name]
         estimated = case.estimate("cuda").total
         measured = measure_in_subprocess(name, device) if device == "cuda" else None
         met = (measured or estimated) / 1e9 <= case.limit
@@ -275,6 +283,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="NAME", help="default: all")
+    parser.add_argument("--headlines", nargs="*", choices=list(HEADLINES), default=list(HEADLINES), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time: on a GPU its counters are per process")
     parser.add_argument("--table", action="store_true", help="estimates for 1B, 8B and 70B, as in docs/scaling.md")
     parser.add_argument("--measure", choices=[*CASES, *HEADLINES], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -288,8 +298,8 @@ def main() -> int:
         print(measure((CASES | HEADLINES)[options.measure], options.device))
         return 0
     names = [name for name in options.cases or CASES if supported(CASES[name], options.device)]
-    good = compare(names, options.device)
-    return 0 if headlines(options.device) and good else 1
+    good = compare(names, options.device, options.jobs)
+    return 0 if headlines(options.device, options.headlines) and good else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/uld_generate.py                        # this CPU, one thread: about eight CPU minutes
     python benchmarks/uld_generate.py --batch-sizes 1 --rounds 3
+    python benchmarks/uld_generate.py --device cuda --hidden 2048 --layers 16 4 --rounds 3
 
     target      the target's own `generate`
     model       `LogitDifferenceModel.generate`: both parts with a cache
@@ -36,15 +37,24 @@ WEIGHT, FILTER, PROMPT, STRIDE = -0.8, 0.01, 16, 32
 Form = Callable[[torch.Tensor], list[float]]
 
 
+def now(device: str) -> float:
+    """CPU seconds of this process; on a GPU seconds on the wall, once it is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(StoppingCriteria):
     """Reads the clock after each token; stops nothing."""
 
-    def __init__(self) -> None:
-        self.times = [time.process_time()]
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times = [now(device)]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self.times.append(time.process_time())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        self.times.append(now(self.device))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def build(vocabulary: int, hidden: int, layers: int, kept: int) -> LogitDifferenceModel:
@@ -77,7 +87,7 @@ def active(model: nn.Module) -> int:
 
 def generated(model: nn.Module, tokens: int, **kwargs: object) -> Form:
     def form(ids: torch.Tensor) -> list[float]:
-        clock = Clock()
+        clock = Clock(ids.device.type)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -93,14 +103,15 @@ def generated(model: nn.Module, tokens: int, **kwargs: object) -> Form:
 
 def recomputed(model: LogitDifferenceModel, tokens: int) -> Form:
     def form(ids: torch.Tensor) -> list[float]:
-        seconds, texts = 0.0, torch.randint(3, model.target.config.vocab_size, (ids.shape[0], tokens + PROMPT))
+        shape, device = (ids.shape[0], tokens + PROMPT), ids.device.type
+        seconds, texts = 0.0, torch.randint(3, model.target.config.vocab_size, shape).to(device)
         times = []
         for made in range(0, tokens, STRIDE):
-            seen, start = texts[:, : PROMPT + made + STRIDE // 2], time.process_time()
+            seen, start = texts[:, : PROMPT + made + STRIDE // 2], now(device)
             target = model.target(seen, use_cache=False).logits
             assistant = model.assistant(input_ids=seen, use_cache=False).logits
             logit_difference(target, assistant, WEIGHT, FILTER)[:, -1].argmax(-1)
-            one = time.process_time() - start
+            one = now(device) - start
             times += [seconds + (i + 1) * one for i in range(STRIDE)]
             seconds = times[-1]
         return times
@@ -111,6 +122,7 @@ def recomputed(model: LogitDifferenceModel, tokens: int) -> Form:
 def compare(model: LogitDifferenceModel, batch_size: int, options: argparse.Namespace) -> list[str]:
     tokens = max(options.lengths)
     ids = torch.randint(3, options.vocabulary, (batch_size, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(options.device)
     processor = LogitsProcessorList([ULDLogitsProcessor(model.assistant, WEIGHT, FILTER)])
     forms: dict[str, Form] = {
         "target": generated(model.target, tokens),
@@ -139,6 +151,7 @@ def compare(model: LogitDifferenceModel, batch_size: int, options: argparse.Name
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -148,9 +161,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model = build(options.vocabulary, options.hidden, *options.layers)
+    model = build(options.vocabulary, options.hidden, *options.layers).to(options.device)
     parts = active(model.target), active(model.assistant)
-    print(machine("cpu"))
+    print(machine(options.device))
     print(
         f"Llama, {model.target.num_parameters() / 1e6:.1f}M parameters, {options.layers[0]} layers, the assistant's "
         f"{options.layers[1]} with LoRA 16. Active: {parts[0] / 1e6:.1f}M, {parts[1] / 1e6:.1f}M; limit of the ratio "

@@ -7,14 +7,23 @@ are. NaN and inf pass through: who holds the gradients decides what to do about 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-Rule = Callable[[Tensor], Tensor]
+
+class Rule(Protocol):
+    """What a rule is: any callable from the `(2, 2)` Gramian of the two gradients to their two weights `(2,)`.
+
+    Order forget, retain; the optimizer receives `w[0] g_f + w[1] g_r`. The Gramian is float64, on the CPU, the same on
+    every process. NaN and inf must pass through, then the step is skipped. Published `Weighting`s of TorchJD are rules.
+    A rule that never reads `G[1, 1]` says so by `needs_retain_norm = False`: it then runs with one gradient buffer.
+    """
+
+    def __call__(self, gramian: Tensor, /) -> Tensor: ...
+
 
 FORGET, RETAIN = 0, 1
 

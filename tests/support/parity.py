@@ -192,8 +192,9 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
     retain_loss = reference.token_mean_nll
     if features.get("rmu"):
         for name, parameter in model.named_parameters():
-            lower = name.startswith(("model.layers.0.", "model.layers.1."))
-            parameter.requires_grad_(lower and name.endswith(("mlp.down_proj.weight", "self_attn.o_proj.weight")))
+            lower = ".layers.2." not in name if features.get("lora") else ".layers.0." in name or ".layers.1." in name
+            ends = ".weight" if features.get("lora") else ("mlp.down_proj.weight", "self_attn.o_proj.weight")
+            parameter.requires_grad_(parameter.requires_grad and lower and name.endswith(ends))
         goal = reference.towards(control_vector("forget", model.config.hidden_size, 0), 3.0)
         forget_loss = reference.token_mean_distance(1, goal)
         retain_loss = reference.token_mean_distance(1, reference.as_frozen(model, 1))

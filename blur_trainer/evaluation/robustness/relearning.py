@@ -1,7 +1,7 @@
 """Fine-tune the unlearned model for a few steps and measure: what comes back fast was never gone."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.batching import check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, trainable, under_attack
@@ -24,7 +25,7 @@ STEPS = (1, 2, 5, 10, 20)
 def relearn(
     model: PreTrainedModel,
     examples: Examples,
-    benchmark: Callable[[PreTrainedModel], dict[str, float]],
+    evaluation: Evaluation | Measure,
     *,
     steps: Sequence[int] = STEPS,
     learning_rate: float = 1e-5,
@@ -34,7 +35,7 @@ def relearn(
     desc: str | None = None,
 ) -> list[dict[str, Any]]:
     r"""
-    The benchmark after so many steps of plain fine-tuning.
+    The evaluation after so many steps of plain fine-tuning.
 
     The loss is the mean negative log-likelihood of the labels of a batch, the optimizer AdamW ($\beta$ 0.9, 0.999; no
     weight decay; gradient norm clipped at 1), the learning rate constant. Each pass over the examples is in another
@@ -46,7 +47,7 @@ def relearn(
 
     Memory beside the model's: a gradient, two moments in float32 and, for a bfloat16 model, the float32 weights; a copy
     of the weights as they were on the CPU. Of several processes all must call it: each trains the same, and they share
-    the benchmark.
+    the evaluation.
 
     Source: Lynch et al., "Eight Methods to Evaluate Robust Unlearning in LLMs" (2024); Hu et al., "Jogging the Memory
     of Unlearned LLMs Through Targeted Relearning Attacks" (2025).
@@ -58,7 +59,7 @@ def relearn(
         examples (`Dataset` or `Sequence[dict]`):
             `{"input_ids", "labels"}`, as [`tokenize_dataset`] makes them: a small part of the forget set
             ([`sample_rows`]), or unrelated text.
-        benchmark (`Callable`):
+        evaluation ([`Evaluation`] or `Callable`):
             What measures the model.
         steps (`Sequence[int]`, *optional*, defaults to `(1, 2, 5, 10, 20)`):
             When to measure, rising; step 0 comes first.
@@ -69,7 +70,7 @@ def relearn(
         seed (`int`, *optional*, defaults to `0`):
             Of the order of the examples.
         unchanged (`Mapping`, *optional*):
-            What the benchmark says of the model as it is, where that is known: step 0 is then not measured again.
+            What the evaluation says of the model as it is, where that is known: step 0 is then not measured again.
         desc (`str`, *optional*):
             Label of the progress bar over the steps; no bar when left out.
 
@@ -84,7 +85,7 @@ def relearn(
     check_attackable(model)
     check_relearning(model, {"examples": examples}, steps, learning_rate, batch_size)
     rows, last = [check_example(index, example) for index, example in enumerate(examples)], steps[-1]
-    points = [{"steps": 0, "metrics": dict(benchmark(model) if unchanged is None else unchanged)}]
+    points = [{"steps": 0, "metrics": dict(evaluation(model) if unchanged is None else unchanged)}]
     cuda = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
     with under_attack(model), trainable(model) as parameters, torch.random.fork_rng(cuda):
         # float32 to add small steps to; a parameter that is float32 is its own
@@ -94,7 +95,7 @@ def relearn(
         for step in tqdm(range(1, last + 1), desc=desc, disable=desc is None or rank_and_world()[0] > 0):
             _train_step(model, parameters, masters, optimizer, next(batches))
             if step in steps:
-                points.append({"steps": step, "metrics": dict(benchmark(model))})
+                points.append({"steps": step, "metrics": dict(evaluation(model))})
     return points
 
 
