@@ -15,7 +15,6 @@ from trl import ModelConfig
 
 import blur_trainer as bt
 from blur_trainer.recipes import BENCHMARKS, recipe_names
-from blur_trainer.trainers.topics import check_settings
 
 ROOT = Path(bt.__file__).parents[1]
 FOLDER = Path(bt.__file__).parent / "recipes"
@@ -69,7 +68,6 @@ def test_arguments_build_their_configuration(examples, tmp_path):
         for key in ("gamma", "alpha", "forget_weight", "retain_weight"):
             if key in found["arguments"]:  # and not of another rule, which would ignore it
                 assert getattr(config.build_rule(), key) == found["arguments"][key]
-        check_settings(config.topics)
 
     every(ALL, check)
 
