@@ -24,5 +24,6 @@ def every(cases: Mapping[str, Any] | Iterable[Any], check: Callable[..., Any]) -
 
 def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
     """What a fixture of a module is to prepare: the values of `parameter` in the module's tests that are run."""
-    here = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    return list(dict.fromkeys(spec.params[parameter] for spec in here if spec and parameter in spec.params))
+    here = [item for item in request.session.items if item.path == request.path and not item.get_closest_marker("skip")]
+    specs = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    return list(dict.fromkeys(params[parameter] for params in specs if parameter in params))
