@@ -97,7 +97,8 @@ def _finish_group(model: Any) -> None:
     calling it. Before torch 2.13 such a group stays gathered until a backward pass, whatever `reshard()` says.
     """
     head = model.get_output_embeddings()
-    if isinstance(head, FSDPModule) and not torch.is_grad_enabled():
+    sharded = isinstance(head, FSDPModule)
+    if sharded and not torch.is_grad_enabled():
         head(torch.zeros(0, head.in_features, dtype=head.weight.dtype, device=head.weight.device))
 
 
