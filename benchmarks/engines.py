@@ -26,7 +26,7 @@ from typing import Any
 
 import datasets
 import torch
-from step_cost import machine, ratio
+from measuring import machine, ratio
 from stepping import BLUR_GA, SIZES, STOCK, Steps
 from torch import distributed
 from transformers import training_args

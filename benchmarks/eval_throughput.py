@@ -21,8 +21,6 @@ ways give the same numbers and the same texts.
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -32,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from measuring import machine
 from stepping import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -240,16 +239,14 @@ def main() -> None:
     options = parse_arguments()
     logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    machine = f"{name}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}{load}"
-    print(f"{machine}\n{options.rounds} rounds, {options.prompts} prompts, batch {options.batch_size}, float32")
+    before = machine(options.device)
+    print(f"{before}\n{options.rounds} rounds, {options.prompts} prompts, batch {options.batch_size}, float32")
     results = []
     for size in options.sizes:
         results.append(measure(size, options))
         print(table(results[-1]), flush=True)
     if options.json:
-        report = {"machine": machine, "settings": vars(options), "sizes": results}
+        report = {"machine": before, "settings": vars(options), "sizes": results}
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from step_cost import machine, resident
+from measuring import machine, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 

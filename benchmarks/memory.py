@@ -22,8 +22,8 @@ from typing import Any
 
 import datasets
 import torch
+from measuring import machine, resident
 from peft import LoraConfig
-from step_cost import machine, resident
 from stepping import VOCAB, rows
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from transformers.utils import logging

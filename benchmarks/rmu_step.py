@@ -13,20 +13,13 @@ process of its own, less what it held before the model was made; both models' we
 
 import argparse
 import copy
-import gc
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-import datasets
 import torch
-from step_cost import machine, ratio, resident
+from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
 from stepping import SIZES, Steps, build_model, rows
-from transformers.utils import logging
 
 from blur_trainer import BLUR, BLURConfig, BLURTrainer, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
@@ -118,44 +111,21 @@ def make(variant: str, options: argparse.Namespace, folder: str) -> Straightforw
 
 def times(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step and variant, one entry per round."""
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        made = {variant: make(variant, options, folder) for variant in VARIANTS}
-        for round_ in range(options.rounds + 1):
-            shift = round_ % len(VARIANTS)
-            for variant in VARIANTS[shift:] + VARIANTS[:shift]:
-                elapsed = made[variant]()
-                if round_ >= 1:  # the first round makes AdamW's moments
-                    seconds[variant].append(elapsed)
-    return seconds
+        return in_turns({variant: make(variant, options, folder) for variant in VARIANTS}, options.rounds)
 
 
 def peak_bytes(variant: str, options: argparse.Namespace) -> int:
     """In this process: weights of both models, moments and activations."""
-    gc.collect()
-    before = torch.cuda.memory_allocated() if options.device == "cuda" else resident("VmRSS")
+    before = held(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        step = make(variant, options, folder)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark: building copied the weights
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM")) - before
+        return peak(make(variant, options, folder), options.device) - before
 
 
 def memory(variant: str, options: argparse.Namespace) -> float | None:
-    """MiB, measured in a process of its own. `None`: the CPU's peak cannot be reset here."""
-    if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    command = [sys.executable, __file__, "--memory-of", variant]
-    for name in ("size", "layer", "device", "threads", "batch_size", "length"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 2**20
+    """MiB, measured in a process of its own."""
+    found = memory_in_subprocess(__file__, variant, options, size=options.size, layer=options.layer)
+    return None if found is None else found / 2**20
 
 
 def report(options: argparse.Namespace) -> None:
@@ -177,20 +147,10 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step_options(__doc__, VARIANTS, rounds=9, batch_size=4, length=128)
     parser.add_argument("--size", choices=list(SIZES), default="27M")
     parser.add_argument("--layer", type=int, default=3, help="whose output both objectives look at")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples per role")
-    parser.add_argument("--length", type=int, default=128, help="tokens per example")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(options.threads)
+    options = begin(parser)
     if options.memory_of:
         print(peak_bytes(options.memory_of, options))
         return

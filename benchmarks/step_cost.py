@@ -15,91 +15,43 @@ The unit is one copy of the gradients.
 """
 
 import argparse
-import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
+from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
 from stepping import BLUR_GA, BLUR_NPO, GRAD_DIFF, ONE_BUFFER, PASSES, SIZES, STOCK, VARIANTS, Steps, build_model
-from transformers.utils import logging
 
 MEMORY_VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, ONE_BUFFER, BLUR_NPO)
 
 
 def time_size(size: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per variant, one entry per round."""
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        steps = {variant: Steps(variant, size, options, folder) for variant in VARIANTS}
-        for round_ in range(options.rounds + 1):
-            shift = round_ % len(VARIANTS)
-            for variant in VARIANTS[shift:] + VARIANTS[:shift]:
-                elapsed = steps[variant]()
-                if round_ >= 1:  # the first round makes AdamW's moments
-                    seconds[variant].append(elapsed)
-    return seconds
+        return in_turns({variant: Steps(variant, size, options, folder) for variant in VARIANTS}, options.rounds)
 
 
-# ---- memory: one variant in this process ----
-
-
-def resident(field: str) -> int:
-    """Bytes: `VmRSS` now, `VmHWM` at its highest since the last reset."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+# ---- memory ----
 
 
 def step_bytes(variant: str, size: str, options: argparse.Namespace) -> int:
     """Peak during a step, less what is held between steps."""
-    cuda = options.device == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         step = Steps(variant, size, options, folder)
         step(), step()
-        gc.collect()
-        held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark, see proc(5)
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - held
-
-
-def memory_in_subprocess(variant: str, size: str, options: argparse.Namespace) -> int | None:
-    """`None` where the CPU's peak cannot be reset: not Linux, or a container that forbids it."""
-    if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    command = [sys.executable, __file__, "--memory-of", variant, "--sizes", size, "--device", options.device]
-    command += ["--threads", str(options.threads)]
-    command += ["--batch-size", str(options.batch_size), "--length", str(options.length)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1])
+        between = held(options.device)
+        return peak(step, options.device) - between
 
 
 # ---- report ----
 
 
-def ratio(seconds: dict[str, list[float]], variant: str, base: str) -> tuple[float, float, float]:
-    """Median, lower and upper quartile of the ratio within a round."""
-    low, median, high = statistics.quantiles(
-        [a / b for a, b in zip(seconds[variant], seconds[base], strict=True)], n=4, method="inclusive"
-    )
-    return median, low, high
-
-
 def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in build_model(size).parameters())
     seconds = time_size(size, options)
-    peaks = {variant: memory_in_subprocess(variant, size, options) for variant in MEMORY_VARIANTS}
+    peaks = {variant: memory_in_subprocess(__file__, variant, options, sizes=size) for variant in MEMORY_VARIANTS}
     result: dict[str, Any] = {"size": size, "parameters": parameters, "gradient_bytes": 4 * parameters, "variants": {}}
     for variant in VARIANTS:
         median, low, high = ratio(seconds, variant, STOCK)
@@ -156,37 +108,17 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def machine(device: str) -> str:
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}{load}"
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step_options(__doc__, MEMORY_VARIANTS, rounds=15, batch_size=2, length=64)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: 2M 15M 60M (CUDA: 60M 350M 1B)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=2, help="examples per role")
-    parser.add_argument("--length", type=int, default=64, help="tokens per example")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
-    parser.add_argument("--memory-of", choices=MEMORY_VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {options.rounds}")
-    if options.device == "cuda" and options.clock == "cpu":
-        parser.error("--clock cpu does not see what a GPU does: use the wall clock")
+    options = begin(parser)
     options.sizes = options.sizes or (["60M", "350M", "1B"] if options.device == "cuda" else ["2M", "15M", "60M"])
     return options
 
 
 def main() -> None:
     options = parse_arguments()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(options.threads)
     if options.memory_of:
         print(step_bytes(options.memory_of, options.sizes[0], options))
         return

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from step_cost import machine
+from measuring import machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging

@@ -12,19 +12,11 @@ weights, frozen reference and moments included. ULD loads the target by name, th
 """
 
 import argparse
-import gc
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-import datasets
-import torch
-from step_cost import machine, ratio, resident
+from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
 from stepping import NPO_NLL, ROWS, SIZES, ULD, Steps, build_model
-from transformers.utils import logging
 
 VARIANTS = (NPO_NLL, ULD)
 
@@ -32,43 +24,22 @@ VARIANTS = (NPO_NLL, ULD)
 def epochs(size: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per epoch and variant, one entry per round."""
     steps = -(-ROWS // options.batch_size)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        made = {variant: Steps(variant, size, options, folder) for variant in VARIANTS}
-        for round_ in range(options.rounds + 1):
-            for variant in VARIANTS[round_ % 2 :] + VARIANTS[: round_ % 2]:
-                elapsed = made[variant]()
-                if round_ >= 1:  # the first round makes AdamW's moments
-                    seconds[variant].append(steps * elapsed)
-    return seconds
+        seconds = in_turns({variant: Steps(variant, size, options, folder) for variant in VARIANTS}, options.rounds)
+    return {variant: [steps * elapsed for elapsed in each] for variant, each in seconds.items()}
 
 
 def peak_bytes(variant: str, size: str, options: argparse.Namespace) -> int:
     """In this process: weights, moments and activations of a training."""
-    gc.collect()
-    before = torch.cuda.memory_allocated() if options.device == "cuda" else resident("VmRSS")
+    before = held(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        step = Steps(variant, size, options, folder)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark: building copied the weights
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM")) - before
+        return peak(Steps(variant, size, options, folder), options.device) - before
 
 
 def memory(variant: str, size: str, options: argparse.Namespace) -> float | None:
-    """MiB, measured in a process of its own. `None`: the CPU's peak cannot be reset here."""
-    if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    command = [sys.executable, __file__, "--memory-of", variant, "--sizes", size, "--device", options.device]
-    command += ["--threads", str(options.threads), "--batch-size", str(options.batch_size)]
-    command += ["--length", str(options.length)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 2**20
+    """MiB, measured in a process of its own."""
+    found = memory_in_subprocess(__file__, variant, options, sizes=size)
+    return None if found is None else found / 2**20
 
 
 def report(size: str, options: argparse.Namespace) -> None:
@@ -88,19 +59,9 @@ def report(size: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step_options(__doc__, VARIANTS, rounds=9, batch_size=4, length=64)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["15M", "60M"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples per role")
-    parser.add_argument("--length", type=int, default=64, help="tokens per example")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(options.threads)
+    options = begin(parser)
     if options.memory_of:
         print(peak_bytes(options.memory_of, options.sizes[0], options))
         return

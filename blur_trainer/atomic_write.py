@@ -1,17 +1,44 @@
-"""Atomic writes: after a kill or a power cut a file is either complete or absent."""
+"""Atomic writes: after a kill or a power cut a file or folder is either complete or absent."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary file and renames it. The file is complete or absent, and on disk on return."""
-    partial = path.with_name(f"{path.name}.tmp")
-    write(partial)
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """
+    Calls `write` on a temporary file and renames it. The file is complete or absent, and on disk on return.
+
+    If anything fails, the previous file is still there and the temporary file is removed. After a kill,
+    `.NAME.partial` may be left beside it until the next call. Only one process at a time may write a file.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        flush(partial)
+        os.replace(partial, path)
+        flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def atomic_write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """
+    Calls `write` on a temporary folder and renames it. The folder is complete or absent, and on disk on return.
+
+    `path` must not exist; its parents are made. The rest of a killed call is removed first, as it may be large.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        flush_tree(partial)
+        os.rename(partial, path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush_tree(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """One thread per test process, no network: set before anything imports torch or a hub client. The same every time."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,3 +12,23 @@ from hypothesis import settings
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+
+
+#: files of more than twenty seconds: begun first, so that none of them is left for one core at the end
+SLOWEST = (
+    *("gradients/test_parity.py", "saving/test_faults.py", "house/test_launch.py", "gradients/test_engines.py"),
+    *("examples/test_example_muse.py", "examples/test_example_wmdp.py", "examples/test_example_tofu.py"),
+    *("evaluation/test_distributed_evaluation.py", "house/test_docs.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).parent
+    order = {folder / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish():
+    """Each training begins with a garbage collection: over what it has made, not over all that was imported."""
+    gc.collect()
+    gc.freeze()

@@ -102,8 +102,9 @@ def as_evaluation(given: Any) -> Evaluation:
     """Returns an evaluation unchanged and wraps a function. Raises `TypeError` for anything else."""
     if isinstance(given, Evaluation):
         return given
-    if callable(given) and not isinstance(given, type):
+    if callable(given) and not isinstance(given, type) and not hasattr(given, "columns"):
         return FunctionEvaluation(given)
     raise TypeError(
-        f"An evaluation is a `blur_trainer.Evaluation`, or a function from a model to a dict of numbers, got {given!r}."
+        f"An evaluation is a `blur_trainer.Evaluation` or a function from a model to a dict of numbers, got {given!r}. "
+        "A class with `columns` of its own derives from `blur_trainer.Evaluation`."
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.choices import DESCRIPTION
 from blur_trainer.evaluation.wmdp import COLUMNS, subjects_of
 
@@ -72,4 +72,4 @@ def write_tasks(
 
 
 def _write(path: Path, text: str) -> None:
-    write_durably(path, lambda part: part.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))

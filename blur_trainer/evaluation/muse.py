@@ -192,8 +192,7 @@ class MUSEEvaluation(Evaluation):
             scores += [self._min_k_score(row) for row in logps]
             labels += [label] * len(logps)
         result = self._metrics["privleak"].compute(predictions=scores, references=labels, auc_retrain=self.auc_retrain)
-        shown = {"privleak_auc": "auc", "privleak": "privleak"}
-        return {key: float(result[name]) for key, name in shown.items() if name in result}
+        return {k: float(result[n]) for k, n in (("privleak_auc", "auc"), ("privleak", "privleak")) if n in result}
 
     def _generate(
         self, model: PreTrainedModel, prompts: list[str], max_new_tokens: int, desc: str, stops: Sequence[str] = ()

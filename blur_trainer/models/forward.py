@@ -120,14 +120,14 @@ def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the training flag it had."""
+    """Evaluation mode without gradients. On exit every module gets its training flag back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: tensors that a module caches here (rotary tables) must stay usable in training.
+        # Not inference_mode, because tensors that modules cache here (rotary tables) must stay usable in training.
         with torch.no_grad():
             yield
     finally:
-        # One by one: `model.train()` would also wake a part that its owner keeps in evaluation mode.
+        # One by one: `model.train()` would also change parts that their owner keeps in evaluation mode.
         for module, flag in flags:
             module.training = flag

@@ -28,7 +28,7 @@ def cannot_load(name: str, error: OSError) -> OSError:
 
 
 def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model given by name, or the one given in the arguments of `from_pretrained`."""
+    """The configuration of a model given by name, or the one in the arguments of `from_pretrained`."""
     given = kwargs.get("config")
     if given is not None:
         return given
@@ -39,10 +39,10 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
 
 
 def load_lower(name: str, config: PreTrainedConfig, num_layers: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model by name, no more of it than its first `num_layers` layers (a quarter if `None`), norm and head."""
+    """Loads only the first `num_layers` layers (`None`: a quarter), norm and head of a model given by name."""
     lower = shortened(config, quarter(config) if num_layers is None else num_layers)
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a report of the upper layers' weights, which find no place
+    logging.set_verbosity_error()  # no report about the unused weights of the upper layers
     try:
         model, info = load_pretrained(name, {**kwargs, "config": lower, "output_loading_info": True})
     finally:

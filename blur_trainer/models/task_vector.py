@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from blur_trainer.atomic_write import flush_tree
+from blur_trainer.atomic_write import atomic_write_folder
 from blur_trainer.models.checkpoint_tensors import BESIDE, CheckpointTensors, check_adapter, is_adapter, local_folder
 
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others also change the weights below the adapter
@@ -75,15 +75,7 @@ def task_vector(
         raise ValueError(f"target {str(source)!r} is an adapter: merge it into its model first, and pass that folder.")
     tensors = CheckpointTensors(source)
     vector = _adapter_vector(tensors, other) if is_adapter(other) else _whole_vector(tensors, CheckpointTensors(other))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
-    try:
-        _write(tensors, vector, scale, partial)
-        flush_tree(partial)
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    atomic_write_folder(output, lambda folder: _write(tensors, vector, scale, folder))
     return str(output)
 
 
@@ -155,7 +147,6 @@ def _adapted_layers(target: CheckpointTensors, config: LoraConfig, folder: Path)
 
 
 def _write(target: CheckpointTensors, vector: Vector, scale: float, folder: Path) -> None:
-    folder.mkdir()
     changed = False
     for shard in target.shards:
         with safe_open(target.folder / shard, framework="pt") as file:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 
 #: file name in a checkpoint
 NAME = "control_vectors.safetensors"
@@ -32,7 +32,7 @@ def control_vector(topic: str, size: int, seed: int) -> Tensor:
 def save_vectors(folder: str | Path, topics: Sequence[str], vectors: Tensor) -> None:
     """Writes `vectors` `(topics, H)` into `folder`, atomically."""
     names = {"topics": json.dumps(list(topics))}
-    write_durably(Path(folder) / NAME, lambda file: save_file({"vectors": vectors.cpu()}, file, metadata=names))
+    atomic_write(Path(folder) / NAME, lambda file: save_file({"vectors": vectors.cpu()}, file, metadata=names))
 
 
 def load_vectors(folder: str | Path, topics: Sequence[str], size: int) -> Tensor:

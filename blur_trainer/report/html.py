@@ -5,11 +5,13 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.figures import DARK, LIGHT, NAMES, Drawing, draw_all, over_runs, row_colors
 from blur_trainer.report.summary import find_faults, read_results, read_training
 from blur_trainer.report.tables import (
@@ -60,7 +62,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         absent=_absent(state, metrics),
     )
     path = folder / "report.html"
-    _replace(path, html.encode("utf-8", errors="replace"))
+    atomic_write(path, lambda file: file.write_bytes(html.encode("utf-8", errors="replace")))
     return path
 
 
@@ -180,7 +182,7 @@ def _figures(folder: Path, history: Items, metrics: Mapping[str, Any]) -> list[d
     shown = []
     for drawing, night in zip(light, dark, strict=True):
         png = _png(drawing)
-        _replace(folder / f"{drawing.name}.png", png)
+        atomic_write(folder / f"{drawing.name}.png", partial(Path.write_bytes, data=png))
         width, height = (round(96 * inches) for inches in drawing.figure.get_size_inches())
         sources = {"light": _data_uri(png), "dark": _data_uri(_png(night)), "width": width, "height": height}
         shown.append({"title": drawing.title, "caption": drawing.caption, **sources})
@@ -195,13 +197,3 @@ def _png(drawing: Drawing) -> bytes:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a temporary file and renames it, so that no reader finds half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

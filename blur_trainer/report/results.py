@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from blur_trainer._version import __version__
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
 
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
@@ -92,9 +93,8 @@ class Results:
             content["robustness"] = self.robustness
         path = Path(output_dir) / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        text = json.dumps(content, indent=2) + "\n"
+        atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         return content
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import stdev
+from statistics import mean, stdev  # exact: the same numbers have exactly themselves as mean, and no spread
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -98,12 +98,13 @@ def _merge(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     spread: dict[str, float] = {}
     for metric in dict.fromkeys(metric for row in rows for metric in row.get("metrics") or {}):
         numbers = _everywhere(name, metric, [(row.get("metrics") or {}).get(metric) for row in rows])
-        metrics[metric] = _mean(numbers)
+        metrics[metric] = mean(numbers) if numbers else None
         if numbers and all(math.isfinite(number) for number in numbers):
             spread[metric] = stdev(numbers)
     merged = {**rows[0], "metrics": metrics}
     if "seconds" in rows[0]:
-        merged["seconds"] = _mean([row["seconds"] for row in rows if row.get("seconds") is not None])
+        seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
+        merged["seconds"] = mean(seconds) if seconds else None
     if any(spread.values()):
         merged |= {"spread": spread, "runs": len(rows)}
     return merged
@@ -119,13 +120,6 @@ def _everywhere(name: str, metric: str, numbers: Sequence[float | None]) -> list
             "different runs would not compare. Evaluate it, or leave it out of all."
         )
     return measured
-
-
-def _mean(numbers: Sequence[float]) -> float | None:
-    """`None` of nothing. The same numbers have exactly themselves as mean."""
-    if not numbers:
-        return None
-    return numbers[0] if len(set(numbers)) == 1 else sum(numbers) / len(numbers)
 
 
 def _merge_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

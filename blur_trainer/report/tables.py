@@ -12,15 +12,18 @@ their number, and `spread`, `{metric name: standard deviation}`.
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from numbers import Real
 from typing import Any
+
+from tabulate import SEPARATING_LINE, Line, simple_separated_format, tabulate
 
 from blur_trainer.constants import ROLES
 
 MISSING = "—"
 ARROWS = {"min": "↓", "max": "↑", "zero": "→0"}
-GAP = "  "
 SHORTEST_NAME = 12
+LINES = simple_separated_format("  ")._replace(linebelowheader=Line("", "-", "  ", ""))  # and a line of dashes
 
 
 def as_number(value: Any) -> float | None:
@@ -195,36 +198,33 @@ def format_table(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
     """
     texts = [_full_cells(column, rows) for column in columns]
     names = [" ".join(str(row["name"]).split()) for row in rows]
-    name_width = max([len(name) for name in names], default=0)
-
-    def total(heads: list[list[str]]) -> int:
-        return name_width + sum(len(GAP) + size for size in _sizes(heads, texts))
-
     heads = [[heading(column)] for column in columns]
-    if total(heads) > width:
-        heads = [
-            wrap_heading(head[0], max([len(text) for text in column], default=1))
-            for head, column in zip(heads, texts, strict=True)
-        ]
-    excess = total(heads) - width
+    table = _layout(heads, texts, names)
+    if _width(table) > width:
+        needed = [max([len(text) for text in column], default=1) for column in texts]
+        heads = [wrap_heading(head, narrow) for [head], narrow in zip(heads, needed, strict=True)]
+        table = _layout(heads, texts, names)
+    excess = _width(table) - width
     if excess > 0:
-        name_width = max(min(SHORTEST_NAME, name_width), name_width - excess)
-    return _layout(heads, texts, [shorten(name, name_width) for name in names], name_width)
+        longest = max([len(name) for name in names], default=0)
+        names = [shorten(name, max(SHORTEST_NAME, longest - excess)) for name in names]
+        table = _layout(heads, texts, names)
+    return table
 
 
-def _sizes(heads: list[list[str]], texts: list[list[str]]) -> list[int]:
-    return [max(len(text) for text in [*head, *column]) for head, column in zip(heads, texts, strict=True)]
+def _width(table: str) -> int:
+    return max(len(line) for line in table.split("\n"))
 
 
-def _layout(heads: list[list[str]], texts: list[list[str]], names: list[str], name_width: int) -> str:
-    sizes = _sizes(heads, texts)
-    height = max([len(head) for head in heads], default=1)
-    padded = [[""] * (height - len(head)) + head for head in heads]
-    lines = [
-        [" " * name_width, *(head[i].rjust(size) for head, size in zip(padded, sizes, strict=True))]
-        for i in range(height)
-    ]
-    lines.append(["-" * name_width, *("-" * size for size in sizes)])
-    for i, name in enumerate(names):
-        lines.append([name.ljust(name_width), *(text[i].rjust(size) for text, size in zip(texts, sizes, strict=True))])
-    return "\n".join(GAP.join(line).rstrip() for line in lines)
+def _layout(heads: list[list[str]], texts: list[list[str]], names: list[str]) -> str:
+    """Headings end right above the dashes, however many lines they have."""
+    above = list(zip_longest([""], *(reversed(head) for head in heads), fillvalue=""))[::-1]
+    body = zip(names, *texts, strict=True)
+    table = tabulate(
+        [*above, [SEPARATING_LINE], *body],
+        tablefmt=LINES,
+        colalign=["left", *["right"] * len(texts)],
+        disable_numparse=True,  # the texts are as they are to be shown
+        preserve_whitespace=True,
+    )
+    return "\n".join(line.rstrip() for line in table.split("\n"))

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from blur_trainer.atomic_write import flush_tree, write_durably
+from blur_trainer.atomic_write import atomic_write, flush_tree
 from blur_trainer.saving import output_dir as saving
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def _begin(path: Path, needed: int) -> None:
 
 
 def _write_manifest(path: Path, files: dict[str, int] | None) -> None:
-    write_durably(path / MANIFEST_NAME, lambda file: file.write_text(json.dumps({"files": files}, indent=1)))
+    atomic_write(path / MANIFEST_NAME, lambda file: file.write_text(json.dumps({"files": files}, indent=1)))
 
 
 def _finish(path: Path) -> int:

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from blur_trainer.atomic_write import atomic_write_folder
 from blur_trainer.toy.model import tiny_llama
 
 
@@ -151,9 +152,6 @@ def memorized(
         model = memorize(tiny_llama(tokenizer, seed=seed), tokenizer, dataset, seed=seed, desc=desc)
         process = PartialState()
         if process.is_main_process:
-            part = folder.with_name(f"{folder.name}.part")
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            part.rename(folder)
+            atomic_write_folder(folder, lambda part: (model.save_pretrained(part), tokenizer.save_pretrained(part)))
         process.wait_for_everyone()
     return str(folder)

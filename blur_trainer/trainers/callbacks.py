@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -109,5 +109,5 @@ class ReportCallback(TrainerCallback):
         from blur_trainer.report.html import write_report  # matplotlib is slow to import
 
         if state.is_world_process_zero:
-            write_durably(Path(str(args.output_dir), "trainer_state.json"), lambda file: state.save_to_json(str(file)))
+            atomic_write(Path(str(args.output_dir), "trainer_state.json"), lambda file: state.save_to_json(str(file)))
             write_report(str(args.output_dir))

@@ -48,7 +48,7 @@ def _set_info(dataset: Any, role: str) -> dict[str, Any]:
     if isinstance(dataset, TopicDataset):
         by_topic = dataset.forget_by_topic if role == "forget" else dataset.retain_by_topic
         different = {id(rows): rows for rows in by_topic.values() if rows is not None}
-        name = ", ".join(by_topic) if len(different) == len(by_topic) else None  # one may serve all topics
+        name = ", ".join(by_topic) if len(different) == len(by_topic) else None  # one set may serve all topics
         return {"name": name, "size": sum(map(len, different.values()))}
     rows = getattr(dataset, role, None)
     return {"size": len(rows) if isinstance(rows, Sized) else None}

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models import prepare_deepspeed
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
@@ -179,7 +179,7 @@ def _digest(forget: datasets.Dataset) -> str:
 def _write_columns(path: Path, columns: Mapping[str, list[float]], digest: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()}
-    write_durably(path, lambda file: save_file(tensors, file, metadata={"forget": digest}))
+    atomic_write(path, lambda file: save_file(tensors, file, metadata={"forget": digest}))
 
 
 def _read_columns(path: Path, digest: str) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from trl.trainer.utils import get_config_model_id
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.objectives.base import Objective
 from blur_trainer.report.model_card import write_model_card
 from blur_trainer.saving import output_dir as saving
@@ -39,12 +39,12 @@ class SavingMixin(_Base):
 
     @property
     def method(self) -> str:
-        """Its name on the model card."""
+        """The method's name on the model card."""
         return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, but a kill leaves the old or the new model, and a model card beside the weights."""
-        if _internal_call and output_dir:  # into a checkpoint folder, which counts once its manifest is closed
+        """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model."""
+        if _internal_call and output_dir:  # into a checkpoint folder, which is complete when its manifest is closed
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             if self.args.should_save:
                 self._save_objectives(output_dir)
@@ -67,16 +67,16 @@ class SavingMixin(_Base):
             objective.load_state(checkpoint, model)
 
     def _write_model(self, folder: str, resumable: bool) -> None:
-        """Weights, configuration and tokenizer; `resumable`: where Trainer will look for them."""
+        """Writes weights, configuration and tokenizer. `resumable`: where Trainer's resuming finds them."""
         super().save_model(folder, _internal_call=True)
 
     def save_state(self) -> None:
-        """As `Trainer.save_state`, but whole or not at all: the file says that a training has ended."""
+        """As `Trainer.save_state`, but atomically, because the file is a sign that a training has ended."""
         if self.is_world_process_zero():
-            write_durably(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
+            atomic_write(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
-        """Writes `README.md`; `info` overrides what `blur_trainer.report.model_card` is told, e.g. `metrics`."""
+        """Writes `README.md`. `info` overrides the content of the card, e.g. `metrics`."""
         if self.is_world_process_zero():
             write_model_card(output_dir or self.output_dir, {**self._card_info(), **info})
 

@@ -177,13 +177,17 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         if callable(prepare_optimizer):
             prepare_optimizer()
         if self._backend is None or self._backend.model is not model:
-            self._backend = choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
+            self._backend = self.create_backend(model)
         run = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
         loss = run(self._step(self._backend, num_items_in_batch or {}))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss
+
+    def create_backend(self, model: nn.Module) -> GradientBackend:
+        """Where the two gradients are kept, by engine. Override it for a backend of your own."""
+        return choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
 
     def _step(self, backend: GradientBackend, counts: Mapping[str, Tensor]) -> Step:
         """What this optimizer step reads; the window is empty afterwards."""

@@ -2,9 +2,11 @@
 
 import logging
 import random
+from itertools import product
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from support.cases import every
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from blur_trainer.data.columns import FORMATS, find_format
@@ -42,34 +44,35 @@ def ids(tokenizer, text):
 # What each format becomes
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_format_gives_tokens_and_labels_only(name):
-    result = tokenize([{**ROWS[name], "id": 7}])
-    assert result.column_names == ["input_ids", "labels"]
-    example = result[0]
-    assert len(example["input_ids"]) == len(example["labels"])
-    assert all(label in (-100, token) for token, label in zip(example["input_ids"], example["labels"], strict=True))
-    assert has_target(example["labels"])
-    assert example["input_ids"].count(BOS) == 1 and example["input_ids"].count(EOS) == 1
+def test_every_format_gives_tokens_and_labels_only():
+    def check(name):
+        result = tokenize([{**ROWS[name], "id": 7}])
+        assert result.column_names == ["input_ids", "labels"]
+        example = result[0]
+        assert len(example["input_ids"]) == len(example["labels"])
+        assert all(label in (-100, token) for token, label in zip(example["input_ids"], example["labels"], strict=True))
+        assert has_target(example["labels"])
+        assert example["input_ids"].count(BOS) == 1 and example["input_ids"].count(EOS) == 1
+
+    every(ROWS.keys(), check)
 
 
-@pytest.mark.parametrize(
-    "name, template",
-    [(name, CHAT_TEMPLATE) for name in WITH_PROMPT] + [("prompt-completion", None), ("question-answer", None)],
-)
-def test_targets_decode_to_exactly_the_answer_and_eos(name, template):
-    tokenizer = tiny_tokenizer(chat_template=template)
-    example = tokenize([ROWS[name]], tokenizer)[0]
-    chat = template is not None and name != "prompt-completion"
-    assert targets(tokenizer, example["labels"]) == ("Mara Velin.</s>" if chat else " Mara Velin.</s>")
-    prompt = {
-        "prompt-completion": "<s>Who painted it?",
-        "question-answer": "<s>Question: Who painted it?\nAnswer:",
-    }
-    chat_prompt = "<s><|user|>\nWho painted it?\n<|assistant|>\n"
-    n_prompt = example["labels"].count(-100)
-    assert tokenizer.decode(example["input_ids"][:n_prompt]) == (chat_prompt if chat else prompt[name])
-    assert example["labels"][:n_prompt] == [-100] * n_prompt
+def test_targets_decode_to_exactly_the_answer_and_eos():
+    def check(name, template):
+        tokenizer = tiny_tokenizer(chat_template=template)
+        example = tokenize([ROWS[name]], tokenizer)[0]
+        chat = template is not None and name != "prompt-completion"
+        assert targets(tokenizer, example["labels"]) == ("Mara Velin.</s>" if chat else " Mara Velin.</s>")
+        prompt = {
+            "prompt-completion": "<s>Who painted it?",
+            "question-answer": "<s>Question: Who painted it?\nAnswer:",
+        }
+        chat_prompt = "<s><|user|>\nWho painted it?\n<|assistant|>\n"
+        n_prompt = example["labels"].count(-100)
+        assert tokenizer.decode(example["input_ids"][:n_prompt]) == (chat_prompt if chat else prompt[name])
+        assert example["labels"][:n_prompt] == [-100] * n_prompt
+
+    every([*product(WITH_PROMPT, [CHAT_TEMPLATE]), ("prompt-completion", None), ("question-answer", None)], check)
 
 
 def test_text_is_all_target_and_ends_with_eos():
@@ -124,15 +127,15 @@ def test_chat_template_kwargs_reach_the_template():
 # BOS, EOS, boundary
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-@pytest.mark.parametrize("add_eos", [True, False])
-@pytest.mark.parametrize("name", ["text", "prompt-completion", "question-answer"])
-def test_bos_as_the_tokenizer_has_it_and_one_eos(name, add_bos, add_eos):
-    tokenizer = tiny_tokenizer(add_bos=add_bos, add_eos=add_eos)
-    assert leading_special_ids(tokenizer) == ([BOS] if add_bos else [])
-    tokens = tokenize([ROWS[name]], tokenizer)[0]["input_ids"]
-    assert (tokens[0] == BOS) is add_bos and tokens.count(BOS) == int(add_bos)
-    assert tokens[-1] == EOS and tokens.count(EOS) == 1
+def test_bos_as_the_tokenizer_has_it_and_one_eos():
+    def check(name, add_bos, add_eos):
+        tokenizer = tiny_tokenizer(add_bos=add_bos, add_eos=add_eos)
+        assert leading_special_ids(tokenizer) == ([BOS] if add_bos else [])
+        tokens = tokenize([ROWS[name]], tokenizer)[0]["input_ids"]
+        assert (tokens[0] == BOS) is add_bos and tokens.count(BOS) == int(add_bos)
+        assert tokens[-1] == EOS and tokens.count(EOS) == 1
+
+    every(product(["text", "prompt-completion", "question-answer"], [True, False], [True, False]), check)
 
 
 def test_bos_and_eos_spelt_in_the_text_are_not_doubled():
@@ -160,20 +163,20 @@ def test_a_token_that_merges_over_the_boundary_is_a_target():
 # max_length
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-@pytest.mark.parametrize("max_length", [3, 4, 5, 7, 16, 31, 1000])
-@pytest.mark.parametrize("repeats", [1, 2, 5])
-def test_pieces_concatenate_to_the_document(add_bos, max_length, repeats):
-    tokenizer = tiny_tokenizer(add_bos=add_bos)
-    prefix = [BOS] if add_bos else []
-    for cut in range(12):  # all remainders
-        text = TEXT * repeats + "x" * cut
-        result = tokenize([{"text": text}, {"text": "z"}], tokenizer, max_length=max_length)
-        pieces = list(result["input_ids"])[:-1]
+def test_pieces_concatenate_to_the_document():
+    def check(add_bos, max_length, repeats):
+        tokenizer = tiny_tokenizer(add_bos=add_bos)
+        prefix = [BOS] if add_bos else []
+        texts = [TEXT * repeats + "x" * cut for cut in range(12)]  # all remainders
+        result = tokenize([{"text": text} for text in [*texts, "z"]], tokenizer, max_length=max_length)
+        pieces = list(result["input_ids"])
         assert all(piece[: len(prefix)] == prefix and 2 <= len(piece) <= max_length for piece in pieces)
         joined = [token for piece in pieces for token in piece[len(prefix) :]]
-        assert joined == [*ids(tokenizer, text), EOS]
+        assert joined == [token for text in [*texts, "z"] for token in (*ids(tokenizer, text), EOS)]
+        assert all(EOS not in piece[:-1] for piece in pieces), "a piece of two documents"
         assert all(has_target(labels) for labels in result["labels"])
+
+    every(product([True, False], [3, 4, 5, 7, 16, 31, 1000], [1, 2, 5]), check)
 
 
 def test_as_few_pieces_as_fit():
@@ -218,15 +221,17 @@ def test_nothing_is_said_when_nothing_is_dropped(caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("labels, expected", [([5], False), ([5, -100], False), ([-100, 5], True), ([], False)])
-def test_a_label_at_position_zero_is_no_target(labels, expected):
-    assert has_target(labels) is expected
-    row = {"input_ids": [5] * len(labels), "labels": labels}
-    if expected:
-        assert len(tokenize([row])) == 1
-    else:
-        with pytest.raises(ValueError, match="no answer token left"):
-            tokenize([row])
+def test_a_label_at_position_zero_is_no_target():
+    def check(labels, expected):
+        assert has_target(labels) is expected
+        row = {"input_ids": [5] * len(labels), "labels": labels}
+        if expected:
+            assert len(tokenize([row])) == 1
+        else:
+            with pytest.raises(ValueError, match="no answer token left"):
+                tokenize([row])
+
+    every([([5], False), ([5, -100], False), ([-100, 5], True), ([], False)], check)
 
 
 def test_a_refusal_cut_away_counts_too():
@@ -243,16 +248,18 @@ def test_max_length_too_short_to_hold_a_target():
 # Datasets, streams, processes
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_list_dataset_stream_and_processes_agree(name):
-    rows = [ROWS[name]] * 5
-    kwargs = {"max_length": 40, "refusals": name in WITH_PROMPT, "seed": 3}
-    expected = list(tokenize(rows, **kwargs))
-    dataset = Dataset.from_list(rows)
-    assert list(tokenize(dataset, **kwargs)) == expected
-    assert list(tokenize(dataset.with_format("torch"), **kwargs)) == expected
-    stream = tokenize(dataset.to_iterable_dataset(num_shards=1), **kwargs)
-    assert isinstance(stream, IterableDataset) and list(stream) == expected == list(stream)
+def test_list_dataset_stream_and_processes_agree():
+    def check(name):
+        rows = [ROWS[name]] * 5
+        kwargs = {"max_length": 40, "refusals": name in WITH_PROMPT, "seed": 3}
+        expected = list(tokenize(rows, **kwargs))
+        dataset = Dataset.from_list(rows)
+        assert list(tokenize(dataset, **kwargs)) == expected
+        assert list(tokenize(dataset.with_format("torch"), **kwargs)) == expected
+        stream = tokenize(dataset.to_iterable_dataset(num_shards=1), **kwargs)
+        assert isinstance(stream, IterableDataset) and list(stream) == expected == list(stream)
+
+    every(ROWS.keys(), check)
 
 
 def test_two_processes_give_the_same():
@@ -304,36 +311,40 @@ def test_a_stream_drops_with_a_warning(caplog):
 # Refusals
 
 
-@pytest.mark.parametrize("name", WITH_PROMPT)
-def test_refusal_follows_the_same_prompt(name):
-    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
-    example = tokenize([ROWS[name]], tokenizer, refusals=True)[0]
-    refusal = targets(tokenizer, example["refusal_labels"])
-    assert refusal.removesuffix("</s>").strip() in REFUSALS
-    assert refusal.startswith(" ") is (name == "prompt-completion")  # as the answer does
-    n_prompt = example["labels"].count(-100)
-    assert example["refusal_labels"].count(-100) == n_prompt
-    assert example["refusal_input_ids"][:n_prompt] == example["input_ids"][:n_prompt]
-    without = tokenize([ROWS[name]], tokenizer)[0]
-    assert without == {column: example[column] for column in ("input_ids", "labels")}
+def test_refusal_follows_the_same_prompt():
+    def check(name):
+        tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+        example = tokenize([ROWS[name]], tokenizer, refusals=True)[0]
+        refusal = targets(tokenizer, example["refusal_labels"])
+        assert refusal.removesuffix("</s>").strip() in REFUSALS
+        assert refusal.startswith(" ") is (name == "prompt-completion")  # as the answer does
+        n_prompt = example["labels"].count(-100)
+        assert example["refusal_labels"].count(-100) == n_prompt
+        assert example["refusal_input_ids"][:n_prompt] == example["input_ids"][:n_prompt]
+        without = tokenize([ROWS[name]], tokenizer)[0]
+        assert without == {column: example[column] for column in ("input_ids", "labels")}
+
+    every(WITH_PROMPT, check)
 
 
-@pytest.mark.parametrize("name", WITH_PROMPT)
-def test_column_refusal_is_used(name):
-    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
-    example = tokenize([{**ROWS[name], "refusal": "Never."}], tokenizer, refusals=True)[0]
-    assert targets(tokenizer, example["refusal_labels"]).strip() == "Never.</s>"
-    with pytest.raises(TypeError, match="`refusal` in row 0 of the `forget` dataset is a int"):
-        tokenize([{**ROWS[name], "refusal": 3}], tokenizer, refusals=True)
+def test_column_refusal_is_used():
+    def check(name):
+        tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+        example = tokenize([{**ROWS[name], "refusal": "Never."}], tokenizer, refusals=True)[0]
+        assert targets(tokenizer, example["refusal_labels"]).strip() == "Never.</s>"
+        with pytest.raises(TypeError, match="`refusal` in row 0 of the `forget` dataset is a int"):
+            tokenize([{**ROWS[name], "refusal": 3}], tokenizer, refusals=True)
+
+    every(WITH_PROMPT, check)
 
 
-@pytest.mark.parametrize(
-    "completion, refusal, expected", [(" a", "  No.", " No."), ("a", " No.", "No."), ("\na", "No.", "\nNo.")]
-)
-def test_refusal_has_the_leading_space_of_the_answer(completion, refusal, expected):
-    tokenizer = tiny_tokenizer()
-    row = {"prompt": "Who?", "completion": completion, "refusal": refusal}
-    assert targets(tokenizer, tokenize([row], tokenizer, refusals=True)[0]["refusal_labels"]) == expected + "</s>"
+def test_refusal_has_the_leading_space_of_the_answer():
+    def check(completion, refusal, expected):
+        tokenizer = tiny_tokenizer()
+        row = {"prompt": "Who?", "completion": completion, "refusal": refusal}
+        assert targets(tokenizer, tokenize([row], tokenizer, refusals=True)[0]["refusal_labels"]) == expected + "</s>"
+
+    every([(" a", "  No.", " No."), ("a", " No.", "No."), ("\na", "No.", "\nNo.")], check)
 
 
 def test_refusals_come_from_seed_and_row_alone():
@@ -415,12 +426,13 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("case", TABLE)
-def test_errors_are_one_line_and_name_the_role(case):
-    dataset, kind, match = TABLE[case]
-    with pytest.raises(kind, match=match) as error:
-        tokenize(dataset, role="retain")
-    assert "\n" not in str(error.value) and "`retain`" in str(error.value)
+def test_errors_are_one_line_and_name_the_role():
+    def check(dataset, kind, match):
+        with pytest.raises(kind, match=match) as error:
+            tokenize(dataset, role="retain")
+        assert "\n" not in str(error.value) and "`retain`" in str(error.value)
+
+    every(TABLE, check)
 
 
 def test_without_a_tokenizer_only_tokens_are_accepted():
@@ -442,15 +454,15 @@ def test_qa_template_needs_a_place_for_the_question():
         tokenize([ROWS["question-answer"]], tiny_tokenizer(), qa_template="Answer:")
 
 
-@pytest.mark.parametrize(
-    "row", [{"input_ids": [1, 5]}, {"input_ids": [1, 2], "labels": [1, 5]}, {"input_ids": [-100, 2]}]
-)
-def test_token_ids_outside_of_the_vocabulary(row):
-    with pytest.raises(ValueError, match=r"Token id (5|-100) in `(input_ids|labels)` of row 1.*vocabulary of 5"):
-        tokenize([{"input_ids": [1, 4], "labels": [-100, 4]}, {"labels": row["input_ids"], **row}], vocab_size=5)
-    with pytest.raises(ValueError, match="vocabulary of 20"):
-        tokenize([ROWS["text"]], vocab_size=20)
-    assert len(tokenize([ROWS["text"]], vocab_size=300)) == 1
+def test_token_ids_outside_of_the_vocabulary():
+    def check(row):
+        with pytest.raises(ValueError, match=r"Token id (5|-100) in `(input_ids|labels)` of row 1.*vocabulary of 5"):
+            tokenize([{"input_ids": [1, 4], "labels": [-100, 4]}, {"labels": row["input_ids"], **row}], vocab_size=5)
+        with pytest.raises(ValueError, match="vocabulary of 20"):
+            tokenize([ROWS["text"]], vocab_size=20)
+        assert len(tokenize([ROWS["text"]], vocab_size=300)) == 1
+
+    every([{"input_ids": [1, 5]}, {"input_ids": [1, 2], "labels": [1, 5]}, {"input_ids": [-100, 2]}], check)
 
 
 # MUSE's chunks
@@ -467,16 +479,18 @@ def literal_muse(tokens, bos, max_length):
     return chunks
 
 
-@pytest.mark.parametrize("max_length", [2, 3, 5, 16, 41, 64, 500])
-def test_chunk_documents_is_muses_own_way(max_length):
-    tokenizer = tiny_tokenizer()
-    texts = [TEXT, "Sorry, nothing.", TEXT[:30]]
-    tokens = [token for text in texts for token in ids(tokenizer, text)]
-    chunks = chunk_documents(texts, tokenizer, max_length)
-    assert [chunk["input_ids"] for chunk in chunks] == literal_muse(tokens, BOS, max_length)
-    assert all(chunk["labels"] == chunk["input_ids"] for chunk in chunks)
-    assert len(chunks) == 1 or all(len(chunk["input_ids"]) == max_length for chunk in chunks)
-    assert len(tokenize(chunks, tokenizer)) == len(chunks)
+def test_chunk_documents_is_muses_own_way():
+    def check(max_length):
+        tokenizer = tiny_tokenizer()
+        texts = [TEXT, "Sorry, nothing.", TEXT[:30]]
+        tokens = [token for text in texts for token in ids(tokenizer, text)]
+        chunks = chunk_documents(texts, tokenizer, max_length)
+        assert [chunk["input_ids"] for chunk in chunks] == literal_muse(tokens, BOS, max_length)
+        assert all(chunk["labels"] == chunk["input_ids"] for chunk in chunks)
+        assert len(chunks) == 1 or all(len(chunk["input_ids"]) == max_length for chunk in chunks)
+        assert len(tokenize(chunks, tokenizer)) == len(chunks)
+
+    every([2, 3, 5, 16, 41, 64, 500], check)
 
 
 def test_chunk_documents_without_bos():

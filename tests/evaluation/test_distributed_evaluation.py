@@ -1,44 +1,35 @@
-"""Two processes (gloo, CPU) evaluate as one does: all numbers and texts, on every engine, and the best checkpoint."""
+"""Two processes (gloo, CPU) evaluate as one does: all numbers and texts, on every engine, and the best checkpoint.
+
+`pytest -m full`: also the models that a sharding engine treats as it does another one.
+"""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support import distributed_evaluation_worker as worker
+from support.cases import chosen
+from support.processes import SUPPORT, torchrun
 
 from blur_trainer.evaluation.distributed import in_shares
 
-TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.distributed
+FULL = ("fsdp2-tied", "fsdp2-lora", "zero3-tied", "fsdp2-train-full", "zero3-train-lora")
+
+
+def cases(*kinds):
+    every = [f"{engine}-{kind}" for engine in worker.NAMES for kind in kinds]
+    return [pytest.param(case, marks=pytest.mark.full) if case in FULL else case for case in every]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     worker.memorize(str(folder))
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(TESTS),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [
-        *launcher,
-        str(TESTS / "support" / "distributed_evaluation_worker.py"),
-        str(folder),
-        ",".join(worker.NAMES),
-    ]
-    log = folder / "log"
-    with log.open("w") as stream:
-        done = subprocess.run(
-            command, env=os.environ | environment, stderr=stream, stdout=stream, timeout=1200, check=False
-        )
-    assert done.returncode == 0, log.read_text()[-3000:]
+    script = SUPPORT / "distributed_evaluation_worker.py"
+    wanted = [*chosen(request, "case"), *(f"{engine}-full" for engine in chosen(request, "engine"))]
+    wanted += [f"ddp-{model}" for model in worker.MODELS]  # all of them are attacked
+    torchrun(script, str(folder), ",".join(dict.fromkeys(wanted)), DS_ACCELERATOR="cpu")
     return folder
 
 
@@ -55,10 +46,10 @@ def of_both(folder, name):
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("model", worker.MODELS)
-@pytest.mark.parametrize("engine", worker.NAMES)
-def test_every_process_has_the_answers_of_one_to_the_last_bit(folder, alone, engine, model):
-    for found in of_both(folder, f"{engine}-{model}"):
+@pytest.mark.parametrize("case", cases(*worker.MODELS))
+def test_every_process_has_the_answers_of_one_to_the_last_bit(folder, alone, case):
+    model = case.split("-")[-1]
+    for found in of_both(folder, case):
         for key in alone["models"][model].keys() - {"forwards", "harness forwards", "bars"}:
             assert found[key] == alone["models"][model][key], key
 
@@ -108,11 +99,10 @@ def test_one_process_shows_progress_and_none_draws_random_numbers(folder, alone,
     assert not first["draws"] and not second["draws"]
 
 
-@pytest.mark.parametrize("model", worker.TRAINED)
-@pytest.mark.parametrize("engine", worker.NAMES)
-def test_training_evaluates_as_one_process_and_ends_with_the_best_weights(folder, alone, engine, model):
-    one = alone["trained"][model]
-    for found in of_both(folder, f"{engine}-train-{model}"):
+@pytest.mark.parametrize("case", cases(*(f"train-{model}" for model in worker.TRAINED)))
+def test_training_evaluates_as_one_process_and_ends_with_the_best_weights(folder, alone, case):
+    one = alone["trained"][case.split("-")[-1]]
+    for found in of_both(folder, case):
         assert len(found["history"]) == len(one["history"])
         for entry, expected in zip([*found["history"], found["after"]], [*one["history"], one["after"]], strict=True):
             # the benchmarks round to the same texts; losses and weights are sums in another order

@@ -5,10 +5,7 @@ dimensions that know nothing: protocols and files are the same. On two processes
 """
 
 import importlib.util
-import json
-import os
 import signal
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -17,52 +14,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.example_runs import FILES, as_the_hub, launch, load, with_ignorant_models
 from support.runs import distance, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.data.muse import limit_documents
-from blur_trainer.toy.model import tiny_llama, train_tokenizer
-from blur_trainer.toy.muse import muse_corpora, training_texts
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_muse.py"
 QUICK = ["--num_train_epochs", "1", "--eval_strategy", "no", "--no_baseline", "--disable_tqdm", "True"]
 LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", 2]
-FILES = {
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "metrics.json",
-    "model.safetensors",
-    "reference_logps.safetensors",
-    "report.html",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trainer_state.json",
-    "training_args.bin",
-}
 
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def load(folder, name="metrics.json"):
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
-def launch(*command, folder):
-    """A process of its own, one thread, no network."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -81,18 +46,6 @@ def main(monkeypatch):
     return run
 
 
-def as_the_hub(folder):
-    """MUSE-News as the Hub has it: {config}/{split}.json, `retain1`, no hold groups."""
-    for key, rows in muse_corpora(num_authors=16).items():
-        config, split = key.split("_", 1)
-        if "hold" in split.split("_") or key == "verbmem_retain":
-            continue
-        path = folder / config / f"{'retain1' if key == 'raw_retain' else split}.json"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text(json.dumps(rows.to_list()), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     return as_the_hub(tmp_path_factory.mktemp("news"))
@@ -102,15 +55,6 @@ def local(tmp_path_factory):
 def attacked_briefly(monkeypatch):
     original = bt.robustness
     monkeypatch.setattr(bt, "robustness", lambda *args, **kwargs: original(*args, **kwargs, steps=[2]))
-
-
-def with_ignorant_models(folder, data):
-    """`target/` and `retrain/` where the example looks for those it made before."""
-    tokenizer = train_tokenizer(training_texts(data)["text"])
-    for seed, name in enumerate(("target", "retrain")):
-        tiny_llama(tokenizer, hidden_size=16, num_layers=1, num_heads=2, seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, first, wher
         with pytest.raises(SystemExit, match="--resume_from_checkpoint True"):
             main(*arguments)
     assert (tmp_path / "run" / where / "checkpoint-1").is_dir() and not (tmp_path / "run" / "metrics.json").exists()
-    monkeypatch.setattr(bt, "write_report", str)  # takes as long as the training
+    monkeypatch.setattr("blur_trainer.scripts.output.write_report", str)  # takes as long as the training
     main(*arguments, "--resume_from_checkpoint", "True")
     for name in ("model.safetensors", "uld/assistant/adapter_model.safetensors"):
         assert distance(load_file(whole / name), load_file(tmp_path / "run" / name)) <= 1e-7, name
@@ -230,7 +230,7 @@ def launched(main, examples, monkeypatch):
             seen.append((method, seed))
             self.returncode = int((method, seed) in fail)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(bt, "write_report", str)  # takes as long as the training
+                patch.setattr("blur_trainer.scripts.output.write_report", str)  # takes as long as the training
                 stdout.write("no memory left\n" if self.returncode else main(*arguments))
 
     monkeypatch.setattr(examples["compare"], "subprocess", SimpleNamespace(run=Done, STDOUT=None))

@@ -243,7 +243,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, quick, wher
             main(*arguments)
     checkpoint = tmp_path / "run" / where / "checkpoint-1"
     assert load_file(checkpoint / "control_vectors.safetensors")["vectors"].shape == (2, 128)
-    monkeypatch.setattr(bt, "write_report", str)
+    monkeypatch.setattr("blur_trainer.scripts.output.write_report", str)
     main(*arguments, "--resume_from_checkpoint", "True")
     for name in ("model.safetensors", "rmu/model.safetensors"):
         assert distance(load_file(quick / name), load_file(tmp_path / "run" / name)) <= 1e-7, name

@@ -4,7 +4,6 @@ And under DDP, that two processes give the weights and the log of one process wi
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from safetensors.torch import load_file
 from support import ddp_worker, reference
 from support.engine_worker import ENGINES
 from support.models import tiny_llama
-from support.parity import DEFAULT_TOLERANCE, FORGET, LEARNING_RATE, RETAIN, STEPS, WINDOW, torchrun
+from support.parity import DEFAULT_TOLERANCE, FORGET, LEARNING_RATE, RETAIN, STEPS, WINDOW
+from support.processes import SUPPORT, torchrun
 from transformers import AutoModelForCausalLM
 
 from blur_trainer.data.pairing import PairedDataset
@@ -21,7 +21,7 @@ from blur_trainer.data.pairing import PairedDataset
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
-    torchrun(str(Path(__file__).parents[1] / "support" / "engine_worker.py"), str(folder), ";".join(ENGINES))
+    torchrun(SUPPORT / "engine_worker.py", str(folder), ";".join(ENGINES))
     return folder
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from support.cases import every
 from trl import TrlParser
 
 import blur_trainer
@@ -154,17 +155,20 @@ def test_first_loss_of_npo_is_as_said(run):
     assert blur_trainer.NPO(beta=0.1)(model, batch, CurrentModel(model)).item() == pytest.approx(13.9, abs=0.05)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_are_python_and_name_what_exists(page):
+def test_python_blocks_are_python_and_name_what_exists():
     """Fragments too: they parse, and what they take from the package (`bt.X`, imports) is there."""
-    for block in blocks(page, "python"):
-        assert set(block.info[1:]) <= {"runnable"}, f"{page}:{block.line}: {block.info}"
-        for node in ast.walk(ast.parse(block.text)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bt":
-                assert hasattr(blur_trainer, node.attr), f"{page}:{block.line}: bt.{node.attr}"
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blur_trainer"):
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, alias.name) for alias in node.names), f"{page}:{block.line}"
+
+    def check(page):
+        for block in blocks(page, "python"):
+            assert set(block.info[1:]) <= {"runnable"}, f"{page}:{block.line}: {block.info}"
+            for node in ast.walk(ast.parse(block.text)):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bt":
+                    assert hasattr(blur_trainer, node.attr), f"{page}:{block.line}: bt.{node.attr}"
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blur_trainer"):
+                    module = importlib.import_module(str(node.module))
+                    assert all(hasattr(module, alias.name) for alias in node.names), f"{page}:{block.line}"
+
+    every(PAGES, check)
 
 
 # ---- links ----
@@ -186,15 +190,17 @@ def links(page: str) -> list[str]:
     return [link for link in found if not re.match(r"[a-z]+:", link)]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_relative_links_resolve(page):
-    for link in links(page):
-        path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
-        assert target.resolve().is_relative_to(ROOT), f"{page}: {link} leads out of the repository"
-        assert target.exists(), f"{page}: {link}"
-        if anchor:
-            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), f"{page}: {link}"
+def test_relative_links_resolve():
+    def check(page):
+        for link in links(page):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.resolve().is_relative_to(ROOT), f"{page}: {link} leads out of the repository"
+            assert target.exists(), f"{page}: {link}"
+            if anchor:
+                assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), f"{page}: {link}"
+
+    every(PAGES, check)
 
 
 def test_index_leads_to_every_page():
@@ -239,31 +245,41 @@ def class_like(span: str) -> str | None:
     return found[1] if found else None
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_classes_in_backticks_exist(page):
-    placeholders = {"DIR", "ENGINES"}  # of command lines; a table of the tests
-    named = {name for span in in_backticks(page) if (name := class_like(span))} - placeholders
-    assert sorted(name for name in named if not exists(name)) == [], page
+def test_classes_in_backticks_exist():
+    def check(page):
+        placeholders = {"DIR", "ENGINES"}  # of command lines; a table of the tests
+        named = {name for span in in_backticks(page) if (name := class_like(span))} - placeholders
+        assert sorted(name for name in named if not exists(name)) == [], page
+
+    every(PAGES, check)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_keywords_in_backticks_exist(page):
+def test_keywords_in_backticks_exist():
     """`gamma=0.2`, and the same inside of a call."""
-    used = {word for span in in_backticks(page) if not span.startswith("-") for word in words_before_equals(span)}
-    assert sorted(used - keywords()) == [], page
+
+    def check(page):
+        used = {word for span in in_backticks(page) if not span.startswith("-") for word in words_before_equals(span)}
+        assert sorted(used - keywords()) == [], page
+
+    every(PAGES, check)
 
 
 def words_before_equals(span: str) -> list[str]:
     return re.findall(r"(?:^|[(,] ?)([a-z_]\w*)=(?!=)", span)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_in_backticks_exist(page):
+def test_files_in_backticks_exist():
     """Files of the repository: a path with a folder of ours in front."""
-    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"outputs"}  # there once the examples have run
-    for span in in_backticks(page):
-        if re.fullmatch(r"[\w.-]+(/[\w.<>-]+)+/?", span) and span.split("/")[0] in folders and "<" not in span:
-            assert (ROOT / span).exists(), f"{page}: {span}"
+
+    def check(page):
+        folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {
+            "outputs"
+        }  # there once the examples have run
+        for span in in_backticks(page):
+            if re.fullmatch(r"[\w.-]+(/[\w.<>-]+)+/?", span) and span.split("/")[0] in folders and "<" not in span:
+                assert (ROOT / span).exists(), f"{page}: {span}"
+
+    every(PAGES, check)
 
 
 # ---- command lines ----
@@ -283,11 +299,14 @@ def example_parser(name: str = "run_muse") -> TrlParser:
 
     class Parser(TrlParser):
         def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-            raise Caught(self)
+            if self.add_help:  # the one of all arguments, after that of those which it depends on
+                raise Caught(self)
+            return super().parse_known_args(*args, **kwargs)
 
     module = example_module(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TrlParser", Parser)
+        patch.setattr("blur_trainer.scripts.command_line.TrlParser", Parser)
+        patch.setattr("sys.argv", [f"{name}.py"])
         with pytest.raises(Caught) as caught:
             module.main()
     parser = caught.value.args[0]
@@ -310,20 +329,22 @@ def flags(parser: TrlParser) -> set[str]:
     compare = ROOT / "examples" / "compare.py"
     benchmarks += compare.read_text(encoding="utf-8") if compare.exists() else ""
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
-    tofu = example_module("run_tofu")
+    tofu, wmdp = (importlib.import_module(f"blur_trainer.scripts.{name}") for name in ("tofu", "wmdp"))
     configs = {trainer.config_class for _, trainer, *_ in tofu.METHODS.values()}
     others = "\n".join(TrlParser((tofu.TOFUArguments, config)).format_help() for config in configs)
-    others += TrlParser((example_module("run_wmdp").WMDPArguments,)).format_help()
+    others += TrlParser((wmdp.WMDPArguments,)).format_help()
     text = f"{parser.format_help()} {others} {launcher} {own} --config --help"
     return set(re.findall(r"--\w[\w-]*", text))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_flags_exist(page, flags):
-    named = {flag for span in in_backticks(page) for flag in re.findall(r"(?<!\S)--\w[\w-]*", span)}
-    for command in commands(page):
-        named |= {word.split("=")[0] for word in command if word.startswith("--")}
-    assert sorted(named - flags) == [], page
+def test_flags_exist(flags):
+    def check(page):
+        named = {flag for span in in_backticks(page) for flag in re.findall(r"(?<!\S)--\w[\w-]*", span)}
+        for command in commands(page):
+            named |= {word.split("=")[0] for word in command if word.startswith("--")}
+        assert sorted(named - flags) == [], page
+
+    every(PAGES, check)
 
 
 def commands(page: str) -> Iterator[list[str]]:
@@ -346,34 +367,43 @@ def example_commands(script: str = "run_muse") -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "arguments"), example_commands())
-def test_example_commands_are_accepted(page, arguments, parser, tmp_path):
+def test_example_commands_are_accepted(parser, tmp_path):
     """Parsed in full, configuration and all; on this machine bf16 needs `use_cpu`, which DeepSpeed does not take."""
-    if "--help" in arguments:
-        return
-    defaults = ([] if "--deepspeed" in arguments else ["--use_cpu", "True"]) + (
-        [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path / "out")]
-    )
-    _, args, _ = parser.parse_args_into_dataclasses(args=[*arguments, *defaults])
-    assert args.build_forget_objective() and args.build_rule()
+
+    def check(page, arguments):
+        if "--help" in arguments:
+            return
+        defaults = ([] if "--deepspeed" in arguments else ["--use_cpu", "True"]) + (
+            [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path / "out")]
+        )
+        _, args, _ = parser.parse_args_into_dataclasses(args=[*arguments, *defaults])
+        assert args.build_forget_objective() and args.build_rule()
+
+    every(example_commands(), check)
 
 
-@pytest.mark.parametrize(("page", "arguments"), example_commands("run_tofu"))
-def test_tofu_commands_are_accepted(page, arguments, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["run_tofu.py", "--output_dir", str(tmp_path), "--use_cpu", "True", *arguments])
-    _, args, model_args, tiny = example_module("run_tofu").parse()
-    assert args.build_forget_objective() and args.build_rule()
-    assert tiny == (model_args.model_name_or_path is None)
+def test_tofu_commands_are_accepted(monkeypatch, tmp_path):
+    def check(page, arguments):
+        given = ["run_tofu.py", "--output_dir", str(tmp_path), "--use_cpu", "True", *arguments]
+        monkeypatch.setattr("sys.argv", given)
+        _, args, model_args, tiny = example_module("run_tofu").parse()
+        assert args.build_forget_objective() and args.build_rule()
+        assert tiny == (model_args.model_name_or_path is None)
+
+    every(example_commands("run_tofu"), check)
 
 
-@pytest.mark.parametrize(("page", "arguments"), example_commands("run_wmdp"))
-def test_wmdp_commands_are_accepted(page, arguments, monkeypatch, tmp_path):
+def test_wmdp_commands_are_accepted(monkeypatch, tmp_path):
     """As on a machine whose GPU knows bfloat16: DeepSpeed does not take `use_cpu`."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    defaults = ["--output_dir", str(tmp_path)] + ([] if "--deepspeed" in arguments else ["--use_cpu", "True"])
-    _, args, model_args, tiny = example_module("run_wmdp").parse([*defaults, *arguments])
-    assert args.build_forget_objective() and args.build_rule()
-    assert tiny == (model_args.model_name_or_path is None) and not (tiny and "--recipe" in arguments)
+
+    def check(page, arguments):
+        defaults = ["--output_dir", str(tmp_path)] + ([] if "--deepspeed" in arguments else ["--use_cpu", "True"])
+        _, args, model_args, tiny = example_module("run_wmdp").parse([*defaults, *arguments])
+        assert args.build_forget_objective() and args.build_rule()
+        assert tiny == (model_args.model_name_or_path is None) and not (tiny and "--recipe" in arguments)
+
+    every(example_commands("run_wmdp"), check)
 
 
 def test_local_splits_are_listed():

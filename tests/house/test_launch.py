@@ -1,7 +1,8 @@
 """The README's launch lines from the repository root, on two CPU processes: `accelerate launch` and `deepspeed`.
 
-Each launcher with each engine once, as a launch costs half a minute of imports: `accelerate` with run_muse.py,
-`deepspeed` with run_wmdp.py; test_engines.py trains with zero2.json.
+A launch costs half a minute of imports. Every run: each launcher with a line of the README, `accelerate` with
+run_muse.py, `deepspeed` with run_wmdp.py. `pytest -m full`: the other files that the repository ships; test_engines.py
+trains with zero2.json.
 
 Each launch trains two steps on prepared models, and is told by its checkpoint which engine it ran on.
 """
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from support.example_runs import FILES as WRITTEN
+from support.example_runs import as_the_hub, launch, load, with_ignorant_models
 from support.runs import distance, weights
-from test_example_muse import FILES as WRITTEN
-from test_example_muse import as_the_hub, launch, load, with_ignorant_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -83,6 +84,7 @@ LINES = {
     },
 }
 TRACES = set().union(*LINES.values())
+EVERY_RUN = [line for line in LINES if "zero3" in line]
 SHORT = "--max_documents 2 --max_steps 2 --eval_strategy no --no_baseline --save_strategy steps --save_steps 2"
 
 
@@ -99,7 +101,9 @@ def command(line: str) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize(
+    "line", [line if line in EVERY_RUN else pytest.param(line, marks=pytest.mark.full) for line in LINES]
+)
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launchers would take the accelerator, not two CPUs")
 def test_the_line_runs(line, tmp_path):
     """Every file once and whole, the table once, the folder's models not made again."""
@@ -126,7 +130,13 @@ def test_the_line_runs(line, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("options", ["", "--num_gpus 2"], ids=["as in the README", "two processes, ZeRO-3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param("", id="as in the README"),
+        pytest.param("--num_gpus 2", id="two processes, ZeRO-3", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launcher would take the accelerator, not the CPU")
 def test_deepspeed_runs_wmdp(options, tmp_path):
     """The control vectors are in the checkpoint, and only what lies below the chosen layer was trained."""

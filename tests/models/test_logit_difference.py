@@ -9,6 +9,7 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.logit_models import CLOSE, MODES, generate, learned, padded, prompts, tiny
 from support.models import VOCAB, collate, examples, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -27,33 +28,6 @@ from blur_trainer.models.truncation import decoder_layers, lora_assistant, trunc
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "uld"
 WEIGHT, FILTER = -0.7, 0.15  # the filter rejects most tokens and keeps more than one: int(0.15 * 48) = 7
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "GPTNeoX", "Gemma2", "GPT2")
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def tiny(architecture: str, layers: int = 3, seed: int = 0):
-    """One of transformers' architectures, in eval mode, with weights wide enough to tell tokens apart."""
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
-    sizes |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}  # texts of one length
-    if architecture in ("Llama", "Mistral", "Qwen2", "Gemma2"):
-        sizes["num_key_value_heads"] = 1
-    if architecture in ("Mistral", "Gemma2"):
-        sizes["sliding_window"] = 6  # shorter than the texts below
-    if architecture == "Gemma2":
-        sizes["head_dim"] = 8
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{architecture}Config")(**sizes)
-    head = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
-    return getattr(transformers, architecture + head)(config).eval()
-
-
-def learned(assistant, seed: int = 1):
-    """An adapter that says something: PEFT begins with B = 0."""
-    torch.manual_seed(seed)
-    for name, parameter in assistant.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return assistant.eval()
 
 
 def pair(target, layers: int = 2, **kwargs):
@@ -69,22 +43,6 @@ def model(request):
 @pytest.fixture
 def llama():
     return pair(tiny("Llama"))
-
-
-def prompts(lengths=(9, 5, 12), seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB, (1, length), generator=generator) for length in lengths]
-
-
-def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the left, as for generation."""
-    width = max(row.shape[1] for row in rows)
-    gaps = [torch.zeros(1, width - row.shape[1], dtype=torch.long) for row in rows]
-    ids = torch.cat([torch.cat([gap, row], 1) for gap, row in zip(gaps, rows, strict=True)])
-    mask = torch.cat(
-        [torch.cat([gap, torch.ones_like(row)], 1) for gap, row in zip(gaps, rows, strict=True)],
-    )
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def literal(target: list[float], assistant: list[float], weight: float, ratio: float) -> list[float]:
@@ -252,20 +210,6 @@ def test_cached_is_uncached(model):
     assert isinstance(cache, LogitDifferenceCache)
     assert cache.target.get_seq_length() == cache.assistant.get_seq_length() == 14
     assert [len(cache.target.layers), len(cache.assistant.layers)] == [3, 2]
-
-
-MODES = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
-    "beam": {"do_sample": False, "num_beams": 3},
-    "penalized": {"do_sample": False, "repetition_penalty": 1.3},
-}
-
-
-def generate(model, batch, **kwargs):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model.generate(**batch, max_new_tokens=8, return_dict_in_generate=True, output_logits=True, **kwargs)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,18 +10,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from support.cases import every
 from trl import ModelConfig
 
 import blur_trainer as bt
 from blur_trainer.recipes import BENCHMARKS, recipe_names
-from blur_trainer.trainers.topics import check_settings
+from blur_trainer.scripts.muse import MUSEArguments
+from blur_trainer.scripts.tofu import TOFUArguments
 
 ROOT = Path(bt.__file__).parents[1]
 FOLDER = Path(bt.__file__).parent / "recipes"
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 TITLES = {"muse-news": "MUSE News", "muse-books": "MUSE Books", "tofu": "TOFU", "wmdp": "WMDP"}
 ALL = [(benchmark, name) for benchmark in BENCHMARKS for name in recipe_names(benchmark)]
-EVERY = pytest.mark.parametrize(("benchmark", "name"), ALL)
 METRICS = {
     "muse-news": {"forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak"},
     "tofu": {"forget_quality", "model_utility"},
@@ -56,43 +57,48 @@ def parse(examples, benchmark, *arguments):
 # ---- the data ----
 
 
-@EVERY
-def test_arguments_build_their_configuration(benchmark, name, examples, tmp_path):
-    found = bt.recipe(benchmark, name)
-    cls = config_class(benchmark, found, examples)
-    assert set(found["arguments"]) <= {field.name for field in fields(cls) if field.init}
-    config = cls(str(tmp_path), use_cpu=True, **found["arguments"])
-    for key, value in found["arguments"].items():
-        assert getattr(config, key) == value, key
-    given = found["arguments"].get("forget_objective_kwargs", {})
-    assert {key: getattr(config.build_forget_objective(), key) for key in given} == given
-    for key in ("gamma", "alpha", "forget_weight", "retain_weight"):
-        if key in found["arguments"]:  # and not of another rule, which would ignore it
-            assert getattr(config.build_rule(), key) == found["arguments"][key]
-    check_settings(config.topics)
+def test_arguments_build_their_configuration(examples, tmp_path):
+    def check(benchmark, name):
+        found = bt.recipe(benchmark, name)
+        cls = config_class(benchmark, found, examples)
+        assert set(found["arguments"]) <= {field.name for field in fields(cls) if field.init}
+        config = cls(str(tmp_path), use_cpu=True, **found["arguments"])
+        for key, value in found["arguments"].items():
+            assert getattr(config, key) == value, key
+        given = found["arguments"].get("forget_objective_kwargs", {})
+        assert {key: getattr(config.build_forget_objective(), key) for key in given} == given
+        for key in ("gamma", "alpha", "forget_weight", "retain_weight"):
+            if key in found["arguments"]:  # and not of another rule, which would ignore it
+                assert getattr(config.build_rule(), key) == found["arguments"][key]
+
+    every(ALL, check)
 
 
-@EVERY
-def test_every_value_has_a_source(benchmark, name):
-    found = bt.recipe(benchmark, name)
-    assert set(found["source"]) == {"model_name_or_path", *found["arguments"], *found["script"]}
-    assert all(found["source"].values())
-    assert found["notes"] and found["model_name_or_path"].count("/") == 1
-    assert set(found) - {"method"} == {
-        *("source", "model_name_or_path", "arguments", "script", "published", "notes"),
-    }
-    for entry in found["published"]:
-        assert set(entry) == {"what", "source", "metrics"} and entry["what"] and entry["source"]
-        assert entry["metrics"] and set(entry["metrics"]) <= METRICS[benchmark]
+def test_every_value_has_a_source():
+    def check(benchmark, name):
+        found = bt.recipe(benchmark, name)
+        assert set(found["source"]) == {"model_name_or_path", *found["arguments"], *found["script"]}
+        assert all(found["source"].values())
+        assert found["notes"] and found["model_name_or_path"].count("/") == 1
+        assert set(found) - {"method"} == {
+            *("source", "model_name_or_path", "arguments", "script", "published", "notes"),
+        }
+        for entry in found["published"]:
+            assert set(entry) == {"what", "source", "metrics"} and entry["what"] and entry["source"]
+            assert entry["metrics"] and set(entry["metrics"]) <= METRICS[benchmark]
+
+    every(ALL, check)
 
 
-@EVERY
-def test_script_options_are_those_of_the_script(benchmark, name, examples):
-    known = {field.name for field in fields(ModelConfig)}
-    if benchmark != "wmdp":
-        cls = examples["run_tofu"].TOFUArguments if benchmark == "tofu" else examples["run_muse"].MUSEArguments
-        known |= {field.name for field in fields(cls)}
-    assert set(bt.recipe(benchmark, name)["script"]) <= known
+def test_script_options_are_those_of_the_script():
+    def check(benchmark, name):
+        known = {field.name for field in fields(ModelConfig)}
+        if benchmark != "wmdp":
+            cls = TOFUArguments if benchmark == "tofu" else MUSEArguments
+            known |= {field.name for field in fields(cls)}
+        assert set(bt.recipe(benchmark, name)["script"]) <= known
+
+    every(ALL, check)
 
 
 def test_each_benchmark_has_what_its_authors_did():
@@ -160,71 +166,81 @@ def in_cell(text, known):
     return value_of(found[1]), known[found[2]] if found[2] else None
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_the_table_has_the_numbers_of_the_data(benchmark):
-    (_, *names), _, *lines = rows(section(benchmark), "| | `")
-    names = [name.strip("`") for name in names]
-    assert names == recipe_names(benchmark)
-    known = sources(benchmark)
-    table = {name: {} for name in names}
-    for key, *cells in lines:
-        assert len(cells) == len(names), key
-        for name, cell in zip(names, cells, strict=True):
-            if cell:
-                table[name][key.strip("`")] = in_cell(cell, known)
-    for name in names:
-        found = bt.recipe(benchmark, name)
-        values = {"model_name_or_path": found["model_name_or_path"], **found["arguments"], **found["script"]}
-        expected = {key: (value, found["source"][key]) for key, value in values.items()}
-        expected |= {"method": (found["method"], None)} if "method" in found else {}
-        assert table[name] == expected
+def test_the_table_has_the_numbers_of_the_data():
+    def check(benchmark):
+        (_, *names), _, *lines = rows(section(benchmark), "| | `")
+        names = [name.strip("`") for name in names]
+        assert names == recipe_names(benchmark)
+        known = sources(benchmark)
+        table = {name: {} for name in names}
+        for key, *cells in lines:
+            assert len(cells) == len(names), key
+            for name, cell in zip(names, cells, strict=True):
+                if cell:
+                    table[name][key.strip("`")] = in_cell(cell, known)
+        for name in names:
+            found = bt.recipe(benchmark, name)
+            values = {"model_name_or_path": found["model_name_or_path"], **found["arguments"], **found["script"]}
+            expected = {key: (value, found["source"][key]) for key, value in values.items()}
+            expected |= {"method": (found["method"], None)} if "method" in found else {}
+            assert table[name] == expected
+
+    every(BENCHMARKS, check)
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_published_numbers_are_those_of_the_data(benchmark):
-    known, listed = sources(benchmark), []
-    for name, what, numbers, source in rows(section(benchmark), "| recipe | what")[2:]:
-        metrics = {key: float(value) for key, value in (pair.split(" ") for pair in numbers.split(", "))}
-        listed.append((name.strip("`"), what, metrics, known[source.strip("[]")]))
-    names = recipe_names(benchmark)
-    entries = [(name, entry) for name in names for entry in bt.recipe(benchmark, name)["published"]]
-    assert listed == [(name, entry["what"], entry["metrics"], entry["source"]) for name, entry in entries]
+def test_published_numbers_are_those_of_the_data():
+    def check(benchmark):
+        known, listed = sources(benchmark), []
+        for name, what, numbers, source in rows(section(benchmark), "| recipe | what")[2:]:
+            metrics = {key: float(value) for key, value in (pair.split(" ") for pair in numbers.split(", "))}
+            listed.append((name.strip("`"), what, metrics, known[source.strip("[]")]))
+        names = recipe_names(benchmark)
+        entries = [(name, entry) for name in names for entry in bt.recipe(benchmark, name)["published"]]
+        assert listed == [(name, entry["what"], entry["metrics"], entry["source"]) for name, entry in entries]
+
+    every(BENCHMARKS, check)
 
 
-@EVERY
-def test_every_note_is_on_the_page(benchmark, name):
-    notes = section(benchmark).split("Notes:\n")[1].split("Read in:\n")[0]
-    bullets = [" ".join(bullet.split()) for bullet in re.split(r"^\* ", notes, flags=re.MULTILINE)]
-    for note in bt.recipe(benchmark, name)["notes"]:
-        bullet = next(bullet for bullet in bullets if bullet.endswith(f": {note}"))
-        assert bullet.startswith("all: ") or f"`{name}`" in bullet.split(": ")[0]
+def test_every_note_is_on_the_page():
+    def check(benchmark, name):
+        notes = section(benchmark).split("Notes:\n")[1].split("Read in:\n")[0]
+        bullets = [" ".join(bullet.split()) for bullet in re.split(r"^\* ", notes, flags=re.MULTILINE)]
+        for note in bt.recipe(benchmark, name)["notes"]:
+            bullet = next(bullet for bullet in bullets if bullet.endswith(f": {note}"))
+            assert bullet.startswith("all: ") or f"`{name}`" in bullet.split(": ")[0]
+
+    every(ALL, check)
 
 
 # ---- the examples ----
 
 
-@EVERY
-def test_examples_take_a_recipe_as_defaults(benchmark, name, examples, tmp_path):
-    found = bt.recipe(benchmark, name)
-    script, args, model_args, tiny = parse(examples, benchmark, "--recipe", name, "--output_dir", tmp_path)
-    assert not tiny and type(args) is config_class(benchmark, found, examples)
-    assert model_args.model_name_or_path == found["model_name_or_path"]
-    assert {key: getattr(args, key) for key in found["arguments"]} == found["arguments"]
-    assert {key: getattr(script, key, getattr(model_args, key, None)) for key in found["script"]} == found["script"]
-    assert getattr(script, "method", None) == found.get("method")
+def test_examples_take_a_recipe_as_defaults(examples, tmp_path):
+    def check(benchmark, name):
+        found = bt.recipe(benchmark, name)
+        script, args, model_args, tiny = parse(examples, benchmark, "--recipe", name, "--output_dir", tmp_path)
+        assert not tiny and type(args) is config_class(benchmark, found, examples)
+        assert model_args.model_name_or_path == found["model_name_or_path"]
+        assert {key: getattr(args, key) for key in found["arguments"]} == found["arguments"]
+        assert {key: getattr(script, key, getattr(model_args, key, None)) for key in found["script"]} == found["script"]
+        assert getattr(script, "method", None) == found.get("method")
+
+    every(ALL, check)
 
 
-@EVERY
-def test_the_command_line_overrides_a_recipe(benchmark, name, examples, tmp_path):
-    over = ["--learning_rate", 3e-7, "--max_length", 77, "--model_name_or_path", "own/model", "--dtype", "float16"]
-    expected = {"tofu": {"split": "forget05", "template": "phi"}, "wmdp": {"forget_topics": ["bio"]}}
-    expected = expected.get(benchmark, {"tokenizer": "own/words"})
-    for key, value in expected.items():
-        over += [f"--{key}", *([value] if isinstance(value, str) else value)]
-    script, args, model_args, tiny = parse(examples, benchmark, "--recipe", name, "--output_dir", tmp_path, *over)
-    assert (args.learning_rate, args.max_length, tiny) == (3e-7, 77, False)
-    assert (model_args.model_name_or_path, model_args.dtype) == ("own/model", "float16")
-    assert {key: getattr(script, key) for key in expected} == expected
+def test_the_command_line_overrides_a_recipe(examples, tmp_path):
+    def check(benchmark, name):
+        over = ["--learning_rate", 3e-7, "--max_length", 77, "--model_name_or_path", "own/model", "--dtype", "float16"]
+        expected = {"tofu": {"split": "forget05", "template": "phi"}, "wmdp": {"forget_topics": ["bio"]}}
+        expected = expected.get(benchmark, {"tokenizer": "own/words"})
+        for key, value in expected.items():
+            over += [f"--{key}", *([value] if isinstance(value, str) else value)]
+        script, args, model_args, tiny = parse(examples, benchmark, "--recipe", name, "--output_dir", tmp_path, *over)
+        assert (args.learning_rate, args.max_length, tiny) == (3e-7, 77, False)
+        assert (model_args.model_name_or_path, model_args.dtype) == ("own/model", "float16")
+        assert {key: getattr(script, key) for key in expected} == expected
+
+    every(ALL, check)
 
 
 def test_a_config_file_overrides_a_recipe(examples, tmp_path):
@@ -256,7 +272,9 @@ def test_a_recipe_brings_its_method(examples):
     assert parse(examples, "tofu", "--recipe", "uld", "--method", "uld")[0].method == "uld"
 
 
-@pytest.mark.parametrize("benchmark", ["muse-books", "tofu", "wmdp"])
-def test_unknown_recipes_are_refused_by_the_examples(benchmark, examples):
-    with pytest.raises(ValueError, match=f"{benchmark} has no recipe 'papre'; there are: "):
-        parse(examples, benchmark, "--recipe", "papre")
+def test_unknown_recipes_are_refused_by_the_examples(examples):
+    def check(benchmark):
+        with pytest.raises(ValueError, match=f"{benchmark} has no recipe 'papre'; there are: "):
+            parse(examples, benchmark, "--recipe", "papre")
+
+    every(["muse-books", "tofu", "wmdp"], check)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blur_trainer import __version__
+from blur_trainer.evaluation.base import Evaluation
 from blur_trainer.report import results as results_module
 from blur_trainer.report.html import write_report
 from blur_trainer.report.results import Results
@@ -27,7 +28,7 @@ PLANE = {"x": "forget_verbmem", "y": "retain_knowmem"}
 METRICS = {"target": (100.0, 98.0), "unlearned": (7.5, 96.0), "retrain": (6.0, 99.0)}
 
 
-class Suite:
+class Suite(Evaluation):
     """A benchmark whose models are strings: what they know is in `METRICS`."""
 
     def __init__(self):
@@ -37,8 +38,7 @@ class Suite:
         self.model = model
         return dict(zip(("forget_verbmem", "retain_knowmem"), METRICS[model], strict=True))
 
-    def columns(self):
-        return COLUMNS
+    columns = COLUMNS
 
     def samples(self, n=3):
         """Of the last model; the same prompt occurs under two metrics."""
@@ -90,10 +90,10 @@ def test_rows_in_the_order_added(results):
 
 def test_the_suite_runs_once_for_each_model(results):
     filled(results)
-    assert results.suite.asked == [1, 1, 1]  # samples per metric, by default one
+    assert results.evaluation.asked == [1, 1, 1]  # samples per metric, by default one
     more = Results("MUSE (toy)", Suite(), plane=PLANE, samples=4)
     more.add("target", "target", "target")
-    assert more.suite.asked == [4]
+    assert more.evaluation.asked == [4]
 
 
 def test_samples_of_all_models_side_by_side(results, tmp_path):
@@ -113,7 +113,7 @@ def test_samples_of_all_models_side_by_side(results, tmp_path):
 
 def test_a_model_without_samples_leaves_a_gap(results, tmp_path):
     results.add("target", "target", "target")
-    results.suite.samples = lambda n: []
+    results.evaluation.samples = lambda n: []
     results.add("retrain", "retrain", "retrain")
     assert [list(sample["responses"]) for sample in results.save(tmp_path, {})["samples"]] == [["target"]] * 3
 
@@ -177,7 +177,7 @@ def test_a_failed_save_leaves_the_previous_file(results, tmp_path, monkeypatch, 
 
 
 def test_any_text_survives(results, tmp_path):
-    results.suite.samples = lambda n: [
+    results.evaluation.samples = lambda n: [
         {
             "metric": "forget_verbmem",
             "prompt": "ü\u2028 漢\n",

@@ -1,4 +1,8 @@
-"""Real processes killed while they train and save: the directory they leave continues to the uninterrupted result."""
+"""Real processes killed while they train and save: the directory they leave continues to the uninterrupted result.
+
+Every run: a kill before each change in the folder, and some at random moments. `pytest -m full`: many more of these,
+on every engine, and the slower ways to stop a launcher. What a run asks of the worker is what its tests look at.
+"""
 
 import contextlib
 import errno
@@ -17,17 +21,16 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from support.cases import chosen
 from support.fault_worker import REPLACED, RETAIN, make
+from support.processes import ENVIRONMENT, SUPPORT
 from support.runs import distance, weights
 from transformers import TrainerCallback
 
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
 from blur_trainer.trainers.callbacks import ReportCallback
 
-TESTS = Path(__file__).parents[1]
-WORKER = TESTS / "support" / "fault_worker.py"
-NETWORK = {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT = os.environ | NETWORK | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+WORKER = SUPPORT / "fault_worker.py"
 STEPS = 12
 pytestmark = pytest.mark.distributed
 
@@ -47,12 +50,13 @@ def worker(folder, *requests):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def full(request_):
+    return pytest.param(request_, marks=pytest.mark.full)
+
+
+KILLS = ("kills:4:0", "kills:3:1:2", "kills:2:0:2:fsdp2", "kills:2:1:2:zero3")
 ENGINES = ("fsdp2", "fsdp2_lean", "zero2", "zero3")
-ENGINE_REQUESTS = tuple(f"kills:3:{seed}:2:{engine}" for seed, engine in enumerate(ENGINES))
-KILLS = ("kills:12:0", "kills:5:1:2", *ENGINE_REQUESTS)
-REQUESTS = (*KILLS, "every", "late", "replace", "terminate", "terminate:2", "agree")
-
-
+MORE_KILLS = ("kills:12:2", "kills:5:3:2", *(f"kills:3:{seed}:2:{engine}" for seed, engine in enumerate(ENGINES, 4)))
 STOPPED = ("SIGTERM", "SIGKILL")  # to torchrun, to one of its processes
 
 
@@ -81,17 +85,17 @@ def stop(folder, how):
 
 
 @pytest.fixture(scope="module")
-def stopped(memory):
-    return {how: stop(memory / how, how) for how in STOPPED}
+def stopped(memory, request):
+    return {how: stop(memory / how, how) for how in chosen(request, "how")}
 
 
 @pytest.fixture(scope="module")
-def told(memory, stopped):
+def told(memory, stopped, request):
     """All of them by one process, also what goes on after torchrun: importing takes longer than training."""
-    return worker(memory, *REQUESTS, *(f"resume:{how}" for how in STOPPED))
+    return worker(memory, *chosen(request, "request_"), *(f"resume:{how}" for how in stopped))
 
 
-@pytest.mark.parametrize("request_", KILLS)
+@pytest.mark.parametrize("request_", [*KILLS, *map(full, MORE_KILLS)])
 def test_killed_at_random_moments_nothing_is_lost(told, request_):
     """One process; one of two, under every kind of sharding: the bits of the training that was not killed."""
     found = told[request_]
@@ -101,41 +105,44 @@ def test_killed_at_random_moments_nothing_is_lost(told, request_):
 
 
 def test_the_kills_were_aimed_at_saves(told):
-    assert told[KILLS[0]]["during a save"] >= 1
-    assert sum(told[request]["during a save"] for request in ENGINE_REQUESTS) >= 1
+    kills = [found for request_, found in told.items() if request_.startswith("kills")]
+    assert not kills or sum(found["during a save"] for found in kills) >= 1
 
 
-def test_killed_before_every_change_in_the_folder(told):
+@pytest.mark.parametrize("request_", ["every"])
+def test_killed_before_every_change_in_the_folder(told, request_):
     """Two steps, one checkpoint kept: the second save also deletes the first checkpoint."""
-    assert told["every"]["kills"] >= 30 and told["every"]["lost"] == 0
+    assert told[request_]["kills"] >= 30 and told[request_]["lost"] == 0
 
 
-def test_a_process_killed_while_the_first_has_already_written_its_state(told):
+@pytest.mark.parametrize("request_", ["late"])
+def test_a_process_killed_while_the_first_has_already_written_its_state(told, request_):
     """`trainer_state.json` of step 3 is there, the random numbers of the second process are not: step 2 counts."""
-    found = told["late"]
+    found = told[request_]
     assert found["complete"] == 2 and found["resumed"] == [0, 0] and found["equal"]
     assert found["codes"][1] == -signal.SIGKILL and found["codes"][0] != 0
 
 
-@pytest.mark.parametrize("case", [f"{old} by {new}" for old, new in REPLACED])
-def test_killed_while_a_model_replaces_an_older_one(told, case):
+@pytest.mark.parametrize("request_", [f"replace:{case}" for case in REPLACED])
+def test_killed_while_a_model_replaces_an_older_one(told, request_):
     """Single file, shards, adapter: the old or the new weights load, never a mixture."""
-    found = told["replace"][case]
+    found = told[request_]
     assert found["kills"] >= 8 and found["neither"] == 0 and found["left over"] == []
     assert found["old"] >= 1 and found["new"] >= 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_stops(told, processes):
+@pytest.mark.parametrize("request_", ["terminate", "terminate:2"])
+def test_sigterm_saves_and_stops(told, request_):
     """Sent to one process of two, it stops both after the same step."""
-    found = told["terminate" if processes == 1 else "terminate:2"]
+    found, processes = told[request_], 1 if request_ == "terminate" else 2
     assert found["codes"] == [3] * processes and 1 <= found["complete"] < STEPS
     assert found["resumed"] == [0] * processes and found["equal"]
 
 
-def test_an_error_of_the_first_process_is_one_of_all(told):
-    assert told["agree"]["codes"] == [1, 1] and told["agree"]["told"] == [True, True]
-    assert told["agree"]["seconds"] < 30, "they did not wait for each other"
+@pytest.mark.parametrize("request_", ["agree"])
+def test_an_error_of_the_first_process_is_one_of_all(told, request_):
+    assert told[request_]["codes"] == [1, 1] and told[request_]["told"] == [True, True]
+    assert told[request_]["seconds"] < 30, "they did not wait for each other"
 
 
 # ---- a disk that takes no more ----
@@ -382,7 +389,7 @@ def test_the_state_that_says_a_training_has_ended_is_whole_or_not_there(tmp_path
 # ---- under torchrun ----
 
 
-@pytest.mark.parametrize("how", STOPPED)
+@pytest.mark.parametrize("how", ["SIGTERM", full("SIGKILL")])  # the launcher stops its processes in both
 def test_torchrun(stopped, told, how):
     code, said = stopped[how]
     assert code != 0, said[-2000:]

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.parity import ENGINES, forget_engine, whole
+from support.processes import freeze_imports
 from support.scoring_helpers import PASSAGES, QUESTIONS, SENTENCES, build_model, build_tokenizer, muse_data
 from transformers import PrinterCallback
 
@@ -216,28 +217,30 @@ def train(engine: str, name: str, folder: str) -> dict[str, Any]:
     }
 
 
-def main(engine: str, folder: str) -> None:
+def main(case: str, folder: str) -> None:
+    """`ENGINE-MODEL` is evaluated, `ENGINE-train-MODEL` trained with evaluations."""
+    engine, *training, name = case.split("-")
     if engine == "zero3":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo instead of minutes of g++
     rank = os.environ["RANK"]
-    for name in MODELS:
-        model = prepared(engine, name, folder)
-        Path(folder, f"{engine}-{name}-{rank}.json").write_text(json.dumps(results(model, folder)))
-        if engine == "ddp":
-            Path(folder, f"attacked-{name}-{rank}.json").write_text(json.dumps(attacked(model)))
-        else:
-            with contextlib.suppress(ValueError):
-                attacked(model)
-                raise RuntimeError("attacked a part of a model")
-    for name in TRAINED:
-        found = train(engine, name, folder)
-        Path(folder, f"{engine}-train-{name}-{rank}.json").write_text(json.dumps(found))
+    if training:
+        Path(folder, f"{case}-{rank}.json").write_text(json.dumps(train(engine, name, folder)))
+        return
+    model = prepared(engine, name, folder)
+    Path(folder, f"{case}-{rank}.json").write_text(json.dumps(results(model, folder)))
+    if engine == "ddp":
+        Path(folder, f"attacked-{name}-{rank}.json").write_text(json.dumps(attacked(model)))
+    else:
+        with contextlib.suppress(ValueError):
+            attacked(model)
+            raise RuntimeError("attacked a part of a model")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2].split(","):
-        main(name, sys.argv[1])
+    freeze_imports()
+    for case in sys.argv[2].split(","):
+        main(case, sys.argv[1])
     PartialState().wait_for_everyone()
     os._exit(0)  # gloo's teardown aborts the interpreter now and then: see tests/support/engine_worker.py

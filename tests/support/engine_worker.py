@@ -17,6 +17,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from support import ddp_worker, parity
 from support.models import tiny_llama
+from support.processes import freeze_imports
 from torch import Tensor
 
 from blur_trainer.objectives.answers import KL, NPO, GradAscent
@@ -90,6 +91,7 @@ def by_name(engine: str, folder: Path) -> None:
 
 def main(folder: Path, engines: list[str]) -> None:
     datasets.disable_progress_bars()
+    freeze_imports()
     parity.ENGINES["zero2"] = {"deepspeed": json.loads(FILE.read_text())}
     for name in ddp_worker.CASES:
         ddp_worker.main(name, str(folder))

@@ -8,7 +8,8 @@ kills:COUNT:SEED[:PROCESSES[:ENGINE]]
                                the processes, until COUNT have died; ENGINE is one of tests/support/parity.py
 every[:STEPS]                  SIGKILL before every single change that a training makes in its folder
 late                           SIGKILL to a process that saves later than the first
-replace                        SIGKILL before every single change of a save over an older model
+replace:"OLD by NEW"           SIGKILL before every single change of a save over an older model, both `whole`,
+                               `sharded` or `adapter`
 terminate[:PROCESSES]          SIGTERM to the last process
 agree                          two processes in a folder with newer checkpoints
 train                          one training in FOLDER/run, not forked: alone or under torchrun
@@ -19,7 +20,6 @@ import contextlib
 import copy
 import faulthandler
 import gc
-import itertools
 import json
 import os
 import random
@@ -36,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also as a program
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
@@ -364,16 +365,14 @@ KINDS: dict[str, tuple[Callable[[int], Any], dict[str, str]]] = {
     "sharded": (tiny_llama, {"max_shard_size": "16KB"}),
     "adapter": (adapter, {}),
 }
-REPLACED = [*itertools.product(("whole", "sharded"), repeat=2), ("adapter", "adapter")]
+REPLACED = ("whole by whole", "whole by sharded", "sharded by whole", "sharded by sharded", "adapter by adapter")
 OUTCOMES = ("neither", "old", "new")
 
 
-def replace(folder: Path) -> dict[str, Any]:
+def replace(folder: Path, case: str) -> dict[str, Any]:
     """Killed before each change that a save makes: the folder must load the old or the new weights, never a mixture."""
-    return {f"{old} by {new}": replaced(folder / f"{old}-{new}", old, new) for old, new in REPLACED}
-
-
-def replaced(target: Path, old: str, new: str) -> dict[str, Any]:
+    old, new = case.split(" by ")
+    target = folder / "model"
     told: dict[str, Any] = {"kills": 0, "neither": 0, "old": 0, "new": 0, "left over": []}
     build, options = KINDS[old]
     log, older = target.with_suffix(".log"), target.with_suffix(".older")
@@ -452,7 +451,7 @@ if __name__ == "__main__":
     for request in sys.argv[2:]:
         mode, *numbers = request.split(":")
         function = next(function for function in MODES if function.__name__ == mode)
-        place = Path(sys.argv[1]) / ("" if function in (resume, train) else request.replace(":", "-"))
+        place = Path(sys.argv[1]) / ("" if function in (resume, train) else request.replace(":", "-").replace(" ", "-"))
         place.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         told[request] = function(place, *(int(n) if n.isdigit() else n for n in numbers))

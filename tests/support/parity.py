@@ -7,9 +7,9 @@ far the weights are from the reference's. benchmarks/parity.py prints the table 
 import copy
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.models import examples, tiny_llama
+from support.processes import freeze_imports, torchrun
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
@@ -211,6 +212,12 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
     return start, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@cache
+def expected(feature: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same on every engine."""
+    return literal(FEATURES[feature])
+
+
 def whole(parameter: Tensor, engine: str) -> Tensor:
     """The fp32 master of a trainable parameter, from all processes' shards."""
     if engine.startswith("fsdp2"):
@@ -276,13 +283,15 @@ def train(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearnin
 
 
 def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
-    """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights."""
-    start, want = literal(FEATURES[feature])
+    """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights; on the first process, which has read them."""
     got = {
         name.removeprefix("_orig_mod.").removeprefix("module."): whole(p, engine)
         for name, p in trainer.model_wrapped.named_parameters()
         if p.requires_grad
     }
+    if not PartialState().is_main_process:
+        return 0.0
+    start, want = expected(feature)
     if got.keys() != want.keys():
         raise AssertionError(f"other parameters: {sorted(got.keys() ^ want.keys())}")
     distance = sum((got[name].double() - want[name].double()).square().sum() for name in want)
@@ -294,6 +303,7 @@ def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
 
 def main(folder: str, names: str) -> None:
     datasets.disable_progress_bars()
+    freeze_imports()
     errors = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for cell in names.split(";"):
@@ -302,21 +312,6 @@ def main(folder: str, names: str) -> None:
         errors[cell] = error(engine, feature, trainer)
         if PartialState().is_main_process:
             Path(folder, "errors.json").write_text(json.dumps(errors))
-
-
-def torchrun(script: str, *arguments: str, processes: int = 2) -> None:
-    """Several processes on this machine's CPU."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the training processes failed:\n{done.stderr[-6000:]}")
 
 
 def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str, float]:

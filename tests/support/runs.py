@@ -1,22 +1,19 @@
 """Short trainings that several tests share: the settings, and how weights are compared."""
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from support.models import tiny_llama
+from support.processes import freeze_imports
 from torch import Tensor, nn
 
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 
 Weights = Mapping[str, Tensor]
 
-# Each training begins with a garbage collection over everything that torch and transformers have imported, which takes
-# longer than the training. What is there now stays anyway.
-gc.collect()
-gc.freeze()
+freeze_imports()
 
 
 def settings(output_dir: Path | str, **kwargs: Any) -> BLURConfig:

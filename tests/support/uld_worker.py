@@ -12,6 +12,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from support.models import examples, tiny_llama
 from support.parity import ENGINES as SETTINGS
+from support.processes import freeze_imports
 from transformers import PrinterCallback
 
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
@@ -59,6 +60,7 @@ def refused(engine, target, folder):
 
 def main(folder):
     datasets.disable_progress_bars()
+    freeze_imports()
     said = {}
     for engine in ENGINES:
         said[engine] = refused(engine, folder / "target", folder / "refused")

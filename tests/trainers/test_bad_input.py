@@ -3,8 +3,8 @@
 `refuse` is the common judge: exception type, one line, the words that a user needs, and an untouched `output_dir`.
 """
 
-import json
 import re
+from itertools import product
 from pathlib import Path
 
 import datasets
@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
+from support.cases import every
 from support.models import VOCAB, examples, tiny_llama
 from support.runs import distance, settings, weights
 from support.tiny_tokenizer import tiny_tokenizer
@@ -82,30 +83,31 @@ def stream(rows):
     return datasets.IterableDataset.from_generator(lambda: iter(rows))
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-@pytest.mark.parametrize(
-    "empty", [[], datasets.Dataset.from_list([]), datasets.Dataset.from_list(FORGET).select([]), stream([])], ids=repr
-)
-def test_empty_dataset(attempt, out, role, empty):
-    refuse(ValueError, [f"`{role}`", "empty", "at least one"], out, lambda: attempt(**{role: empty}))
+def test_empty_dataset(attempt, out):
+    empty = [[], datasets.Dataset.from_list([]), datasets.Dataset.from_list(FORGET).select([]), stream([])]
+
+    def check(role, empty):
+        refuse(ValueError, [f"`{role}`", "empty", "at least one"], out, lambda: attempt(**{role: empty}))
+
+    every(product(["forget", "retain"], empty), check)
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ("locuslab/TOFU", ["string", "locuslab/TOFU", "load_dataset"]),
-        ({"train": FORGET}, ["splits", "train"]),
-        (datasets.DatasetDict({"train": datasets.Dataset.from_list(FORGET)}), ["DatasetDict", "train"]),
-        (tuple(FORGET), ["tuple", "list of dicts"]),
-        (42, ["int", "list of dicts"]),
-        (["some text"], ["Row 0", "str", "dict"]),
-        (torch.utils.data.TensorDataset(torch.ones(3)), ["TensorDataset", "datasets.Dataset"]),
-    ],
-    ids=["name", "dict", "DatasetDict", "tuple", "int", "strings", "torch dataset"],
-)
-def test_wrong_type_of_dataset(attempt, out, role, wrong, words):
-    refuse(TypeError, [f"`{role}`", *words], out, lambda: attempt(**{role: wrong}))
+WRONG_TYPE_OF_DATASET = {
+    "name": ("locuslab/TOFU", ["string", "locuslab/TOFU", "load_dataset"]),
+    "dict": ({"train": FORGET}, ["splits", "train"]),
+    "DatasetDict": (datasets.DatasetDict({"train": datasets.Dataset.from_list(FORGET)}), ["DatasetDict", "train"]),
+    "tuple": (tuple(FORGET), ["tuple", "list of dicts"]),
+    "int": (42, ["int", "list of dicts"]),
+    "strings": (["some text"], ["Row 0", "str", "dict"]),
+    "torch dataset": (torch.utils.data.TensorDataset(torch.ones(3)), ["TensorDataset", "datasets.Dataset"]),
+}
+
+
+def test_wrong_type_of_dataset(attempt, out):
+    def check(role, wrong, words):
+        refuse(TypeError, [f"`{role}`", *words], out, lambda: attempt(**{role: wrong}))
+
+    every(((role, *case) for role in ["forget", "retain"] for case in WRONG_TYPE_OF_DATASET.values()), check)
 
 
 def test_forget_left_out(out):
@@ -113,66 +115,85 @@ def test_forget_left_out(out):
     refuse(TypeError, ["`forget`", "NoneType", "datasets.Dataset"], out, action)
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-@pytest.mark.parametrize("rows", [[{"body": "x"}], [{"prompt": "x"}], [{"question": "x"}], [{"labels": [1, 2]}], [{}]])
-def test_missing_columns(attempt, out, role, rows):
-    words = [
-        f"`{role}`",
-        *rows[0],
-        "`text`",
-        "`prompt`+`completion`",
-        "`messages`",
-        "`question`+`answer`",
-        "`input_ids`",
-    ]
-    refuse(ValueError, words, out, lambda: attempt(**{role: rows}))
+def test_missing_columns(attempt, out):
+    def check(role, rows):
+        words = [
+            f"`{role}`",
+            *rows[0],
+            "`text`",
+            "`prompt`+`completion`",
+            "`messages`",
+            "`question`+`answer`",
+            "`input_ids`",
+        ]
+        refuse(ValueError, words, out, lambda: attempt(**{role: rows}))
+
+    rows = [{"body": "x"}, {"prompt": "x"}, {"question": "x"}, {"labels": [1, 2]}, {}]
+    every(product(["forget", "retain"], [[row] for row in rows]), check)
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-@pytest.mark.parametrize(
-    ("rows", "column", "kind"),
-    [
-        ([{"text": "fine"}, {"text": None}], "text", "NoneType"),
-        ([{"text": "fine"}, {"text": 3}], "text", "int"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], "completion", "NoneType"),
-        ([{"question": "a", "answer": "b"}, {"question": ["a"], "answer": "b"}], "question", "list"),
-        ([{"question": "a", "answer": "b"}, {"question": "a"}], "answer", "NoneType"),
-        ([{"messages": [{"role": "user", "content": "a"}]}, {"messages": "hello"}], "messages", ""),
-    ],
-    ids=["null text", "number", "null completion", "list question", "absent answer", "string messages"],
-)
-@pytest.mark.parametrize("kind_of_set", ["list", "stream"])
-def test_field_that_is_no_string(attempt, out, role, rows, column, kind, kind_of_set):
+FIELD_THAT_IS_NO_STRING = {
+    "null text": ([{"text": "fine"}, {"text": None}], "text", "NoneType"),
+    "number": ([{"text": "fine"}, {"text": 3}], "text", "int"),
+    "null completion": (
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+        "completion",
+        "NoneType",
+    ),
+    "list question": ([{"question": "a", "answer": "b"}, {"question": ["a"], "answer": "b"}], "question", "list"),
+    "absent answer": ([{"question": "a", "answer": "b"}, {"question": "a"}], "answer", "NoneType"),
+    "string messages": ([{"messages": [{"role": "user", "content": "a"}]}, {"messages": "hello"}], "messages", ""),
+}
+
+
+def test_field_that_is_no_string(attempt, out):
     """The first row of a stream is checked at once, so the bad row comes first there."""
-    if kind_of_set == "stream" and column not in rows[1]:
-        rows = [rows[0], rows[1] | {column: None}]  # a stream has the columns of its first row
-    given = rows if kind_of_set == "list" else stream(rows[::-1])
-    config = {"max_steps": 1}
-    error = ValueError if column == "messages" and kind_of_set == "list" else TypeError  # the role comes first there
-    refuse(
-        error,
-        [f"`{role}`", f"`{column}`", "row 1" if error is TypeError and kind_of_set == "list" else "row 0", kind],
-        out,
-        lambda: attempt(model=text_model(), processing_class=tiny_tokenizer(), config=config, **{role: given}),
+
+    def check(role, rows, column, kind, kind_of_set):
+        if kind_of_set == "stream" and column not in rows[1]:
+            rows = [rows[0], rows[1] | {column: None}]  # a stream has the columns of its first row
+        given = rows if kind_of_set == "list" else stream(rows[::-1])
+        config = {"max_steps": 1}
+        role_first = column == "messages" and kind_of_set == "list"
+        error = ValueError if role_first else TypeError
+        refuse(
+            error,
+            [f"`{role}`", f"`{column}`", "row 1" if error is TypeError and kind_of_set == "list" else "row 0", kind],
+            out,
+            lambda: attempt(model=text_model(), processing_class=tiny_tokenizer(), config=config, **{role: given}),
+        )
+
+    every(
+        (
+            (role, *case, kind)
+            for role in ["forget", "retain"]
+            for case in FIELD_THAT_IS_NO_STRING.values()
+            for kind in ["list", "stream"]
+        ),
+        check,
     )
 
 
-@pytest.mark.parametrize(
-    ("row", "error", "words"),
-    [
-        ({"input_ids": "1 2 3"}, TypeError, ["`input_ids`", "str", "integers"]),
-        ({"input_ids": [1.0, 2.0]}, TypeError, ["`input_ids`", "float", "integers"]),
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, ValueError, ["3", "2", "one label per token"]),
-        ({"input_ids": [5, VOCAB]}, ValueError, [str(VOCAB), "vocabulary", "resize_token_embeddings"]),
-        ({"input_ids": [5, -1]}, ValueError, ["-1", "vocabulary"]),
-        ({"input_ids": [5, 6], "labels": [5, VOCAB + 3]}, ValueError, [str(VOCAB + 3), "`labels`", "vocabulary"]),
-    ],
-    ids=["string", "floats", "other length", "id = vocab", "negative id", "label > vocab"],
-)
-@pytest.mark.parametrize("role", ["forget", "retain"])
-def test_bad_tokens(attempt, out, role, row, error, words):
-    message = refuse(error, [f"`{role}`", *words], out, lambda: attempt(**{role: [row]}))
-    assert "row 0" in message.lower()
+BAD_TOKENS = {
+    "string": ({"input_ids": "1 2 3"}, TypeError, ["`input_ids`", "str", "integers"]),
+    "floats": ({"input_ids": [1.0, 2.0]}, TypeError, ["`input_ids`", "float", "integers"]),
+    "other length": ({"input_ids": [1, 2, 3], "labels": [1, 2]}, ValueError, ["3", "2", "one label per token"]),
+    "id = vocab": ({"input_ids": [5, VOCAB]}, ValueError, [str(VOCAB), "vocabulary", "resize_token_embeddings"]),
+    "negative id": ({"input_ids": [5, -1]}, ValueError, ["-1", "vocabulary"]),
+    "label > vocab": (
+        {"input_ids": [5, 6], "labels": [5, VOCAB + 3]},
+        ValueError,
+        [str(VOCAB + 3), "`labels`", "vocabulary"],
+    ),
+}
+
+
+def test_bad_tokens(attempt, out):
+    def check(role, row, error, words):
+        message = refuse(error, [f"`{role}`", *words], out, lambda: attempt(**{role: [row]}))
+        assert "row 0" in message.lower()
+
+    every(((role, *case) for role in ["forget", "retain"] for case in BAD_TOKENS.values()), check)
 
 
 def test_text_without_tokenizer(attempt, out):
@@ -214,14 +235,16 @@ def test_drop_empty_that_leaves_nothing(attempt, out):
     )
 
 
-@pytest.mark.parametrize("name", ["dpo", "idk"])
-def test_refusals_need_a_prompt(attempt, out, name):
-    refuse(
-        ValueError,
-        ["`forget`", "`prompt`+`completion`", "`question`+`answer`"],
-        out,
-        lambda: attempt(config={"forget_objective": name}),
-    )
+def test_refusals_need_a_prompt(attempt, out):
+    def check(name):
+        refuse(
+            ValueError,
+            ["`forget`", "`prompt`+`completion`", "`question`+`answer`"],
+            out,
+            lambda: attempt(config={"forget_objective": name}),
+        )
+
+    every(["dpo", "idk"], check)
 
 
 def test_evaluation_sets_are_checked_and_named(attempt, out):
@@ -230,19 +253,24 @@ def test_evaluation_sets_are_checked_and_named(attempt, out):
     refuse(ValueError, ["`eval`", "body"], out, lambda: attempt(eval_dataset=[{"body": "x"}]))
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-def test_rows_with_other_columns_than_the_first(attempt, out, role):
+def test_rows_with_other_columns_than_the_first(attempt, out):
     """Arrow would take the first row's columns and drop the rest of the others' in silence."""
-    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
-    refuse(ValueError, [f"`{role}`", "labels"], out, lambda: attempt(**{role: rows}))
+
+    def check(role):
+        rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+        refuse(ValueError, [f"`{role}`", "labels"], out, lambda: attempt(**{role: rows}))
+
+    every(["forget", "retain"], check)
 
 
 # ---- retain left out ----
 
 
-@pytest.mark.parametrize("rule", [None, BLUR(), Sum(), Sum(retain_weight=0.5), lambda gramian: gramian.new_ones(2)])
-def test_retain_left_out_where_the_rule_needs_it(attempt, out, rule):
-    refuse(ValueError, ["`retain_dataset`", "Sum(retain_weight=0)"], out, lambda: attempt(retain=None, rule=rule))
+def test_retain_left_out_where_the_rule_needs_it(attempt, out):
+    def check(rule):
+        refuse(ValueError, ["`retain_dataset`", "Sum(retain_weight=0)"], out, lambda: attempt(retain=None, rule=rule))
+
+    every([None, BLUR(), Sum(), Sum(retain_weight=0.5), lambda gramian: gramian.new_ones(2)], check)
 
 
 @pytest.mark.parametrize("how", ["rule", "config"])
@@ -268,84 +296,95 @@ def test_retain_left_out_where_nothing_needs_it(attempt, how):
 # ---- names and objects ----
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"forget_objective": "nop"}, ["forget_objective", "'nop'", "dpo, grad_ascent, idk, npo, rmu, simnpo"]),
-        ({"forget_objective": "NPO"}, ["forget_objective", "'NPO'", "npo"]),
-        ({"forget_objective": "nll"}, ["forget_objective", "'nll'", "grad_ascent"]),
-        ({"retain_objective": "npo"}, ["retain_objective", "'npo'", "activation_match, kl, nll"]),
-        ({"rule": "blurr"}, ["rule", "'blurr'", "blur, mgda, pcgrad, sum"]),
-        ({"forget_objective_kwargs": {"betta": 1}}, ["forget_objective", "'npo'", "'betta'", "'beta'"]),
-        ({"retain_objective_kwargs": {"beta": 1}}, ["retain_objective", "'nll'", "'beta'", "none"]),
-        ({"forget_objective_kwargs": "{beta: 1}"}, ["`forget_objective_kwargs`", "JSON", "{beta: 1}"]),
-        ({"forget_objective_kwargs": "[1]"}, ["`forget_objective_kwargs`", "JSON", "list"]),
-        ({"retain_objective_kwargs": 3}, ["`retain_objective_kwargs`", "int"]),
-        ({"model_init_kwargs": "no"}, ["`model_init_kwargs`", "JSON"]),
-        ({"forget_objective_kwargs": {"beta": 0}}, ["NPO", "`beta`", "positive", "0"]),
-        ({"forget_objective_kwargs": {"beta": float("nan")}}, ["NPO", "`beta`", "nan"]),
-        ({"forget_objective": "simnpo", "forget_objective_kwargs": {"beta": -1}}, ["SimNPO", "`beta`", "-1"]),
-        ({"lower_level": "neither"}, ["`lower_level`", "'neither'", "'forget'", "'retain'"]),
-        ({"gamma": -0.1}, ["`gamma`", "-0.1", ">= 0"]),
-        ({"alpha": -1.0}, ["`alpha`", "-1.0", ">= 0"]),
-        ({"max_skipped_steps": 0}, ["`max_skipped_steps`", "0", "at least 1"]),
-        ({"max_length": 1}, ["`max_length`", "1", "at least 2"]),
-        ({"label_smoothing_factor": 0.1}, ["`label_smoothing_factor`"]),
-        ({"qa_template": "Q:"}, ["`qa_template`", "'Q:'", "{question}"]),
-    ],
-    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
-)
-def test_settings_that_say_nothing(attempt, out, config, words):
-    refuse(ValueError, words, out, lambda: attempt(config=config))
+SETTINGS_THAT_SAY_NOTHING = [
+    ({"forget_objective": "nop"}, ["forget_objective", "'nop'", "dpo, grad_ascent, idk, npo, rmu, simnpo"]),
+    ({"forget_objective": "NPO"}, ["forget_objective", "'NPO'", "npo"]),
+    ({"forget_objective": "nll"}, ["forget_objective", "'nll'", "grad_ascent"]),
+    ({"retain_objective": "npo"}, ["retain_objective", "'npo'", "activation_match, kl, nll"]),
+    ({"rule": "blurr"}, ["rule", "'blurr'", "blur, mgda, pcgrad, sum"]),
+    ({"forget_objective_kwargs": {"betta": 1}}, ["forget_objective", "'npo'", "'betta'", "'beta'"]),
+    ({"retain_objective_kwargs": {"beta": 1}}, ["retain_objective", "'nll'", "'beta'", "none"]),
+    ({"forget_objective_kwargs": "{beta: 1}"}, ["`forget_objective_kwargs`", "JSON", "{beta: 1}"]),
+    ({"forget_objective_kwargs": "[1]"}, ["`forget_objective_kwargs`", "JSON", "list"]),
+    ({"retain_objective_kwargs": 3}, ["`retain_objective_kwargs`", "int"]),
+    ({"model_init_kwargs": "no"}, ["`model_init_kwargs`", "JSON"]),
+    ({"forget_objective_kwargs": {"beta": 0}}, ["NPO", "`beta`", "positive", "0"]),
+    ({"forget_objective_kwargs": {"beta": float("nan")}}, ["NPO", "`beta`", "nan"]),
+    ({"forget_objective": "simnpo", "forget_objective_kwargs": {"beta": -1}}, ["SimNPO", "`beta`", "-1"]),
+    ({"lower_level": "neither"}, ["`lower_level`", "'neither'", "'forget'", "'retain'"]),
+    ({"gamma": -0.1}, ["`gamma`", "-0.1", ">= 0"]),
+    ({"alpha": -1.0}, ["`alpha`", "-1.0", ">= 0"]),
+    ({"max_skipped_steps": 0}, ["`max_skipped_steps`", "0", "at least 1"]),
+    ({"max_length": 1}, ["`max_length`", "1", "at least 2"]),
+    ({"label_smoothing_factor": 0.1}, ["`label_smoothing_factor`"]),
+    ({"qa_template": "Q:"}, ["`qa_template`", "'Q:'", "{question}"]),
+]
 
 
-@pytest.mark.parametrize("config", [{"gamma": float("nan")}, {"alpha": float("nan")}, {"gamma": float("inf")}])
-def test_rates_that_are_no_number(attempt, out, config):
+def test_settings_that_say_nothing(attempt, out):
+    def check(config, words):
+        refuse(ValueError, words, out, lambda: attempt(config=config))
+
+    every(SETTINGS_THAT_SAY_NOTHING, check)
+
+
+def test_rates_that_are_no_number(attempt, out):
     """NaN compares as neither negative nor positive, and would skip every step."""
-    refuse(ValueError, [f"`{next(iter(config))}`"], out, lambda: attempt(config=config))
+
+    def check(config):
+        refuse(ValueError, [f"`{next(iter(config))}`"], out, lambda: attempt(config=config))
+
+    every([{"gamma": float("nan")}, {"alpha": float("nan")}, {"gamma": float("inf")}], check)
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"forget_objective_kwargs": {"beta": "0.1"}}, ["NPO", "`beta`", "'0.1'"]),
-        ({"forget_objective_kwargs": {"beta": None}}, ["NPO", "`beta`", "None"]),
-        ({"forget_objective_kwargs": {"beta": [0.1]}}, ["NPO", "`beta`", "[0.1]"]),
-    ],
-)
-def test_kwargs_of_another_type(out, config, words):
+KWARGS_OF_ANOTHER_TYPE = [
+    ({"forget_objective_kwargs": {"beta": "0.1"}}, ["NPO", "`beta`", "'0.1'"]),
+    ({"forget_objective_kwargs": {"beta": None}}, ["NPO", "`beta`", "None"]),
+    ({"forget_objective_kwargs": {"beta": [0.1]}}, ["NPO", "`beta`", "[0.1]"]),
+]
+
+
+def test_kwargs_of_another_type(out):
     """A quoted number in JSON is the commonest slip: the error says which argument, not "'>' not supported"."""
-    before = snapshot(out)
-    with pytest.raises((TypeError, ValueError)) as raised:
-        settings(out, **config)
-    assert "\n" not in str(raised.value)
-    assert [word for word in words if word not in str(raised.value)] == []
-    assert snapshot(out) == before
+
+    def check(config, words):
+        before = snapshot(out)
+        with pytest.raises((TypeError, ValueError)) as raised:
+            settings(out, **config)
+        assert "\n" not in str(raised.value)
+        assert [word for word in words if word not in str(raised.value)] == []
+        assert snapshot(out) == before
+
+    every(KWARGS_OF_ANOTHER_TYPE, check)
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-@pytest.mark.parametrize("wrong", ["npo", NPO, lambda model, batch: 0, 3], ids=["name", "class", "function", "number"])
-def test_objective_that_is_none(attempt, out, role, wrong):
-    words = [f"`{role}_objective`", "instance", "NPO(beta=0.1)"]
-    refuse(TypeError, words, out, lambda: attempt(**{f"{role}_objective": wrong}))
+def test_objective_that_is_none(attempt, out):
+    def check(role, wrong):
+        words = [f"`{role}_objective`", "instance", "NPO(beta=0.1)"]
+        refuse(TypeError, words, out, lambda: attempt(**{f"{role}_objective": wrong}))
+
+    every(product(["forget", "retain"], ["npo", NPO, lambda model, batch: 0, 3]), check)
 
 
-@pytest.mark.parametrize("wrong", ["blur", BLUR, 0.5], ids=["name", "class", "number"])
-def test_rule_that_is_none(attempt, out, wrong):
-    refuse(TypeError, ["`rule`", "BLUR"], out, lambda: attempt(rule=wrong))
+def test_rule_that_is_none(attempt, out):
+    def check(wrong):
+        refuse(TypeError, ["`rule`", "BLUR"], out, lambda: attempt(rule=wrong))
+
+    every(["blur", BLUR, 0.5], check)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"output_dir": "x"}, ["`args`", "dict", "BLURConfig"]),
-        ("out", ["`args`", "str"]),
-        (LORA, ["`args`", "LoraConfig"]),
-    ],
-    ids=["dict", "string", "other config"],
-)
-def test_args_that_are_none(attempt, out, wrong, words):
-    refuse(TypeError, words, out, lambda: attempt(args=wrong))
+ARGS_THAT_ARE_NONE = {
+    "dict": ({"output_dir": "x"}, ["`args`", "dict", "BLURConfig"]),
+    "string": ("out", ["`args`", "str"]),
+    "other config": (LORA, ["`args`", "LoraConfig"]),
+}
+
+
+def test_args_that_are_none(attempt, out):
+    def check(wrong, words):
+        refuse(TypeError, words, out, lambda: attempt(args=wrong))
+
+    every(ARGS_THAT_ARE_NONE, check)
 
 
 @pytest.mark.parametrize("role", ["forget", "retain"])
@@ -430,18 +469,19 @@ def test_a_model_in_the_shards_of_an_earlier_trainer(out):
 # ---- reference model ----
 
 
-@pytest.mark.parametrize(
-    ("objectives", "words"),
-    [
-        ({"forget_objective": GradAscent(), "retain_objective": KL()}, ["GradAscent()", "KL()"]),
-        ({"forget_objective": GradAscent()}, ["GradAscent()", "NLL()"]),
-        ({"forget_objective": SimNPO()}, ["SimNPO"]),
-    ],
-    ids=["only KL", "none", "simnpo"],
-)
-def test_precompute_where_nothing_reads_it(attempt, out, objectives, words):
-    action = lambda: attempt(config={"precompute_ref_logps": True}, **objectives)  # noqa: E731
-    refuse(ValueError, ["`precompute_ref_logps=True`", "`npo`", "`dpo`", *words], out, action)
+PRECOMPUTE_WHERE_NOTHING_READS_IT = {
+    "only KL": ({"forget_objective": GradAscent(), "retain_objective": KL()}, ["GradAscent()", "KL()"]),
+    "none": ({"forget_objective": GradAscent()}, ["GradAscent()", "NLL()"]),
+    "simnpo": ({"forget_objective": SimNPO()}, ["SimNPO"]),
+}
+
+
+def test_precompute_where_nothing_reads_it(attempt, out):
+    def check(objectives, words):
+        action = lambda: attempt(config={"precompute_ref_logps": True}, **objectives)  # noqa: E731
+        refuse(ValueError, ["`precompute_ref_logps=True`", "`npo`", "`dpo`", *words], out, action)
+
+    every(PRECOMPUTE_WHERE_NOTHING_READS_IT, check)
 
 
 def test_precompute_on_the_retain_side_is_never_ignored(attempt, out):
@@ -498,9 +538,11 @@ def test_ref_model_with_another_vocabulary(attempt, out):
     refuse(ValueError, ["`ref_model`", "40", str(VOCAB)], out, lambda: attempt(ref_model=other))
 
 
-@pytest.mark.parametrize("wrong", ["some/name", {"a": 1}], ids=["name", "dict"])
-def test_ref_model_that_is_no_model(attempt, out, wrong):
-    refuse(TypeError, ["`ref_model`", type(wrong).__name__], out, lambda: attempt(ref_model=wrong))
+def test_ref_model_that_is_no_model(attempt, out):
+    def check(wrong):
+        refuse(TypeError, ["`ref_model`", type(wrong).__name__], out, lambda: attempt(ref_model=wrong))
+
+    every(["some/name", {"a": 1}], check)
 
 
 def test_ref_model_that_nothing_reads(attempt, out):
@@ -517,9 +559,11 @@ def test_tokenizer_larger_than_the_model(attempt, out):
     refuse(ValueError, words, out, lambda: attempt(processing_class=tokenizer))
 
 
-@pytest.mark.parametrize("wrong", ["gpt2", 3], ids=["name", "number"])
-def test_processing_class_that_is_no_tokenizer(attempt, out, wrong):
-    refuse(TypeError, ["`processing_class`", type(wrong).__name__], out, lambda: attempt(processing_class=wrong))
+def test_processing_class_that_is_no_tokenizer(attempt, out):
+    def check(wrong):
+        refuse(TypeError, ["`processing_class`", type(wrong).__name__], out, lambda: attempt(processing_class=wrong))
+
+    every(["gpt2", 3], check)
 
 
 def test_peft_config_beside_a_peft_model(attempt, out):
@@ -538,10 +582,12 @@ def test_peft_config_that_fits_no_module(attempt, out):
     assert "\n" not in str(raised.value) and snapshot(out) is None
 
 
-@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), 3, None], ids=["module", "number", "None"])
-def test_model_that_is_none(out, wrong):
-    action = lambda: BLURTrainer(wrong, settings(out), FORGET, RETAIN)  # noqa: E731
-    refuse(TypeError, ["`model`", "PreTrainedModel", type(wrong).__name__], out, action)
+def test_model_that_is_none(out):
+    def check(wrong):
+        action = lambda: BLURTrainer(wrong, settings(out), FORGET, RETAIN)  # noqa: E731
+        refuse(TypeError, ["`model`", "PreTrainedModel", type(wrong).__name__], out, action)
+
+    every([torch.nn.Linear(2, 2), 3, None], check)
 
 
 def test_model_with_nothing_to_train(attempt, out):
@@ -581,34 +627,40 @@ def test_model_init_kwargs_beside_a_loaded_model(attempt, out):
 # ---- engines ----
 
 
-@pytest.mark.parametrize("kind", ["MEGATRON_LM", "XLA"])
-def test_engines_without_a_backend(attempt, out, kind, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
-    words = [getattr(DistributedType, kind).value, "one process", "DDP", "FSDP2", "DeepSpeed"]
-    with pytest.raises(NotImplementedError) as raised:
-        attempt()
-    assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)
-    assert not snapshot(out)
+def test_engines_without_a_backend(attempt, out, monkeypatch):
+    def check(kind):
+        monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
+        words = [getattr(DistributedType, kind).value, "one process", "DDP", "FSDP2", "DeepSpeed"]
+        with pytest.raises(NotImplementedError) as raised:
+            attempt()
+        assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)
+        assert not snapshot(out)
+
+    every(["MEGATRON_LM", "XLA"], check)
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"ddp_static_graph": True, "gradient_accumulation_steps": 2}, ["`ddp_static_graph=True`", "accumulation"]),
-        ({"optim": "lomo"}, ["lomo", "backward"]),
-        ({"optim": "adalomo"}, ["adalomo", "backward"]),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_settings_without_an_exact_gradient(attempt, out, config, words):
-    refuse(NotImplementedError, words, out, lambda: attempt(config=config), untouched=False)
+SETTINGS_WITHOUT_AN_EXACT_GRADIENT = [
+    ({"ddp_static_graph": True, "gradient_accumulation_steps": 2}, ["`ddp_static_graph=True`", "accumulation"]),
+    ({"optim": "lomo"}, ["lomo", "backward"]),
+    ({"optim": "adalomo"}, ["adalomo", "backward"]),
+]
 
 
-@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise"])
-def test_layerwise_optimizers(attempt, out, optim):
+def test_settings_without_an_exact_gradient(attempt, out):
+    def check(config, words):
+        refuse(NotImplementedError, words, out, lambda: attempt(config=config), untouched=False)
+
+    every(SETTINGS_WITHOUT_AN_EXACT_GRADIENT, check)
+
+
+def test_layerwise_optimizers(attempt, out):
     """They step inside backward hooks, as LOMO does."""
-    action = lambda: attempt(config={"optim": optim, "optim_target_modules": ["q_proj"]}).train()  # noqa: E731
-    refuse(NotImplementedError, [optim, "backward"], out, action, untouched=False)
+
+    def check(optim):
+        action = lambda: attempt(config={"optim": optim, "optim_target_modules": ["q_proj"]}).train()  # noqa: E731
+        refuse(NotImplementedError, [optim, "backward"], out, action, untouched=False)
+
+    every(["galore_adamw_layerwise", "apollo_adamw_layerwise"], check)
 
 
 def test_data_parallel_of_one_process(attempt, out, monkeypatch):
@@ -648,19 +700,24 @@ def test_messages_have_the_tone_of_a_sentence(attempt, out):
     assert snapshot(out) is None
 
 
-@pytest.mark.parametrize("objective", [DPO(), IDK()])
-def test_objects_that_need_refusals_are_checked_as_names_are(attempt, out, objective):
-    refuse(ValueError, ["`forget`", "prompt"], out, lambda: attempt(forget_objective=objective))
+def test_objects_that_need_refusals_are_checked_as_names_are(attempt, out):
+    def check(objective):
+        refuse(ValueError, ["`forget`", "prompt"], out, lambda: attempt(forget_objective=objective))
+
+    every([DPO(), IDK()], check)
 
 
-@pytest.mark.parametrize("objective", [DPO(), IDK()])
-def test_refusals_on_the_retain_side(attempt, out, objective):
+def test_refusals_on_the_retain_side(attempt, out):
     """Refusals are made for the forget set only: said at construction, not as a KeyError in the first step."""
-    rows = [{"question": "Who?", "answer": "Nobody."}]
-    action = lambda: attempt(  # noqa: E731
-        rows, rows, model=text_model(), processing_class=tiny_tokenizer(), retain_objective=objective
-    )
-    refuse(ValueError, ["retain", "refusal"], out, action)
+
+    def check(objective):
+        rows = [{"question": "Who?", "answer": "Nobody."}]
+        action = lambda: attempt(  # noqa: E731
+            rows, rows, model=text_model(), processing_class=tiny_tokenizer(), retain_objective=objective
+        )
+        refuse(ValueError, ["retain", "refusal"], out, action)
+
+    every([DPO(), IDK()], check)
 
 
 def test_the_reference_config_trains(attempt):

@@ -312,9 +312,8 @@ def test_refused_without_a_retain_dataset(tmp_path):
 
 @pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_refused_where_the_engine_shards(engine):
-    args = SimpleNamespace(single_gradient_buffer=True)
     with pytest.raises(NotImplementedError, match="DDP, not under FSDP or DeepSpeed"):
-        single_buffer.check_forward_mode(None, args, engine)
+        single_buffer.check_forward_mode(None, SimpleNamespace(single_gradient_buffer=True), engine)
 
 
 def test_refused_for_a_model_without_forward_mode(tmp_path):

@@ -7,9 +7,9 @@ import torch
 import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file
+from support.logit_models import CLOSE, MODES, generate, learned, padded, prompts, tiny
 from support.models import VOCAB, examples
 from support.runs import distance, settings, weights
-from test_logit_difference import CLOSE, MODES, generate, learned, padded, prompts, tiny
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from blur_trainer.models.logit_composition import COMPOSITIONS, composition_named

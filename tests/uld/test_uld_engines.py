@@ -1,13 +1,12 @@
 """ULD with two processes (gloo, CPU): on every engine the assistant of one process, saved for all to load."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import tiny_llama
-from support.parity import torchrun
+from support.processes import SUPPORT, torchrun
 from support.uld_worker import ENGINES, make
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uld")
     tiny_llama(0, layers=4).save_pretrained(folder / "target")
-    torchrun(str(Path(__file__).parents[1] / "support" / "uld_worker.py"), str(folder))
+    torchrun(SUPPORT / "uld_worker.py", str(folder))
     trainer = make(str(folder / "target"), folder / "one", 4, use_cpu=True)
     trainer.train()
     trainer.save_model()

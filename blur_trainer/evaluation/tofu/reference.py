@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blur_trainer.atomic_write import write_durably
+from blur_trainer.atomic_write import atomic_write
 
 LOG_FILES = {
     "forget": "eval_log_forget.json",
@@ -49,7 +49,7 @@ class RetainReference:
         """Writes JSON atomically."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_durably(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+        atomic_write(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RetainReference":

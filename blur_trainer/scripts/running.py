@@ -1,0 +1,63 @@
+"""One run from its folder to its end: what is refused, and how it goes on after an interrupt."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from transformers import ProgressCallback, TrainingArguments
+from transformers.utils import logging
+from trl import ModelConfig
+
+from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.trainers.callbacks import ProgressBarCallback
+from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+
+def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path:
+    """
+    The output folder. It holds no other run, which would be overwritten. From now on one process shows bars.
+
+    Raises:
+        ValueError: the folder holds a run and this one does not resume it, or attacks are asked of float16 weights.
+    """
+    if not PartialState().is_local_main_process:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    if script.robustness and model_args.dtype == "float16":
+        raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
+    if not args.resume_from_checkpoint:
+        check_output_dir(str(args.output_dir))
+    return Path(str(args.output_dir))
+
+
+def is_finished(args: TrainingArguments, folder: Path) -> bool:
+    """Whether the training into this folder ended before the interrupt after which this run goes on."""
+    return bool(args.resume_from_checkpoint) and (folder / "trainer_state.json").exists()
+
+
+def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
+    """
+    Train, or go on where an interrupt left it, with one bar of this name. The model is in `output_dir` then.
+
+    Raises:
+        SystemExit: on Ctrl+C or SIGTERM, after the checkpoint of the step.
+    """
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBarCallback(label))
+    args = trainer.args
+    begun = args.resume_from_checkpoint and any(Path(str(args.output_dir)).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
+    if trainer.interrupt.interrupted:
+        raise SystemExit("Interrupted. Go on with --resume_from_checkpoint True and the same arguments.")
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def run(main: Callable[[], None]) -> None:
+    """A script's `main`; then several processes part, as torch asks."""
+    main()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

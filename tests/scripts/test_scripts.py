@@ -1,0 +1,116 @@
+"""What the examples share: one look at the command line, the methods compared, what is attacked, what is left."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import blur_trainer as bt
+from blur_trainer.scripts import muse, tofu, wmdp
+from blur_trainer.scripts.attacks import relearning_sets
+from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts.output import settings_of, write_output
+from blur_trainer.scripts.running import begin, is_finished
+from blur_trainer.toy.model import tiny_llama, train_tokenizer
+
+BENCHMARKS = {"muse": muse, "tofu": tofu, "wmdp": wmdp}
+EXAMPLES = Path(bt.__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_shows_the_arguments_of_script_trainer_and_model(name, capsys):
+    with pytest.raises(SystemExit) as raised:
+        BENCHMARKS[name].parse(["--help"])
+    told = capsys.readouterr().out
+    assert raised.value.code == 0
+    for flag in ("--robustness", "--learning_rate", "--gamma", "--model_name_or_path"):
+        assert flag in told, flag
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_model_in_a_config_file_is_a_model(name, tmp_path):
+    """The defaults of tiny models are not for it."""
+    (tmp_path / "own.yaml").write_text(
+        f"model_name_or_path: own/model\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\n"
+    )
+    _, args, model_args, tiny = BENCHMARKS[name].parse(["--config", str(tmp_path / "own.yaml"), "--bf16", "False"])
+    assert not tiny and model_args.model_name_or_path == "own/model"
+    assert args.learning_rate != 1e-3 and args.report_to != ["none"]
+
+
+def test_what_is_compared_shares_machine_seed_and_length_and_stays_itself(tmp_path):
+    given = ["--method", "npo", "--compare", "simnpo", "uld", "npo", "--seed", "7", "--max_length", "99"]
+    script, args, _, tiny = tofu.parse([*given, "--output_dir", str(tmp_path), "--learning_rate", "0.5"])
+    configs = tofu.configurations(script, args, tiny)
+    assert list(configs) == ["npo", "simnpo", "uld"] and configs["npo"] is args
+    assert [(config.seed, config.max_length) for config in configs.values()] == [(7, 99)] * 3
+    assert [config.learning_rate for config in configs.values()] == [0.5, 1e-3, 5e-3]
+    assert configs["simnpo"].forget_objective == "simnpo" and configs["uld"].eval_strategy == "no"
+
+
+def test_relearning_takes_a_tenth_and_at_least_four_of_each_set():
+    tokenizer = train_tokenizer(["some words"])
+    rows = [{"text": f"some words {i}"} for i in range(60)]
+    args = bt.BLURConfig("unused", max_length=32, seed=1, use_cpu=True)
+    many = relearning_sets({"forget set": rows, "other": rows}, tokenizer, args)
+    assert {name: len(found) for name, found in many.items()} == {"forget set": 6, "other": 6}
+    few = relearning_sets({"forget set": rows[:9], "other": rows}, tokenizer, args)
+    assert {name: len(found) for name, found in few.items()} == {"forget set": 4, "other": 4}
+    assert relearning_sets({"a": rows}, tokenizer, args)["a"][:] == many["forget set"][:]
+
+
+def test_models_are_loaded_as_the_command_line_says(tmp_path):
+    tiny_llama(train_tokenizer(["a"]), hidden_size=16).save_pretrained(tmp_path / "model")
+    _, args, model_args, _ = muse.parse(["--output_dir", str(tmp_path / "out"), "--dtype", "bfloat16"])
+    load = ModelLoader(args, model_args)
+    assert {str(load(tmp_path / "model", **more).dtype) for more in ({}, {"dtype": "float32"})} == {
+        "torch.bfloat16",
+        "torch.float32",
+    }
+    assert isinstance(load.options, dict) and AutoModelForCausalLM.from_pretrained(tmp_path / "model", **load.options)
+
+
+def test_a_run_that_ended_is_known_only_where_one_resumes(tmp_path):
+    def arguments(*more):
+        return muse.parse(["--output_dir", str(tmp_path), *more])
+
+    (tmp_path / "trainer_state.json").write_text("{}")
+    script, args, model_args, _ = arguments()
+    assert not is_finished(args, tmp_path)
+    with pytest.raises(ValueError, match="already holds a run"):
+        begin(script, args, model_args)
+    script, args, model_args, _ = arguments("--resume_from_checkpoint", "True")
+    assert begin(script, args, model_args) == tmp_path and is_finished(args, tmp_path)
+
+
+def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
+    results = bt.Results("toy", lambda model: {"forget_x": 0.25, "retain_y": 0.5})
+    results.add("target", "target", None)
+    script, args, _, _ = muse.parse(["--output_dir", str(tmp_path)])
+    said = settings_of(script, args, ("gamma", "seed"))
+    assert list(said)[:3] == ["gamma", "seed", "corpus"]
+    text = write_output(tmp_path, results, [], said, columns=["forget_x"])
+    assert text.startswith("\n") and text.endswith(f"\n\nReport: {tmp_path / 'report.html'}")
+    assert (
+        "forget_x" in text and "retain_y" not in text and [line[:6] for line in text.split("\n")].count("------") == 1
+    )
+    attack = {"name": "8 bit", "metrics": {"forget_x": 0.75, "retain_y": 0.5}}
+    results.add_robustness({"attacks": [attack], "relearning": []})
+    text = write_output(tmp_path, results, [], said, columns=["forget_x"])
+    assert "8 bit" in text and "0.750" in text and "retain_y" in text
+
+
+def test_examples_are_short_and_have_the_same_steps():
+    """Readable from top to bottom: what they share is in `blur_trainer/scripts`."""
+    steps = {}
+    for path in sorted(EXAMPLES.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 150, path.name
+        assert ast.get_docstring(ast.parse(text)), path.name
+        steps[path.name] = re.findall(r"^    # (\d\. \w+)", text, re.MULTILINE)
+    words = ("Arguments", "Data", "Models", "Evaluation", "Unlearn", "Forgotten", "Output")
+    expected = [f"{number}. {word}" for number, word in enumerate(words, 1)]
+    assert {name: found for name, found in steps.items() if found and found != expected} == {}
+    assert {name for name, found in steps.items() if found} == {f"run_{name}.py" for name in BENCHMARKS}
