@@ -21,7 +21,17 @@ from blur_trainer.scripts.tofu import TOFUArguments
 ROOT = Path(bt.__file__).parents[1]
 FOLDER = Path(bt.__file__).parent / "recipes"
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-TITLES = {"muse-news": "MUSE News", "muse-books": "MUSE Books", "tofu": "TOFU", "wmdp": "WMDP"}
+SECTIONS = {"muse-news": ("MUSE", "News"), "muse-books": ("MUSE", "Books"), "tofu": ("TOFU", ""), "wmdp": ("WMDP", "")}
+LINKS = {  # what a source begins with, and where that is
+    "BLUR's code": "https://github.com/OptimAI-Lab/BLURLLMUnlearning",
+    "MUSE's code": "https://github.com/swj0419/muse_bench",
+    "SimNPO's code": "https://github.com/OPTML-Group/Unlearn-Simple",
+    "TOFU's code": "https://github.com/locuslab/tofu",
+    "ULD's code": "https://github.com/UCSB-NLP-Chang/ULD",
+    "WMDP's code": "https://github.com/centerforaisafety/wmdp",
+    "open-unlearning": "https://github.com/locuslab/open-unlearning",
+    "second hand: BLUR's paper": "https://arxiv.org/abs/2506.08164",
+}
 ALL = [(benchmark, name) for benchmark in BENCHMARKS for name in recipe_names(benchmark)]
 METRICS = {
     "muse-news": {"forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak"},
@@ -140,17 +150,13 @@ def test_the_files_are_package_data():
 
 
 def section(benchmark):
-    return PAGE.split(f"\n## {TITLES[benchmark]}\n")[1].split("\n## ")[0]
+    return PAGE.split(f"\n## {SECTIONS[benchmark][0]}\n")[1].split("\n## ")[0]
 
 
 def rows(text, first):
     """The cells of the table whose header begins so."""
     lines = text[text.index(first) :].split("\n\n")[0].split("\n")
     return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
-
-
-def sources(benchmark):
-    return dict(re.findall(r"^(\d+)\. (.+)$", section(benchmark).split("Read in:\n")[1], re.MULTILINE))
 
 
 def value_of(text):
@@ -160,10 +166,22 @@ def value_of(text):
         return text
 
 
-def in_cell(text, known):
-    """`` `1e-5` [3] `` -> 1e-5 and what 3 stands for."""
-    found = re.fullmatch(r"`(.+?)`(?: \[(\d+)\])?", text)
-    return value_of(found[1]), known[found[2]] if found[2] else None
+def in_cell(text, corpus):
+    """`` `1e-5` † ``, or ``News `1e-5` †, Books `2e-5` ``: the value, and whether it is second hand."""
+    value = r"`([^`]+)`( †)?"
+    if text.startswith("News "):
+        found = re.fullmatch(f"News {value}, Books {value}", text)
+        assert corpus and found, text
+        value, mark = found.groups()[:2] if corpus == "News" else found.groups()[2:]
+    else:
+        found = re.fullmatch(value, text)
+        assert found, text
+        value, mark = found.groups()
+    return value_of(value), mark is not None
+
+
+def second_hand(source):
+    return source.startswith("second hand")
 
 
 def test_the_table_has_the_numbers_of_the_data():
@@ -171,18 +189,17 @@ def test_the_table_has_the_numbers_of_the_data():
         (_, *names), _, *lines = rows(section(benchmark), "| | `")
         names = [name.strip("`") for name in names]
         assert names == recipe_names(benchmark)
-        known = sources(benchmark)
         table = {name: {} for name in names}
         for key, *cells in lines:
             assert len(cells) == len(names), key
             for name, cell in zip(names, cells, strict=True):
                 if cell:
-                    table[name][key.strip("`")] = in_cell(cell, known)
+                    table[name][key.strip("`")] = in_cell(cell, SECTIONS[benchmark][1])
         for name in names:
             found = bt.recipe(benchmark, name)
             values = {"model_name_or_path": found["model_name_or_path"], **found["arguments"], **found["script"]}
-            expected = {key: (value, found["source"][key]) for key, value in values.items()}
-            expected |= {"method": (found["method"], None)} if "method" in found else {}
+            expected = {key: (value, second_hand(found["source"][key])) for key, value in values.items()}
+            expected |= {"method": (found["method"], False)} if "method" in found else {}
             assert table[name] == expected
 
     every(BENCHMARKS, check)
@@ -190,24 +207,48 @@ def test_the_table_has_the_numbers_of_the_data():
 
 def test_published_numbers_are_those_of_the_data():
     def check(benchmark):
-        known, listed = sources(benchmark), []
-        for name, what, numbers, source in rows(section(benchmark), "| recipe | what")[2:]:
-            metrics = {key: float(value) for key, value in (pair.split(" ") for pair in numbers.split(", "))}
-            listed.append((name.strip("`"), what, metrics, known[source.strip("[]")]))
-        names = recipe_names(benchmark)
-        entries = [(name, entry) for name in names for entry in bt.recipe(benchmark, name)["published"]]
-        assert listed == [(name, entry["what"], entry["metrics"], entry["source"]) for name, entry in entries]
+        corpus, listed = SECTIONS[benchmark][1], []
+        for name, what, numbers in rows(section(benchmark), "| recipe | what")[2:]:
+            if corpus and not what.startswith(f"{corpus}: "):
+                assert what.startswith(("News: ", "Books: "))
+                continue
+            pairs = (pair.split(" ") for pair in numbers.removesuffix(" †").split(", "))
+            metrics = {key: float(value) for key, value in pairs}
+            listed.append((name.strip("`"), what.removeprefix(f"{corpus}: "), metrics, numbers.endswith(" †")))
+        entries = [
+            (name, entry) for name in recipe_names(benchmark) for entry in bt.recipe(benchmark, name)["published"]
+        ]
+        expected = [(name, entry["what"], entry["metrics"], second_hand(entry["source"])) for name, entry in entries]
+        assert listed == expected
 
     every(BENCHMARKS, check)
 
 
 def test_every_note_is_on_the_page():
     def check(benchmark, name):
-        notes = section(benchmark).split("Notes:\n")[1].split("Read in:\n")[0]
+        title, corpus = SECTIONS[benchmark]
+        notes = section(benchmark).split(f"### Notes on {title}\n")[1]
         bullets = [" ".join(bullet.split()) for bullet in re.split(r"^\* ", notes, flags=re.MULTILINE)]
+        other = {"News": "(Books)", "Books": "(News)"}.get(corpus, "()")
         for note in bt.recipe(benchmark, name)["notes"]:
             bullet = next(bullet for bullet in bullets if bullet.endswith(f": {note}"))
-            assert bullet.startswith("all: ") or f"`{name}`" in bullet.split(": ")[0]
+            whose = bullet.removesuffix(f": {note}")
+            assert f"`{name}`" in whose and other not in whose
+
+    every(ALL, check)
+
+
+def test_the_main_source_of_every_recipe_is_linked():
+    """That of most of its settings."""
+
+    def check(benchmark, name):
+        sources = bt.recipe(benchmark, name)["source"].values()
+        main = max(LINKS, key=lambda begin: sum(source.startswith(begin) for source in sources))
+        assert any(source.startswith(main) for source in sources)
+        paragraph = section(benchmark).split("\nSources: ")[1].split("\n\n")[0]
+        entries = [" ".join(entry.split()) for entry in paragraph.split(";")]
+        entry = next(entry for entry in entries if f"`{name}`" in entry.split("[")[0])
+        assert f"({LINKS[main]})" in entry
 
     every(ALL, check)
 
