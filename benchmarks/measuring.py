@@ -26,6 +26,7 @@ def step_options(
     parser.add_argument("--length", type=int, default=length, help="tokens per example")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--no-memory", action="store_true", help="times only: memory takes a process per variant")
     parser.add_argument("--memory-of", choices=variants, help=argparse.SUPPRESS)
     return parser
 
@@ -94,8 +95,8 @@ def peak(step: Callable[[], object], device: str) -> int:
 
 
 def memory_in_subprocess(script: str, variant: str, options: argparse.Namespace, **others: object) -> int | None:
-    """Bytes that the script prints for `--memory-of`. `None` where the CPU's peak cannot be reset."""
-    if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+    """Bytes that the script prints for `--memory-of`. `None`: `--no-memory`, or the CPU's peak cannot be reset."""
+    if options.no_memory or (options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK)):
         return None
     command = [sys.executable, script, "--memory-of", variant]
     same = {name: getattr(options, name) for name in ("device", "threads", "batch_size", "length")}

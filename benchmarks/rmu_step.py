@@ -35,7 +35,7 @@ class Straightforward:
     """BLUR-RMU without a trainer."""
 
     def __init__(self, size: str, options: argparse.Namespace, frozen_rest: bool):
-        self.model, self.layer, self.options = build_model(size).to(options.device), options.layer, options
+        self.model, self.layer, self.options = build_model(size, options.device), options.layer, options
         self.frozen = copy.deepcopy(self.model)
         layers = self.model.model.layers[options.layer - 2 : options.layer + 1]
         self.parameters = [layer.mlp.down_proj.weight for layer in layers]
@@ -98,7 +98,7 @@ def make(variant: str, options: argparse.Namespace, folder: str) -> Straightforw
         train_parameters="mlp.down_proj",
     )
     trainer = BLURTrainer(
-        build_model(options.size),
+        build_model(options.size, options.device),
         config,
         rows(options.length, seed=1),
         rows(options.length, seed=2),

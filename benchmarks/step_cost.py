@@ -49,7 +49,7 @@ def step_bytes(variant: str, size: str, options: argparse.Namespace) -> int:
 
 
 def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
-    parameters = sum(p.numel() for p in build_model(size).parameters())
+    parameters = sum(p.numel() for p in build_model(size, "meta").parameters())
     seconds = time_size(size, options)
     peaks = {variant: memory_in_subprocess(__file__, variant, options, sizes=size) for variant in MEMORY_VARIANTS}
     result: dict[str, Any] = {"size": size, "parameters": parameters, "gradient_bytes": 4 * parameters, "variants": {}}

@@ -35,7 +35,7 @@ VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, ONE_BUFFER, BLUR_NPO, BLUR_NPO_LI
 ROWS = 64
 
 
-def build_model(size: str) -> LlamaForCausalLM:
+def build_model(size: str, device: str = "cpu") -> LlamaForCausalLM:
     width, layers = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -46,7 +46,8 @@ def build_model(size: str) -> LlamaForCausalLM:
         num_attention_heads=width // 32,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config)
+    with torch.device(device):  # random weights of a large model take long on a CPU
+        return LlamaForCausalLM(config)
 
 
 def rows(length: int, seed: int, **columns: float) -> list[dict[str, Any]]:
@@ -68,7 +69,7 @@ def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: 
         "learning_rate": 1e-5,
         **engine,
     }
-    model = build_model(size)
+    model = build_model(size, "cpu" if engine else options.device)
     if variant in (STOCK, PASSES):
         arguments["gradient_accumulation_steps"] = 2 if variant == PASSES else 1
         both = Dataset.from_list(rows(options.length, seed=1) + rows(options.length, seed=2))
@@ -115,6 +116,8 @@ class Steps:
         self.trainer = trainer
         if trainer.is_deepspeed_enabled:
             trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=1_000_000)
+        if trainer.args.activation_checkpointing:  # as `Trainer.train` does
+            trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
         trainer.create_optimizer_and_scheduler(num_training_steps=1_000_000)
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.micro_batches, self.optimizer_steps = accumulation, steps

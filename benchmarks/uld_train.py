@@ -45,7 +45,7 @@ def memory(variant: str, size: str, options: argparse.Namespace) -> float | None
 def report(size: str, options: argparse.Namespace) -> None:
     seconds = epochs(size, options)
     peaks = {variant: memory(variant, size, options) for variant in VARIANTS}
-    parameters = sum(p.numel() for p in build_model(size).parameters())
+    parameters = sum(p.numel() for p in build_model(size, "meta").parameters())
     print(f"\n{size}: {parameters / 1e6:.1f} M parameters\n{'':32} {'s / epoch':>10} {'peak MiB':>9}")
     for variant in VARIANTS:
         peak = "-" if peaks[variant] is None else f"{peaks[variant]:.0f}"

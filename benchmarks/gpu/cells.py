@@ -37,10 +37,18 @@ parity.FEATURES |= {
     "rmu, lora": {"rule": "blur_wmdp", "rmu": True, "lora": True, "fresh": True, "accumulation": 2},
     "offload": {"rule": "sum", "accumulation": 2, "offload_forget_gradient": True},
     "one buffer, NPO": {"accumulation": 2, "npo": True, "single_gradient_buffer": True},
-    "inductor": {"rule": "sum", "accumulation": 2, "torch_compile": True, "torch_compile_backend": "inductor"},
+    # transformers switches TF32 on for compiled models, unless told not to
+    "compiled": parity.FEATURES["compiled"] | {"tf32": False},
+    "inductor": {
+        "rule": "sum",
+        "accumulation": 2,
+        "torch_compile": True,
+        "torch_compile_backend": "inductor",
+        "tf32": False,
+    },
     "rmu, inductor": {
         **{"rule": "blur_wmdp", "rmu": True, "train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
-        **{"torch_compile": True, "torch_compile_backend": "inductor"},
+        **{"torch_compile": True, "torch_compile_backend": "inductor", "tf32": False},
     },
 }
 parity.ENGINES["zero2_offload_pinned"] = parity.zero(2, "optimizer")

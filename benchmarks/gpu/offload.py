@@ -77,8 +77,8 @@ def main() -> int:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 4))
-    engines = ["zero2_offload_pinned", "zero2_offload", "zero3_offload", "zero2"]
-    cells = [f"{engine}:{count}" for engine in engines for count in (1, 2)]
+    engines = ["zero2_offload_pinned", "zero2_offload", "zero3_offload"]  # 20 to 37 s each on an H100
+    cells = [f"{engine}:{count}" for count in (2, 1) for engine in engines]
     return 0 if run(cells, options, lambda cell, folder: attempt(cell, folder, options.size)) else 1
 
 

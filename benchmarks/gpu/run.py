@@ -67,7 +67,7 @@ UNTIMED = {
     "head": Section("fused head against logits", 150, gpu("checks.py", "head"), timed=False),
     "dots": Section("error of a float32 dot product", 150, gpu("checks.py", "dots"), timed=False),
     "race": Section(
-        *("gradients of offloaded partitions, read too early?", 150, [*TORCHRUN, *gpu("offload.py")]),
+        *("gradients of offloaded partitions, read too early?", 180, [*TORCHRUN, *gpu("offload.py")]),
         [*TORCHRUN, *gpu("offload.py", "--size", "2M")],
         timed=False,
     ),
@@ -96,20 +96,19 @@ TIMED = {
         bench("fused_head.py", "--hidden", "64", "--layers", "1", "--rounds", "2", "--shapes", "1000,2,16"),
     ),
     "rmu": Section(
-        "a step of RMU: time, memory",
-        55,
-        bench("rmu_step.py", "--size", "350M", "--batch-size", "4", "--length", "512"),
-        bench("rmu_step.py", "--size", "2M", "--layer", "2", "--rounds", "2", "--length", "16"),
+        *("a step of RMU: time", 55),
+        bench("rmu_step.py", "--size", "350M", "--batch-size", "4", "--length", "512", "--rounds", "5", "--no-memory"),
+        bench("rmu_step.py", "--size", "2M", "--layer", "2", "--rounds", "2", "--length", "16", "--no-memory"),
     ),
     "uld_train": Section(
-        "ULD: training",
-        45,
-        bench("uld_train.py", "--sizes", "350M", "--batch-size", "8", "--length", "256", "--rounds", "5"),
+        *("ULD: training", 45),
+        bench(
+            *["uld_train.py", "--sizes", "350M", "--batch-size", "8", "--length", "256", "--rounds", "5", "--no-memory"]
+        ),
         bench("uld_train.py", "--sizes", "2M", "--rounds", "2", "--length", "16"),
     ),
     "uld_generate": Section(
-        "ULD: generating",
-        45,
+        *("ULD: generating", 45),
         bench(
             *("uld_generate.py", "--hidden", "2048", "--layers", "16", "4", "--vocabulary", "32000"),
             *("--lengths", "32", "64", "--rounds", "2"),

@@ -64,7 +64,8 @@ def make(variant: str, config: LlamaConfig, options: argparse.Namespace, folder:
         both = Dataset.from_list(rows(options.length, seed=1) + rows(options.length, seed=2))
         collator = UnlearningCollator(pad_token_id=0)
         return Trainer(model, UnlearningConfig(**settings), train_dataset=both, data_collator=collator)
-    known = {"ref_logps": -9.0 * options.length} if KNOWN.items() <= VARIANTS[variant].items() else {}
+    # far below the model's own: the forget gradient of NPO is then that of ascent, and not 0
+    known = {"ref_logps": -20.0 * options.length} if KNOWN.items() <= VARIANTS[variant].items() else {}
     return BLURTrainer(
         model, BLURConfig(**settings), rows(options.length, seed=1, **known), rows(options.length, seed=2)
     )

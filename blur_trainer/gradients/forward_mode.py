@@ -4,8 +4,10 @@
 with the loss, in one pass without a graph. Only one layer's activations are in memory at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,19 @@ class _Along(nn.Module):
         return self.call(args, kwargs)
 
 
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Switches activation checkpointing off: nothing is kept here, and before torch 2.13 it has no forward mode."""
+    switched: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
+
+
 def directional_derivative(
     model: nn.Module, tangents: Mapping[str, Tensor], loss: Callable[[nn.Module], Tensor]
 ) -> Tensor:
@@ -36,6 +51,6 @@ def directional_derivative(
     Scaled dot product attention uses its plain formula, the only variant with a forward mode. Other kernels without
     forward mode raise torch's `NotImplementedError`.
     """
-    with forward_ad.dual_level(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with _without_checkpointing(model), forward_ad.dual_level(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         value, derivative = forward_ad.unpack_dual(loss(_Along(model, tangents)))
         return torch.zeros_like(value) if derivative is None else derivative

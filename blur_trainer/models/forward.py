@@ -15,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -80,9 +81,25 @@ def _add_fused_head(model: Any) -> None:
     # TRL's function holds the bound `forward` of this model, so a deep copy would run the original. Use an unbound one.
     @functools.wraps(type(model).forward)
     def choose(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return fused(self, *args, fused_lm_head=True, **kwargs) if fused_lm_head else unbound(self, *args, **kwargs)
+        if not fused_lm_head:
+            return unbound(self, *args, **kwargs)
+        output = fused(self, *args, fused_lm_head=True, **kwargs)
+        _finish_group(self)
+        return output
 
     model.forward = types.MethodType(choose, model)
+
+
+def _finish_group(model: Any) -> None:
+    """Runs the LM head on no tokens, so that FSDP2 sees every module of its group run.
+
+    accelerate shards the last norm and the head as one group, and the fused head reads the head's weight without
+    calling it. Before torch 2.13 such a group stays gathered until a backward pass, whatever `reshard()` says.
+    """
+    head = model.get_output_embeddings()
+    sharded = isinstance(head, FSDPModule)
+    if sharded and not torch.is_grad_enabled():
+        head(torch.zeros(0, head.in_features, dtype=head.weight.dtype, device=head.weight.device))
 
 
 def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:

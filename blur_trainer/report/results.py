@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from blur_trainer._version import __version__
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
 
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
-_PACKAGES = ("blur_trainer", "torch", "transformers", "accelerate", "datasets", "peft", "trl")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl")
 
 
 class Results:
@@ -83,7 +84,7 @@ class Results:
             "columns": self.columns,
             "plane": self.plane,
             "rows": self.rows,
-            "settings": {**settings, "environment": {name: version(name) for name in _PACKAGES}},
+            "settings": {**settings, "environment": _environment()},
             "samples": list(self._samples.values()),
         }
         if self.stages:
@@ -95,3 +96,7 @@ class Results:
         text = json.dumps(content, indent=2) + "\n"
         atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         return content
+
+
+def _environment() -> dict[str, str]:
+    return {"blur_trainer": __version__, **{name: version(name) for name in _PACKAGES}}

@@ -325,7 +325,7 @@ def flags(parser: TrlParser) -> set[str]:
     launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser().format_help()
     for module in ("accelerate.commands.launch", "deepspeed.launcher.runner"):  # whose help hides some
         launcher += Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
     compare = ROOT / "examples" / "compare.py"
     benchmarks += compare.read_text(encoding="utf-8") if compare.exists() else ""
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))

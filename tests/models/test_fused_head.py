@@ -9,7 +9,10 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from support.models import VOCAB, collate, examples, tiny_llama
 from support.runs import distance, settings, train, weights
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.tensor import DTensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -310,3 +313,35 @@ def test_objectives_of_users_work(tmp_path):
 
 def test_default_is_to_choose():
     assert UnlearningConfig("unused", use_cpu=True).fused_lm_head is None
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_fsdp_gives_every_parameter_back_after_log_probabilities(tie, one_process, monkeypatch):
+    """The head's module does not run; before torch 2.13 nothing else finishes the group that accelerate puts it in."""
+    monkeypatch.setattr(FSDPState, "_force_complete_incomplete_states", lambda self, output: output, raising=False)
+    model, batch = tiny_llama(0, tie=tie), collate(examples(3))
+    want = answer_logps(copy.deepcopy(model), batch)
+    choose_head(model, True, CPU)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    first = [model.model.norm, *([model.get_input_embeddings()] if tie else [])]
+    fully_shard([*first, model.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(answer_logps(model, batch), want)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        assert [name for name, p in model.named_parameters() if not isinstance(p, DTensor)] == []
+    answer_logps(model, batch).sum().backward()
+    assert all(isinstance(p.grad, DTensor) for p in model.parameters())

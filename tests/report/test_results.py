@@ -4,16 +4,19 @@ import copy
 import json
 import math
 import re
+from importlib import metadata
 
 import pytest
 import torch
 
 from blur_trainer import __version__
 from blur_trainer.evaluation.base import Evaluation
+from blur_trainer.report import results as results_module
 from blur_trainer.report.html import write_report
 from blur_trainer.report.results import Results
 from blur_trainer.report.seeds import mean_and_spread
 from blur_trainer.report.tables import format_table
+from blur_trainer.trainers import card
 
 COLUMNS = [
     {"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min"},
@@ -136,9 +139,23 @@ def test_what_is_saved_is_what_is_returned(results, tmp_path):
     assert content["settings"]["gamma"] == 0.1 and content["settings"]["rule"] == "blur"
     environment = content["settings"]["environment"]
     assert environment["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert environment["blur_trainer"] and {"transformers", "accelerate", "datasets", "peft", "trl"} <= set(environment)
-    assert re.match(r"\d+\.\d+", __version__)
+    assert environment["blur_trainer"] == __version__ and re.match(r"\d+\.\d+", __version__)
+    assert {"transformers", "accelerate", "datasets", "peft", "trl"} <= set(environment)
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+
+
+def test_a_package_that_is_not_installed_but_on_the_path(results, tmp_path, monkeypatch):
+    """As from a checkout: our own version is not asked of the installed packages."""
+
+    def installed(name):
+        if name.replace("-", "_") == "blur_trainer":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    for module in (card, results_module):
+        monkeypatch.setattr(module, "version", installed)
+    assert filled(results).save(tmp_path, {})["settings"]["environment"]["blur_trainer"] == __version__
+    assert card.versions_info()["blur_trainer"] == __version__
 
 
 @pytest.mark.parametrize("how", ["not JSON", "disk full", "killed while replacing"])

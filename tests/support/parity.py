@@ -133,6 +133,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fp16": {"rule": "sum", "fp16": True},
     "NPO": {"rule": "sum", "npo": True},
     "NPO, kept logps": {"rule": "sum", "npo": True, "precompute_ref_logps": True},
+    "NPO, fused head": {"rule": "sum", "npo": True, "precompute_ref_logps": True, "fused_lm_head": True},
     "NPO, lora": {"rule": "sum", "npo": True, "lora": True, "fresh": True},
     "rmu": {
         **{"rule": "blur_wmdp", "rmu": True, "accumulation": 2},
@@ -148,7 +149,7 @@ DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
-FEW = {"rmu": {"ddp", "fsdp2", "zero2", "zero3"}}
+FEW = {"rmu": {"ddp", "fsdp2", "zero2", "zero3"}, "NPO, fused head": {"ddp", "fsdp2", "zero3"}}
 CELLS = [
     f"{engine}:{feature}"
     for engine in ENGINES

@@ -52,6 +52,18 @@ def test_a_direction_that_the_loss_does_not_see():
     assert directional_derivative(model, {}, lambda m: NLL()(m, collate(examples(2)))) == 0
 
 
+def test_layers_are_not_checkpointed():
+    """Before torch 2.13 a checkpoint has no forward mode, and there is nothing to recompute."""
+    model, batch = tiny_llama(0), collate(examples(2))
+    along = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    want = directional_derivative(model, along, lambda m: NLL()(m, batch))
+    model.activation_checkpointing_enable()
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = lambda *args, **kwargs: pytest.fail("checkpointed")
+    assert directional_derivative(model.train(), along, lambda m: NLL()(m, batch)) == want
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
 # ---- the same weights ----
 
 
