@@ -291,7 +291,7 @@ def test_prefixed():
 )
 def test_relearn_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        relearn(tiny_llama(), **({"examples": ROWS, "benchmark": pytest.fail} | kwargs))
+        relearn(tiny_llama(), **({"examples": ROWS, "evaluation": pytest.fail} | kwargs))
 
 
 @pytest.mark.parametrize(("bits", "group_size", "message"), [(1, 64, "bits"), (16, 64, "bits"), (4, 0, "group_size")])

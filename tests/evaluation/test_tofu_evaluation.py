@@ -402,7 +402,7 @@ def test_every_number_of_open_unlearning(golden, name):
     values = TOFUEvaluation(data, tokenizer, **settings, **extras)(models[name])
     theirs = {OURS.get(key, key): value for key, value in log.items() if not key.startswith(tuple(NAMES.values()))}
     for ours, short in NAMES.items():
-        theirs[f"{ours}_probability"] = log[f"{short}_Q_A_Prob{'_normalized' if short in ('ra', 'wf') else ''}"]
+        theirs[f"{ours}_probability"] = log[f"{short}_Q_A_Prob{'_normalised' if short in ('ra', 'wf') else ''}"]
         theirs[f"{ours}_rouge"] = log[f"{short}_Q_A_ROUGE"]
         theirs[f"{ours}_truth_ratio"] = log["forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"]
     theirs["forget_quality"] = log["forget_quality"]

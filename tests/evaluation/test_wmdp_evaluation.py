@@ -157,8 +157,8 @@ def test_the_harness_is_asked_for_what_it_has(tokenizer, folder):
 
 def test_the_harness_s_surface(tokenizer, folder):
     benchmark = LMEval(["forget_potions"], tokenizer, include_path=folder)
-    assert benchmark.primary_metrics == [column["name"] for column in benchmark.columns()] == ["forget_potions_acc"]
-    assert [(column["goal"], column["role"]) for column in benchmark.columns()] == [("min", "forget")]
+    assert benchmark.primary_metrics == [column["name"] for column in benchmark.columns] == ["forget_potions_acc"]
+    assert [(column["goal"], column["role"]) for column in benchmark.columns] == [("min", "forget")]
     (column,) = LMEval(["forget_potions"], tokenizer, include_path=folder, forget=[]).columns
     assert (column["goal"], column["role"]) == ("max", "retain")
     assert benchmark.samples() == []

@@ -142,7 +142,7 @@ def by_index(task, field="score"):
 def test_open_unlearning_normalized_probability(log, split):
     right, wrong = (by_index(log[f"{split}_Q_A_{kind}"], "avg_loss") for kind in ("Prob", "PERT_Prob"))
     choices = [[r, *w] for r, w in zip(right, wrong, strict=True)]
-    theirs = log[f"{split}_Q_A_Prob_normalized"]
+    theirs = log[f"{split}_Q_A_Prob_normalised"]
     ours = compute(AnswerProbability, predictions=choices, normalized=True, protocol="open-unlearning")
     assert ours == pytest.approx(theirs["agg_value"], abs=1e-7)  # theirs: float32 probabilities
 
@@ -180,7 +180,7 @@ def test_open_unlearning_forget_quality():
 
 @needs_ou
 def test_open_unlearning_model_utility(log):
-    keys = ["retain_Q_A_Prob", "ra_Q_A_Prob_normalized", "wf_Q_A_Prob_normalized"]
+    keys = ["retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"]
     keys += [f"{split}_{kind}" for split in ("retain", "ra", "wf") for kind in ("Q_A_ROUGE", "Truth_Ratio")]
     ours = compute(ModelUtility, predictions=[log[key]["agg_value"] for key in keys])
     assert ours == pytest.approx(log["model_utility"]["agg_value"], abs=1e-12)

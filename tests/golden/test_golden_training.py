@@ -97,8 +97,8 @@ def test_three_steps_of_blurs_muse_code(tag, rule, tmp_path):
     moved = torch.cat([(final[name] - start[name]).flatten() for name in final]).abs()
     error = torch.cat([(final[name] - trainer.model.state_dict()[name]).flatten() for name in final]).abs()
     # clipping would be 6.5e-5 in the mean, a projection per tensor 8.9e-5 (golden/README, 6); single weights whose
-    # gradient is rounding noise move by as much as Adam's epsilon lets them
-    assert moved.mean() > 5e-4 and error.mean() < 1e-7 and error.max() < 1e-4, (moved.mean(), error.mean(), error.max())
+    # gradient is rounding noise move by as much as Adam's epsilon lets them, and more on other processors
+    assert moved.mean() > 5e-4 and error.mean() < 1e-7 and error.max() < 3e-4, (moved.mean(), error.mean(), error.max())
 
 
 @pytest.mark.parametrize(

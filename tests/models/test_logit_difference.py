@@ -124,7 +124,9 @@ def test_the_official_codes_logits(weight, ratio):
     assert torch.equal(theirs[~kept], target[~kept])
     if ratio:
         assert not kept.all()
-        assert torch.equal(kept, target.log_softmax(-1) >= golden[f"thresh.w{weight}_f{ratio}"])
+        margin = target.log_softmax(-1) - golden[f"thresh.w{weight}_f{ratio}"]
+        clear = margin.abs() > 1e-5  # the token that makes the threshold lies on it, but for the processor's rounding
+        assert clear.float().mean() > 0.99 and torch.equal(kept[clear], margin[clear] > 0)
 
 
 # --- shared weights ---------------------------------------------------------------------------------------------------
