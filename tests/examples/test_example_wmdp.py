@@ -192,6 +192,7 @@ def test_a_model_local_corpora_and_tasks_by_the_harness(first, models, main, tmp
     assert moved == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
 
 
+@pytest.mark.full  # the script is TOFU's too: tests/examples/test_example_tofu.py
 def test_compare_averages_over_seeds(main, example, quick, models, tmp_path, monkeypatch, capsys):
     """Two methods, two seeds: the runs take place in this process; the rest of compare.py is tested with TOFU."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -226,7 +227,7 @@ def test_compare_averages_over_seeds(main, example, quick, models, tmp_path, mon
 # ---- interrupted ----
 
 
-@pytest.mark.parametrize("where", [".", "rmu"])
+@pytest.mark.parametrize("where", [".", pytest.param("rmu", marks=pytest.mark.full)])
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, quick, where, tmp_path, monkeypatch):
     """The run of all methods is the one that nothing interrupted: of the same seed, none depends on those before it."""
     arguments = [*QUICK, "--compare", "rmu", "--output_dir", tmp_path / "run"]

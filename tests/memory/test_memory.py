@@ -508,6 +508,7 @@ def test_what_is_no_model():
 # ---- measured ----
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
 def test_a_real_training_needs_what_is_estimated():
     """One case of benchmarks/memory.py, in a process of its own."""
@@ -518,6 +519,7 @@ def test_a_real_training_needs_what_is_estimated():
     assert memory.LOW <= ratio <= memory.HIGH
 
 
+@pytest.mark.full
 def test_the_page_has_the_table_of_the_command():
     import memory
 

@@ -252,6 +252,7 @@ assert VerbMem(keep_in_memory=True).compute(**texts) == {"verbmem": 50.0}
 """
 
 
+@pytest.mark.full
 def test_metrics_load_by_path_offline_in_two_processes_at_once(tmp_path):
     work, cache = tmp_path / "work", tmp_path / "cache"
     work.mkdir()

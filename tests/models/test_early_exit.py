@@ -148,6 +148,7 @@ def test_through_an_adapter():
         assert torch.equal(activations(model, BATCH, 1), hidden(tiny_llama(layers=LAYERS), 1))
 
 
+@pytest.mark.full
 def test_through_a_compiled_model():
     plain = tiny_llama(layers=LAYERS)
     model = torch.compile(copy.deepcopy(plain), backend="aot_eager")
