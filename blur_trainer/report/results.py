@@ -84,7 +84,7 @@ class Results:
             "columns": self.columns,
             "plane": self.plane,
             "rows": self.rows,
-            "settings": {**settings, "environment": _environment()},
+            "settings": {**settings, "environment": package_versions(*_PACKAGES)},
             "samples": list(self._samples.values()),
         }
         if self.stages:
@@ -98,5 +98,6 @@ class Results:
         return content
 
 
-def _environment() -> dict[str, str]:
-    return {"blur_trainer": __version__, **{name: version(name) for name in _PACKAGES}}
+def package_versions(*names: str) -> dict[str, str]:
+    """Our own version and those of other packages. Ours is there too where the package is not installed."""
+    return {"blur_trainer": __version__, **{name: version(name) for name in names}}

@@ -1,10 +1,8 @@
 """What the model card says of a run: plain data, from what the trainer holds."""
 
 from collections.abc import Mapping, Sized
-from importlib.metadata import version
 from typing import Any
 
-from blur_trainer._version import __version__
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
@@ -13,7 +11,6 @@ _SETTINGS = (
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("weight", "top_logit_filter"),  # of ULD
 )
-_PACKAGES = ("transformers", "torch", "accelerate", "peft")
 
 
 def sets_info(dataset: Any) -> dict[str, dict[str, Any]]:
@@ -37,11 +34,6 @@ def settings_info(
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "seed": args.seed,
     }
-
-
-def versions_info() -> dict[str, str]:
-    """The packages that a run depends on."""
-    return {"blur_trainer": __version__, **{name: version(name) for name in _PACKAGES}}
 
 
 def _set_info(dataset: Any, role: str) -> dict[str, Any]:

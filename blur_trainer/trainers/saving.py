@@ -10,9 +10,10 @@ from trl.trainer.utils import get_config_model_id
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.objectives.base import Objective
 from blur_trainer.report.model_card import write_model_card
+from blur_trainer.report.results import package_versions
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.saving.checkpoints import CheckpointCallback
-from blur_trainer.trainers.card import sets_info, settings_info, versions_info
+from blur_trainer.trainers.card import sets_info, settings_info
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.loading import whole_state
 
@@ -89,5 +90,5 @@ class SavingMixin(_Base):
             "base_model": get_config_model_id(model.config) or None,
             **sets_info(self.train_dataset),
             "hyperparameters": {"trainer": type(self).__name__, **settings},
-            "versions": versions_info(),
+            "versions": package_versions("transformers", "torch", "accelerate", "peft"),
         }

@@ -16,7 +16,6 @@ from blur_trainer.report.html import write_report
 from blur_trainer.report.results import Results
 from blur_trainer.report.seeds import mean_and_spread
 from blur_trainer.report.tables import format_table
-from blur_trainer.trainers import card
 
 COLUMNS = [
     {"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min"},
@@ -152,10 +151,9 @@ def test_a_package_that_is_not_installed_but_on_the_path(results, tmp_path, monk
             raise metadata.PackageNotFoundError(name)
         return "1.0"
 
-    for module in (card, results_module):
-        monkeypatch.setattr(module, "version", installed)
+    monkeypatch.setattr(results_module, "version", installed)
     assert filled(results).save(tmp_path, {})["settings"]["environment"]["blur_trainer"] == __version__
-    assert card.versions_info()["blur_trainer"] == __version__
+    assert results_module.package_versions("torch") == {"blur_trainer": __version__, "torch": "1.0"}
 
 
 @pytest.mark.parametrize("how", ["not JSON", "disk full", "killed while replacing"])

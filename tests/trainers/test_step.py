@@ -9,6 +9,7 @@ from support import reference
 from support.models import examples, tiny_llama
 
 from blur_trainer.data.pairing import PairedDataset
+from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
 from blur_trainer.objectives.answers import KL, NLL, NPO, GradAscent
 from blur_trainer.trainers.config import UnlearningConfig
@@ -250,3 +251,25 @@ def test_torchjd_rules_run_unchanged(tmp_path):
     aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
     history = ours(tiny_llama(0), tmp_path, aggregation.IMTLGWeighting()).state.log_history
     assert all(torch.isfinite(torch.tensor(entry["grad/weight_forget"])) for entry in history if "loss" in entry)
+
+
+def test_a_backend_of_ones_own_is_asked_for_once(tmp_path):
+    made = []
+
+    class Own(GradientBackend):
+        """The gradients as they are, and a note of what was taken."""
+
+        def take(self, role):
+            made.append(role)
+            super().take(role)
+
+    class Trainer(UnlearningTrainer):
+        def create_backend(self, model):
+            made.append("backend")
+            return Own(self.accelerator, model)
+
+    config = UnlearningConfig(
+        str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True, precompute_ref_logps=False
+    )
+    Trainer(tiny_llama(), config, FORGET, RETAIN, forget_objective=GradAscent()).train()
+    assert made == ["backend", *("forget", "retain") * 2]
