@@ -69,7 +69,7 @@ def main():
     methods = {f"{args.rule}-{args.forget_objective}".upper(): (out, None)}
     if script.baseline:
         methods["Sum-NPO"] = (out / "baseline", bt.Sum(forget_weight=args.gamma, retain_weight=args.alpha))
-    trainers = []
+    trainers = {}
     for label, (folder, rule) in methods.items():
         first, start = target, time.time()
         for index, (stage, forget) in enumerate(stages):
@@ -93,7 +93,7 @@ def main():
                     benchmarks={"muse": evaluation},
                 )
                 train_and_save(trainer, label if stage == "all" else f"{label}, {stage}")
-                trainers.append(trainer)
+                trainers[label] = trainer
                 model = trainer.model
             first = model if model_args.use_peft else str(stage_folder)  # saved whole; the model may be in shards
             if len(stages) > 1 and rule is None:

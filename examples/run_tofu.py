@@ -71,7 +71,7 @@ def main():
     results.add("target", "target", load(target))
 
     # 5. Unlearn: the method, and those it is compared with
-    trainers = []
+    trainers = {}
     for method, config in configs.items():
         folder, start = out if method == script.method else out / method, time.time()
         if is_finished(args, folder):
@@ -86,7 +86,7 @@ def main():
                 **training[method],
             )
             train_and_save(trainer, method)
-            trainers.append(trainer)
+            trainers[METHODS[method].label] = trainer
             model = load(folder) if method == "uld" else trainer.model
         kind = "unlearned" if method == script.method else "baseline"
         results.add(METHODS[method].label, kind, model, time.time() - start)

@@ -58,7 +58,7 @@ def main():
     results.add("target", "target", load(target))
 
     # 5. Unlearn: the method, and those it is compared with
-    trainers = []
+    trainers = {}
     for method, config in configs.items():
         folder, start = out if method == script.method else out / method, time.time()
         label = METHODS[method].label
@@ -76,7 +76,7 @@ def main():
             )
             PartialState().print(f"{label}: {trainer.trained}")
             train_and_save(trainer, label)
-            trainers.append(trainer)
+            trainers[label] = trainer
             model = trainer.model
         results.add(label, "unlearned" if method == script.method else "baseline", model, time.time() - start)
     if retrained:

@@ -7,21 +7,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from blur_trainer.atomic_write import atomic_write
+from blur_trainer.report.card_metadata import card_metadata, is_hub_id, own_row
 from blur_trainer.report.tables import cells, heading, robustness_rows
 
 logger = logging.getLogger(__name__)
 
 MARKER = "<!-- Written by blur_trainer. Remove this line to keep your own changes from being overwritten. -->"
 KEYS = frozenset(
-    {"title", "method", "about", "base_model", "forget", "retain", "hyperparameters", "metrics", "versions", "tags"}
+    (
+        *("title", "model_name", "method", "about", "ending", "base_model", "adapter", "library"),
+        *("forget", "retain", "hyperparameters", "metrics", "row", "versions", "tags"),
+        *("license", "license_name", "license_link", "language", "tasks", "datasets", "dataset", "dataset_args"),
+    )
 )
 # an absolute path within a longer text: /a/b, ~/a, C:\a, file:///a, but not the slashes of a URL, a fraction, a hub id
 PATH = re.compile(r"""(?<![\w:/.~<])(?:file://)?(?:~?/|[A-Za-z]:[\\/])[^\s"'`,;:()\[\]{}]+""")
+
+ABOUT = "Unlearning here is a forget objective, a retain objective, and a rule that combines their two gradients."
+# what is about an adapter in a card, which is not true of a merged model
+NOTICE = re.compile(r"<!-- adapter -->.*?<!-- /adapter -->\n+", re.DOTALL)
+BLOCK = re.compile(r"\A(\d*)([-+=.)])")  # at the beginning of a paragraph: a list, a rule
 
 
 def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]) -> Path:
@@ -34,21 +43,29 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
 
             * "method" (`str`): the preset or combination, e.g. "BLUR-NPO".
             * "about" (`str`): what the method is, in a sentence or two, and how to use the model if that is unusual.
+            * "ending" (`str`): how the training ended, if it did not run to its end, e.g. "Interrupted at step 3 of 8".
             * "title" (`str`): heading of the card, by default the method and the base model.
+            * "model_name" (`str`): the model's name, where it is published; the heading if there is no title.
             * "base_model" (`str`): the model that was unlearned. A hub id goes into the metadata. Of a local path only
               the last part is shown.
+            * "adapter" (`bool`): only an adapter was trained, and the base model is as it was. The card says so.
+            * "library" (`str`): what loads the model, by default "transformers".
             * "forget", "retain" (`dict`): `{"name": str, "size": int}` of each set; both keys may be absent.
             * "hyperparameters" (`dict`): names and values, e.g. gamma, learning_rate.
             * "metrics" (`dict`): the content of metrics.json, of which "benchmark", "columns" and "rows" are shown, and
-              "robustness" where the method is that of the row which was attacked.
+              "robustness" where this model's row is the one that was attacked. The finite numbers of this model's row
+              become the metadata's `model-index`.
+            * "row" (`str`): name of this model's row, by default the method.
             * "versions" (`dict`): package and version.
             * "tags" (`list` of `str`): further tags.
+            * "license", "license_name", "license_link", "language": metadata, see [`base_metadata`].
+            * "tasks", "datasets", "dataset", "dataset_args": metadata: the task, hub ids of the data and their names.
 
     Returns:
         The path of the README.md, even if it was not written.
 
     Raises:
-        ValueError: if `info` has no method or has keys that are not listed above.
+        ValueError: if `info` has no method, has keys that are not listed above, or a value that no metadata may have.
     """
     if unknown := sorted(set(info) - KEYS):
         raise ValueError(f"`info` of a model card has unknown keys {unknown}. Accepted are {sorted(KEYS)}.")
@@ -58,17 +75,19 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
     if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
         logger.warning("README.md was not written by blur_trainer and stays as it is. Remove it to get a model card.")
         return path
-    path.write_text(str(_card(info)), encoding="utf-8")
+    text = str(_card(info))
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` is "model" or "user/model", and not a folder of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+def merged_card(text: str) -> str:
+    """The card of an adapter as that of the model into which the adapter was merged. Others are given back as is."""
+    if MARKER not in text:
+        return text
+    card = ModelCard(NOTICE.sub("", text))
+    card.data.library_name = "transformers"
+    card.data.__dict__.pop("base_model_relation", None)
+    return str(card)
 
 
 def without_paths(item: Any) -> Any:
@@ -98,11 +117,7 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
     shown = published or (_last_part(base) if base else None)
     metrics = info.get("metrics") or {}
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
-    data = ModelCardData(
-        base_model=published,
-        library_name="transformers",
-        tags=list(dict.fromkeys(["unlearning", "blur_trainer", _tag(info["method"]), *(info.get("tags") or [])])),
-    )
+    data = card_metadata(info, published)
     page = Environment(
         loader=PackageLoader("blur_trainer.report"),
         autoescape=False,  # the output is Markdown; the filters below escape
@@ -110,12 +125,14 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(text=_escape, code=_code)
+    page.filters.update(text=_escape, prose=_prose, code=_code)
     body = page.get_template("model_card.md").render(
         marker=MARKER,
-        title=info.get("title") or f"{info['method']}{f' of {shown}' if shown else ''}",
+        title=info.get("title") or info.get("model_name") or f"{info['method']}{f' of {shown}' if shown else ''}",
         method=info["method"],
-        about=info.get("about"),
+        about=info.get("about") or ABOUT,
+        ending=info.get("ending"),
+        adapter=info.get("adapter"),
         base=shown,
         published=published,
         sets=[(role, info.get(role) or {}) for role in ("forget", "retain")],
@@ -123,7 +140,7 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         benchmark=metrics.get("benchmark"),
         headings=[heading(column) for column in columns],
         rows=_rows(columns, rows),
-        attacks=_rows(columns, _attacks(info["method"], metrics)),
+        attacks=_rows(columns, _attacks(info, metrics)),
         versions=info.get("versions") or {},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -134,23 +151,36 @@ def _rows(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]
     return [[str(row["name"]), *(column[i] for column in texts)] for i, row in enumerate(rows)] if columns else []
 
 
-def _attacks(method: str, metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _attacks(info: Mapping[str, Any], metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The results of attacks, if this model was attacked. The table may belong to several methods."""
-    rows = metrics.get("rows") or []
-    ours = any(row.get("kind") == "unlearned" and row["name"] == method for row in rows)
-    return robustness_rows(metrics.get("robustness") or {}, rows) if ours else []
-
-
-def _tag(method: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-") or "unlearned"
+    own = own_row(info, metrics)
+    attacked = own is not None and own.get("kind") == "unlearned"
+    return robustness_rows(metrics.get("robustness") or {}, metrics.get("rows") or []) if attacked else []
 
 
 def _escape(item: Any) -> str:
     """Escapes plain text for Markdown, on one line: no HTML, no table cells, no accidental emphasis."""
-    text = " ".join(str(item).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
+    return _signs(_one_line(item))
+
+
+def _prose(item: Any) -> str:
+    """As `_escape`, for a paragraph of its own, in which what stands between backticks is code."""
+    parts = _one_line(item).split("`")
+    if len(parts) % 2 == 0:  # a backtick without its partner
+        parts = ["`".join(parts)]
+    text = "".join(_code(part) if i % 2 else _signs(part) for i, part in enumerate(parts))
+    return BLOCK.sub(r"\1\\\2", text)
+
+
+def _one_line(item: Any) -> str:
+    return " ".join(str(item).split())
+
+
+def _signs(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
 
 
 def _code(item: Any) -> str:
     """Makes a code span for a table cell."""
-    return "`" + (" ".join(str(item).split()).replace("`", "'").replace("|", r"\|") or " ") + "`"
+    return "`" + (_one_line(item).replace("`", "'").replace("|", r"\|") or " ") + "`"

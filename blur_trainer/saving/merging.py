@@ -1,6 +1,5 @@
 """Merges an adapter into its base model, so that serving needs no PEFT."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
+from blur_trainer.atomic_write import atomic_write
 from blur_trainer.models.loading import load_pretrained
+from blur_trainer.report.model_card import merged_card
 from blur_trainer.saving import output_dir as saving
 
 
@@ -59,7 +60,9 @@ def merge_and_save(
     with saving.staged(output_dir, writes=True) as staging:
         merged.save_pretrained(staging)
         if (Path(adapter) / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(adapter).save_pretrained(staging)
-    if (Path(adapter) / "README.md").exists():
-        shutil.copy(Path(adapter) / "README.md", Path(output_dir) / "README.md")
+            AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(staging)
+    card = Path(adapter) / "README.md"
+    if card.exists():
+        text = merged_card(card.read_text(encoding="utf-8"))
+        atomic_write(Path(output_dir) / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     return merged

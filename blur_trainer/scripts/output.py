@@ -1,6 +1,6 @@
 """What a run leaves: `metrics.json`, model cards, the report; and its tables for the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def settings_of(script: Any, args: Any, names: Sequence[str]) -> dict[str, Any]:
 def write_output(
     out: Path,
     results: Results,
-    trainers: Iterable[UnlearningTrainer],
+    trainers: Mapping[str, UnlearningTrainer],
     settings: dict[str, Any],
     *,
     columns: Sequence[str] | None = None,
@@ -30,7 +30,7 @@ def write_output(
     Args:
         out: the folder of the run.
         results: all rows; with attacks a second table shows them, in the evaluation's primary metrics.
-        trainers: each gets a model card with the numbers.
+        trainers: by the names of their rows. Each gets a model card with the numbers.
         settings: what the report says of the run.
         columns: the names that the first table shows; `None` for all.
         attack_width: the width of the second table, in characters.
@@ -39,8 +39,8 @@ def write_output(
         The tables, and where the report is.
     """
     metrics = results.save(out, settings)
-    for trainer in trainers:
-        trainer.create_model_card(metrics=metrics)
+    for row, trainer in trainers.items():
+        trainer.create_model_card(metrics=metrics, row=row)
 
     def table(names: Sequence[str] | None, rows: Sequence[Any], width: int) -> str:
         shown = [column for column in results.columns if names is None or column["name"] in names]

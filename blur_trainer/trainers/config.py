@@ -11,6 +11,7 @@ from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
+from blur_trainer.trainers.hidden_tokens import HiddenTokens
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
 #: what may be set per topic
@@ -25,7 +26,7 @@ _RULE_FIELDS = {
 
 
 @dataclass
-class UnlearningConfig(TrainingArguments):
+class UnlearningConfig(HiddenTokens, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
@@ -59,6 +60,8 @@ class UnlearningConfig(TrainingArguments):
         dataset_num_proc: number of processes for tokenization.
         max_skipped_steps: stop with an error after so many steps in a row without a finite gradient.
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name.
+        push_report: upload `metrics.json` and `report.html` too, which hold prompts and answers of the forget set, when
+            the model is pushed to the Hub.
     """
 
     #: the accepted names of the two objectives
@@ -123,6 +126,9 @@ class UnlearningConfig(TrainingArguments):
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of `from_pretrained` as JSON, when the model is given by name."}
+    )
+    push_report: bool = field(
+        default=False, metadata={"help": "Push metrics.json and report.html too, which hold texts to be forgotten."}
     )
 
     # Other defaults than TrainingArguments': a gentle learning rate, and frequent logs.

@@ -1,47 +1,24 @@
 """What the trainers write: the model with its card, and the state of a finished training."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import Trainer
-from trl.trainer.utils import get_config_model_id
+from typing import Any
 
 from blur_trainer.atomic_write import atomic_write
-from blur_trainer.objectives.base import Objective
-from blur_trainer.report.model_card import write_model_card
-from blur_trainer.report.results import package_versions
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.saving.checkpoints import CheckpointCallback
-from blur_trainer.trainers.card import sets_info, settings_info
-from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.hidden_tokens import tokens_put_aside
+from blur_trainer.trainers.hub import HubMixin
 from blur_trainer.trainers.loading import whole_state
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class SavingMixin(_Base):
+class SavingMixin(HubMixin):
     """Gives a `Trainer` saves that a kill cannot harm, and a model card."""
 
-    args: UnlearningConfig
-    objectives: dict[str, Objective]
-    rule: Any
-    trained: str
     checkpoints: CheckpointCallback
-    #: on the model card: what the method is, where objectives and rule do not say it all
-    about: str | None = None
 
     @property
     def output_dir(self) -> str:
         return str(self.args.output_dir)
-
-    @property
-    def method(self) -> str:
-        """The method's name on the model card."""
-        return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model."""
@@ -69,26 +46,10 @@ class SavingMixin(_Base):
 
     def _write_model(self, folder: str, resumable: bool) -> None:
         """Writes weights, configuration and tokenizer. `resumable`: where Trainer's resuming finds them."""
-        super().save_model(folder, _internal_call=True)
+        with tokens_put_aside(self.args):  # Trainer stores the arguments as they are
+            super().save_model(folder, _internal_call=True)
 
     def save_state(self) -> None:
         """As `Trainer.save_state`, but atomically, because the file is a sign that a training has ended."""
         if self.is_world_process_zero():
             atomic_write(Path(self.output_dir, saving.STATE_NAME), lambda file: self.state.save_to_json(str(file)))
-
-    def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
-        """Writes `README.md`. `info` overrides the content of the card, e.g. `metrics`."""
-        if self.is_world_process_zero():
-            write_model_card(output_dir or self.output_dir, {**self._card_info(), **info})
-
-    def _card_info(self) -> Mapping[str, Any]:
-        model: Any = self.model
-        settings = settings_info(self.args, self.objectives, self.rule, self.trained, self.accelerator.num_processes)
-        return {
-            "method": self.method,
-            "about": self.about,
-            "base_model": get_config_model_id(model.config) or None,
-            **sets_info(self.train_dataset),
-            "hyperparameters": {"trainer": type(self).__name__, **settings},
-            "versions": package_versions("transformers", "torch", "accelerate", "peft"),
-        }

@@ -125,6 +125,7 @@ class ULDTrainer(UnlearningTrainer):
         return self.assistant.model
 
     method = "ULD"
+    library = "transformers"
     about = (
         "An assistant (the first layers of the base model, with an adapter) has learnt to remember the forget set, and "
         "its logits are subtracted from the base model's: nothing of the base model has changed. To load both, import "

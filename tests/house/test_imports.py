@@ -18,20 +18,27 @@ EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
 ARROWS: dict[str, set[str]] = {
     "constants": set(),
     "atomic_write": set(),
+    "file_names": set(),
+    "credentials": set(),
     "choices": set(),
     "metrics": set(),
     "recipes": set(),
     "toy": {"choices", "atomic_write"},
     "gradients": {"constants"},
     "data": {"constants", "choices", "toy"},
-    "models": {"constants", "atomic_write"},
+    "models": {"constants", "atomic_write", "file_names"},
     "objectives": {"models", "atomic_write"},
-    "evaluation": {"constants", "atomic_write", "choices", "metrics", "data", "models"},
-    "report": {"constants", "atomic_write", "evaluation"},  # the contract of an evaluation, whose numbers it shows
-    "saving": {"atomic_write", "models"},
+    "evaluation": {"constants", "atomic_write", "file_names", "choices", "metrics", "data", "models"},
+    "report": {
+        "constants",
+        "atomic_write",
+        "credentials",
+        "evaluation",
+    },  # the contract of an evaluation, whose numbers it shows
+    "saving": {"atomic_write", "file_names", "models", "report"},  # a merged model's card, figures to upload
     "trainers": {
-        *("constants", "atomic_write", "gradients", "data", "models", "objectives"),
-        *("evaluation", "report", "saving"),
+        *("constants", "atomic_write", "credentials", "gradients", "data", "models"),
+        *("objectives", "evaluation", "report", "saving"),
     },
     "uld": {"constants", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
