@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -32,12 +31,12 @@ from blur_trainer.models.logit_composition import composition_named
 from blur_trainer.models.logit_difference_cache import LogitDifferenceCache as LogitDifferenceCache
 from blur_trainer.models.logit_difference_cache import composite_cache
 from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
+from blur_trainer.models.named_model import ADAPTER as ADAPTER
+from blur_trainer.models.named_model import HUB, adapter_inside, named_model, own_folder
 from blur_trainer.models.truncation import truncated_view, without_adapter
 
 logger = logging.getLogger(__name__)
-ADAPTER = "assistant"  # a subfolder: beside config.json AutoModel would take it for an adapter of the whole model
 AUTO_CLASS = ("_adapter_model_path", "adapter_kwargs")  # arguments that `AutoModelForCausalLM` adds
-HUB = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def _shares_weights(target: nn.Module, assistant: nn.Module) -> bool:
@@ -179,6 +178,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             state_dict=state_dict,
         )
         if is_main_process:
+            self.config.record_origins()
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(save_directory)
             if self.base is not None:
@@ -202,35 +202,46 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         assistant: PreTrainedModel | None = None,
         is_trainable: bool = False,
         revision: str | None = None,
+        trust_remote_code: bool | None = None,
+        trust_target_remote_code: bool = False,
         **kwargs: Any,
     ) -> "LogitDifferenceModel":
         """
         Loads what `save_pretrained` wrote and the models that it names. Loaded models may be passed instead: `target`,
         and `assistant` if the configuration names one. `is_trainable=True` allows further training of the adapter.
 
-        `revision` applies to this folder. Other arguments go to `from_pretrained` of the named models.
+        `revision` applies to this folder, which has no code: `trust_remote_code` has no effect.
+        `trust_target_remote_code=True` runs code that comes with the named models. Other arguments go to their
+        `from_pretrained`. All weights are safetensors.
+
+        Raises:
+            `FileNotFoundError`: a named folder, or the adapter, is not there.
+            `ValueError`: a named model is not the one that was there when this one was saved, or is of this kind
+                itself, or needs code that is not trusted.
         """
         for key in AUTO_CLASS:  # set for a folder with an adapter in it, such as a checkpoint; not meant for the target
             kwargs.pop(key, None)
-        name, hub = str(pretrained_model_name_or_path), {key: kwargs[key] for key in HUB if key in kwargs}
-        hub |= {"revision": revision} if revision else {}
-        config = config or LogitDifferenceConfig.from_pretrained(name, **hub)
+        hub = {key: kwargs[key] for key in HUB if key in kwargs}
+        name = str(pretrained_model_name_or_path)
+        folder = own_folder(name, **hub, **({"revision": revision} if revision else {}))
+        config = config or LogitDifferenceConfig.from_pretrained(str(folder))
         if not (config.target or target) or not config.num_assistant_layers:
             raise ValueError(
                 f"The configuration in {name} has target={config.target!r}, num_assistant_layers="
                 f"{config.num_assistant_layers!r}: both are needed, as `save_pretrained` writes them. Without a name "
                 "the target itself is: pass `target=`."
             )
-        generation_config = GenerationConfig.from_pretrained(name, **hub)
-        target = target or AutoModelForCausalLM.from_pretrained(str(config.target), **kwargs)
-        below = target if config.assistant is None else assistant
-        below = below or AutoModelForCausalLM.from_pretrained(str(config.assistant), **kwargs)
+        inside = adapter_inside(folder)
+        beside = folder if Path(name).is_dir() else None
+        kwargs |= {"trust_remote_code": trust_target_remote_code}
+        target = target or named_model(config, "target", beside, name, kwargs)
+        below = (
+            target if config.assistant is None else assistant or named_model(config, "assistant", beside, name, kwargs)
+        )
         view = truncated_view(below.requires_grad_(False), config.num_assistant_layers)
-        # a checkpoint of `ULDTrainer` has the adapter where Trainer resumes from it
-        hub |= {} if Path(name, PEFT_CONFIG_NAME).exists() else {"subfolder": ADAPTER}
-        adapter = PeftModel.from_pretrained(view, name, is_trainable=is_trainable, **hub)
+        adapter = PeftModel.from_pretrained(view, str(folder), is_trainable=is_trainable, subfolder=inside)
         model = cls(config, target, adapter)
-        model.generation_config = generation_config
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
         return model
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from blur_trainer.models.logit_composition import check_composition, composition_named
+from blur_trainer.models.origin import record
 
 
 class LogitDifferenceConfig(PreTrainedConfig):
@@ -13,7 +14,8 @@ class LogitDifferenceConfig(PreTrainedConfig):
 
     Args:
         target (`str`, *optional*):
-            Folder or hub id of the target. Default: the name that the target was loaded by.
+            Folder or hub id of the target. Default: the name that the target was loaded by. A relative folder is one
+            beside the configuration.
         num_assistant_layers (`int`, *optional*):
             Number of the assistant's layers. Default: counted.
         weight (`float`, *optional*), top_logit_filter (`float`, *optional*):
@@ -23,6 +25,9 @@ class LogitDifferenceConfig(PreTrainedConfig):
             One of [`COMPOSITIONS`].
         assistant (`str`, *optional*):
             Folder or hub id of the model below the assistant's adapter, if it is not the target itself.
+        origins (`dict`, *optional*):
+            Of target and assistant, by name, what they were when the model was saved: `{"folder": digest}` or
+            `{"hub": commit}`. Filled in by `save_pretrained`, checked by `from_pretrained`.
         text_config ([`~transformers.PreTrainedConfig`], *optional*):
             The target's configuration. Default: taken from the target.
     """
@@ -36,6 +41,7 @@ class LogitDifferenceConfig(PreTrainedConfig):
     top_logit_filter: float | None = None
     composition: str = "uld"
     assistant: str | None = None
+    origins: dict[str, Any] | None = None
     text_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -46,3 +52,14 @@ class LogitDifferenceConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         super().__post_init__(**kwargs)
+
+    def record_origins(self) -> None:
+        """Records what target and assistant are now, where it is not recorded yet. Paths become absolute."""
+        known = dict(self.origins or {})
+        for part in ("target", "assistant"):
+            name = getattr(self, part)
+            if name and name not in known:
+                name, origin = record(name)
+                setattr(self, part, name)
+                known[name] = origin
+        self.origins = {name: known[name] for name in (self.target, self.assistant) if name} or None

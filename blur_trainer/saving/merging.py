@@ -60,7 +60,7 @@ def merge_and_save(
     with saving.staged(output_dir, writes=True) as staging:
         merged.save_pretrained(staging)
         if (Path(adapter) / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(staging)
+            AutoTokenizer.from_pretrained(adapter).save_pretrained(staging)
     card = Path(adapter) / "README.md"
     if card.exists():
         text = merged_card(card.read_text(encoding="utf-8"))

@@ -90,7 +90,7 @@ class HubMixin(CardMixin):
         self._saved = Path(checkpoint_folder)
 
     def push_checkpoint(self) -> None:
-        """Uploads the last saved checkpoint as `hub_strategy` says, in the background. If it says "end", does nothing."""
+        """Uploads the last saved checkpoint as `hub_strategy` says, in the background."""
         saved, self._saved = self._saved, None
         strategy = HubStrategy(self.args.hub_strategy)
         if saved is None or strategy == HubStrategy.END or not self.is_world_process_zero():

@@ -9,6 +9,7 @@ from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
+from blur_trainer.models.origin import Origin, record
 from blur_trainer.models.truncation import lora_assistant, quarter
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
@@ -49,7 +50,14 @@ class Assistant:
             base = load_pretrained(target, self._kwargs) if isinstance(target, str) else target
             self.target, self.text_config = base, base.config
             self.name = get_config_model_id(base.config) or None
+        self._origins = None if self.name is None else self._origin(self.name, isinstance(target, str))
         self.model = lora_assistant(base, quarter(self.text_config) if num_layers is None else num_layers, lora)
+
+    def _origin(self, name: str, by_name: bool) -> dict[str, Origin]:
+        """What the target is now, before training: of a hub id the commit, if this class has loaded it."""
+        loaded = (self._kwargs.get("revision") or "main", self._kwargs.get("cache_dir")) if by_name else ()
+        self.name, origin = record(name, *loaded)
+        return {self.name: origin}
 
     @staticmethod
     def _check(target: Any, lora: Any, whole: bool, args: UnlearningConfig) -> None:
@@ -85,6 +93,7 @@ class Assistant:
         """The configuration of the unlearned model."""
         return LogitDifferenceConfig(
             target=self.name,
+            origins=copy.deepcopy(self._origins),
             num_assistant_layers=self.model.config.num_hidden_layers,
             weight=weight,
             top_logit_filter=top_logit_filter,
