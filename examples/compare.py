@@ -11,6 +11,7 @@ Arguments that are not listed by --help go to the runs.
 import argparse
 import itertools
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import run_tofu
 import run_wmdp
 
 import blur_trainer as bt
+from blur_trainer.atomic_write import atomic_write
+from blur_trainer.report.seeds import write_means
 from blur_trainer.saving.output_dir import check_output_dir
 
 BENCHMARKS = {  # script, methods, arguments of all runs; attacks are of one run's model and cannot be averaged
@@ -43,6 +46,8 @@ def parse():
     script, methods, always = BENCHMARKS[options.benchmark]
     options.methods = options.methods or methods
     shared += ["--compare", "none", "--models_dir", options.models_dir or str(options.output_dir / "models"), *always]
+    if re.search(r'--hub_token|"(use_auth_)?token"', shlex.join(shared)):
+        raise ValueError("A token among the arguments would be written down: `hf auth login` instead.")
     for method in options.methods:  # wrong arguments are found before anything is trained
         script.parse(["--method", method, *shared])
     return options, shared
@@ -57,7 +62,7 @@ def begin(out, resume, shared):
         raise ValueError(f"The comparison in {str(out)!r} was begun with {before!r}: pass the same.")
     check_output_dir(str(out))
     out.mkdir(parents=True, exist_ok=True)
-    noted.write_text(shlex.join(shared))
+    atomic_write(noted, lambda partial: partial.write_text(shlex.join(shared)))
 
 
 def finished(folder, command):
@@ -101,7 +106,7 @@ def main():
     if not any(runs.values()):
         raise SystemExit("No run finished.")
     content = average([bt.mean_and_spread(contents) for contents in runs.values() if contents])
-    (out / "metrics.json").write_text(json.dumps(content, indent=2))
+    write_means(out, content)
     table = bt.format_table(content["columns"][:9], content["rows"])  # the rest is in the report
     print(f"\n{table}\n\nReport: {bt.write_report(out)}")
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.choices import DESCRIPTION
 from blur_trainer.evaluation.wmdp import COLUMNS, subjects_of
+from blur_trainer.file_names import file_name
 
 _TASK = r"""task: {task}
 dataset_path: json
@@ -55,16 +56,19 @@ def write_tasks(
         `list[str]`: the tasks' names, which are the keys of `data`.
 
     Raises:
-        `ValueError`: there are no questions, or `WMDPEvaluation` refuses a set.
+        `ValueError`: there are no questions, `WMDPEvaluation` refuses a set, or a key is no plain file name. Nothing
+            has been written then.
     """
     named = subjects_of(data, subjects)
+    for key in data:
+        file_name(key, "The task")
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for key, rows in data.items():
         about = DESCRIPTION.format(subject=named[key])
         file = folder / f"{key}.jsonl"
         # a JSON string is also a YAML string
-        task = _TASK.format(task=key, file=json.dumps(str(file)), description=json.dumps(about))
+        task = _TASK.format(task=json.dumps(key), file=json.dumps(str(file)), description=json.dumps(about))
         lines = "".join(f"{json.dumps({column: row[column] for column in COLUMNS})}\n" for row in rows)
         _write(file, lines)
         _write(file.with_suffix(".yaml"), task)

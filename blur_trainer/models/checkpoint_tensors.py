@@ -16,6 +16,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from blur_trainer.file_names import file_name
+
 # files that `from_pretrained` of model and tokenizer reads beside the weights
 BESIDE = [CONFIG_NAME, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*"]
 BESIDE += ["merges.txt", "*.model", "*.tiktoken", "chat_template*"]
@@ -50,7 +52,7 @@ class CheckpointTensors:
 
     Raises:
         `FileNotFoundError`: the folder has no safetensors weights, or not all that its index names.
-        `ValueError`: its weights are quantized.
+        `ValueError`: its weights are quantized, or its index names files outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +65,7 @@ class CheckpointTensors:
             with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
                 self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
         elif index.exists():
-            self.files = json.loads(index.read_text())["weight_map"]
+            self.files = _weight_map(index)
         else:
             found = sorted(path.name for path in folder.glob("*.bin"))[:3]
             raise FileNotFoundError(
@@ -97,3 +99,16 @@ class CheckpointTensors:
         """Token -> id of the fast tokenizer in the folder. None if there is no such tokenizer."""
         path = self.folder / "tokenizer.json"
         return json.loads(path.read_text())["model"].get("vocab") if path.exists() else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the index. Other paths are refused, because files of these names are written too."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    named = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{str(index)!r} has no `weight_map` of tensors and files: it is no index of a model.")
+    for shard in set(map(str, named.values())):
+        file_name(shard, f"In {str(index)!r}: the file")
+        if not shard.endswith(".safetensors"):
+            raise ValueError(f"In {str(index)!r}: the file {shard!r} is no safetensors: save the model anew.")
+    return {tensor: str(shard) for tensor, shard in named.items()}

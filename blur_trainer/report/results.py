@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from blur_trainer._version import __version__
 from blur_trainer.atomic_write import atomic_write
+from blur_trainer.credentials import without_tokens
 from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
 
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
@@ -78,13 +79,13 @@ class Results:
         self.robustness = dict(found)
 
     def save(self, output_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes `metrics.json` atomically and returns its content."""
+        """Writes `metrics.json` atomically, without access tokens in `settings`, and returns its content."""
         content: dict[str, Any] = {
             "benchmark": self.benchmark,
             "columns": self.columns,
             "plane": self.plane,
             "rows": self.rows,
-            "settings": {**settings, "environment": package_versions(*_PACKAGES)},
+            "settings": {**without_tokens(settings), "environment": package_versions(*_PACKAGES)},
             "samples": list(self._samples.values()),
         }
         if self.stages:

@@ -1,9 +1,14 @@
 """Joins several runs of one comparison: the mean of each row and its standard deviation."""
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev  # exact: the same numbers have exactly themselves as mean, and no spread
 from typing import Any
+
+from blur_trainer.atomic_write import atomic_write
 
 Row = Mapping[str, Any]
 
@@ -41,10 +46,10 @@ def mean_and_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Example:
 
     ```python
-    from blur_trainer.report.seeds import mean_and_spread
+    from blur_trainer.report.seeds import mean_and_spread, write_means
 
     contents = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    (out / "metrics.json").write_text(json.dumps(mean_and_spread(contents)))
+    write_means(out, mean_and_spread(contents))
     write_report(out)
     ```
     """
@@ -65,6 +70,13 @@ def mean_and_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(run.get("stages") for run in runs):
         content["stages"] = _merge_all(runs, "stages")
     return content
+
+
+def write_means(output_dir: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes a `metrics.json` for [`write_report`]. After a kill the file is complete or absent."""
+    folder, text = Path(output_dir), json.dumps(content, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _merge_all(runs: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:

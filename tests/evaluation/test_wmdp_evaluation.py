@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from support.scoring_helpers import build_model, build_tokenizer
 
@@ -171,7 +172,25 @@ def test_tasks_of_bad_questions_are_not_written(tmp_path):
         write_tasks(tmp_path / "x", {})
     with pytest.raises(ValueError, match="named `forget_"):
         write_tasks(tmp_path / "x", {"potions": Dataset.from_list(rows(1))})
-    assert not (tmp_path / "x").exists()
+    for topic in ("x/../../evil", "/etc/x", "x\n- evil: yes", "x: y", "", "x" * 300, "a\\b"):
+        with pytest.raises(ValueError, match=r"is no plain file name|longer than a file|named `forget_"):
+            write_tasks(
+                tmp_path / "x", {"forget_y": Dataset.from_list(rows(1)), f"forget_{topic}": Dataset.from_list(rows(1))}
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_is_written_over_no_link(tmp_path):
+    """What a link points to stays as it is."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "tasks").mkdir()
+    for name in ("forget_x.yaml", "forget_x.jsonl"):
+        (tmp_path / "tasks" / name).symlink_to(tmp_path / "mine")
+    odd = "forget_yes # no"
+    assert write_tasks(tmp_path / "tasks", {"forget_x": Dataset.from_list(rows(1)), odd: Dataset.from_list(rows(1))})
+    assert (tmp_path / "mine").read_text() == "mine"
+    for name in ("forget_x", odd):
+        assert yaml.safe_load((tmp_path / "tasks" / f"{name}.yaml").read_text())["task"] == name
 
 
 def test_without_the_harness_the_extra_is_named(tokenizer, monkeypatch):

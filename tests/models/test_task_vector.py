@@ -314,3 +314,29 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / ".out.partial").mkdir()  # of a killed call
     assert loaded(task_vector(*folders, tmp_path / "out"))
     assert CheckpointTensors(tmp_path / "out").shards == CheckpointTensors(tmp_path / "t").shards
+
+
+@pytest.mark.parametrize("place", ["absolute", "outside", "deeper", "pickle", "empty", "hidden"])
+def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_written(place, tmp_path):
+    target, other = save(tiny_llama(), tmp_path / "t", "sharded"), save(moved(tiny_llama()), tmp_path / "f")
+    shards = sorted((tmp_path / "t").glob("*.safetensors"))
+    (tmp_path / "t" / "in").mkdir()
+    entries = {
+        "absolute": str(tmp_path / "victim.safetensors"),
+        "outside": "../victim.safetensors",
+        "deeper": "in/victim.safetensors",
+        "pickle": "victim.bin",
+        "empty": "",
+        "hidden": ".victim.safetensors",
+    }
+    victim = tmp_path / "t" / entries[place] if entries[place] else tmp_path / "victim"
+    shutil.copy(shards[0], victim)
+    before = victim.read_bytes()
+    index = json.loads((tmp_path / "t" / "model.safetensors.index.json").read_text())
+    for name, shard in index["weight_map"].items():
+        index["weight_map"][name] = entries[place] if shard == shards[0].name else shard
+    (tmp_path / "t" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for pair in ((target, other), (other, target)):  # read, and written
+        with pytest.raises(ValueError, match=r"In '.*index.json': the file .* is no (plain file name|safetensors)"):
+            task_vector(*pair, tmp_path / "new" / "out")
+    assert victim.read_bytes() == before and not (tmp_path / "new").exists()
