@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import AutoTokenizer
 from trl import get_peft_config
 
 import blur_trainer as bt
@@ -51,7 +50,7 @@ def main():
         retain = data["raw_retain"] if folds else training_texts(data, ["retain"])  # the folds are articles
     else:
         target, retrained = model_args.model_name_or_path, None
-        tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or target)
+        tokenizer = load.tokenizer(script.tokenizer or target)
         stages = folds or [("all", data["raw_forget"])]
         stages = [(name, chunk_documents(texts["text"], tokenizer, args.max_length)) for name, texts in stages]
         retain = chunk_documents(data["raw_retain"]["text"], tokenizer, args.max_length)

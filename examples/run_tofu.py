@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 
 from accelerate import PartialState
-from transformers import AutoTokenizer
 from trl import get_peft_config
 
 import blur_trainer as bt
@@ -49,7 +48,7 @@ def main():
         tokenizer, target, retrained = tiny_models(data, script)
     else:
         target = model_args.model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer = load.tokenizer(target)
         published = {models.full: models for models in TOFU_MODELS.values()}.get(target)
         retrained = script.retain_model or (published and getattr(published, TOFU_SPLITS[script.split]))
 

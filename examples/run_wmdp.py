@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from accelerate import PartialState
 from datasets import concatenate_datasets
-from transformers import AutoTokenizer
 from trl import get_peft_config
 
 import blur_trainer as bt
@@ -41,7 +40,7 @@ def main():
         tokenizer, target, retrained = tiny_models(script, topics)
     else:
         target, retrained = model_args.model_name_or_path, None
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer = load.tokenizer(target)
 
     # 4. Evaluation: the harness, whose numbers are the published ones; of the invented questions the same without it
     if tiny:

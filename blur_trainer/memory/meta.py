@@ -70,7 +70,7 @@ class Saved:
 
 def load_config(model: str | PreTrainedConfig | PreTrainedModel | PeftModel) -> PreTrainedConfig:
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)  # left open, it asks on stdin
     config = causal_lm(model).config if isinstance(model, nn.Module) else model
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(
@@ -87,7 +87,7 @@ def build(
     with torch.device("meta"):
         # copies, because building writes the attention into the one and PEFT the target modules into the other
         built: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION
+            copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
         )
         if adapter is not None:
             adapter = copy.deepcopy(adapter)

@@ -3,7 +3,13 @@
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from trl import ModelConfig, get_quantization_config
 
 from blur_trainer.trainers.loading import unsharded_loading
@@ -15,9 +21,13 @@ class ModelLoader:
 
     ```python
     load = ModelLoader(args, model_args)
+    tokenizer = load.tokenizer("folder")
     retrained = load("folder")
     exact = load("folder", quantization_config=None)
     ```
+
+    `--model_revision` is of the model that the command line names, not of others. Code that comes with a model is
+    refused, unless `--model_init_kwargs` trusts it.
 
     Attributes:
         options: what `from_pretrained` is given; `model_init_kwargs` of the model that is trained.
@@ -25,13 +35,26 @@ class ModelLoader:
 
     def __init__(self, args: TrainingArguments, model_args: ModelConfig) -> None:
         self._args = args
+        self._named = model_args.model_name_or_path
         self.options: dict[str, Any] = {
+            "trust_remote_code": False,
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
             "quantization_config": get_quantization_config(model_args),
+            **({} if model_args.model_revision == "main" else {"revision": model_args.model_revision}),
         } | (getattr(args, "model_init_kwargs", None) or {})
 
     def __call__(self, name: str, **changed: Any) -> PreTrainedModel:
         with unsharded_loading(self._args):
-            options = {"device_map": {"": PartialState().device}, **self.options, **changed}
+            options = {"device_map": {"": PartialState().device}, **self._options_of(name), **changed}
             return AutoModelForCausalLM.from_pretrained(name, **options)
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The tokenizer beside a model."""
+        given = self._options_of(name)
+        hub = {key: given[key] for key in ("cache_dir", "revision", "token", "trust_remote_code") if key in given}
+        return AutoTokenizer.from_pretrained(name, **hub)
+
+    def _options_of(self, name: str) -> dict[str, Any]:
+        own = str(name) == self._named
+        return {key: item for key, item in self.options.items() if own or key != "revision"}

@@ -1,11 +1,15 @@
 """What the examples share: one look at the command line, the methods compared, what is attacked, what is left."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from support.cases import every
+from support.models import tiny_llama as small_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.scripts import muse, tofu, wmdp
@@ -72,6 +76,48 @@ def test_models_are_loaded_as_the_command_line_says(tmp_path):
     assert isinstance(load.options, dict) and AutoModelForCausalLM.from_pretrained(tmp_path / "model", **load.options)
 
 
+def test_a_revision_is_that_of_the_named_model(monkeypatch, tmp_path):
+    words = ["--model_name_or_path", "a/b", "--model_revision", "dev", "--output_dir", str(tmp_path)]
+    _, args, model_args, _ = muse.parse(words)
+    load, asked = ModelLoader(args, model_args), []
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, **kwargs: asked.append((name, kwargs)))
+    for name in ("a/b", "a/retrained"):
+        load(name), load.tokenizer(name)
+    assert [(name, kwargs.get("revision")) for name, kwargs in asked] == [("a/b", "dev")] * 2 + [
+        ("a/retrained", None)
+    ] * 2
+    assert load.options["revision"] == "dev"
+    assert all(kwargs["trust_remote_code"] is False for _, kwargs in asked)
+
+
+def test_code_that_comes_with_a_model_is_refused_and_not_asked_for(tmp_path, monkeypatch):
+    """Left open, the auto classes of transformers ask on stdin whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on stdin"))
+    evil, adapter = tmp_path / "evil", tmp_path / "adapter"
+    small_llama().save_pretrained(evil)
+    stored = json.loads((evil / "config.json").read_text())
+    stored |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (evil / "config.json").write_text(json.dumps(stored))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    get_peft_model(small_llama(), LoraConfig()).save_pretrained(adapter)
+    _, args, model_args, _ = muse.parse(["--output_dir", str(tmp_path)])
+
+    def refused(load):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load()
+
+    every(
+        {
+            "scripts": (lambda: ModelLoader(args, model_args)(str(evil)),),
+            "memory": (lambda: bt.estimate_memory(str(evil), bt.BLURConfig(str(tmp_path), use_cpu=True)),),
+            "task vector": (lambda: bt.task_vector(evil, adapter, tmp_path / "out"),),
+        },
+        refused,
+    )
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_run_that_ended_is_known_only_where_one_resumes(tmp_path):
     def arguments(*more):
         return muse.parse(["--output_dir", str(tmp_path), *more])
@@ -91,14 +137,14 @@ def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
     script, args, _, _ = muse.parse(["--output_dir", str(tmp_path)])
     said = settings_of(script, args, ("gamma", "seed"))
     assert list(said)[:3] == ["gamma", "seed", "corpus"]
-    text = write_output(tmp_path, results, [], said, columns=["forget_x"])
+    text = write_output(tmp_path, results, {}, said, columns=["forget_x"])
     assert text.startswith("\n") and text.endswith(f"\n\nReport: {tmp_path / 'report.html'}")
     assert (
         "forget_x" in text and "retain_y" not in text and [line[:6] for line in text.split("\n")].count("------") == 1
     )
     attack = {"name": "8 bit", "metrics": {"forget_x": 0.75, "retain_y": 0.5}}
     results.add_robustness({"attacks": [attack], "relearning": []})
-    text = write_output(tmp_path, results, [], said, columns=["forget_x"])
+    text = write_output(tmp_path, results, {}, said, columns=["forget_x"])
     assert "8 bit" in text and "0.750" in text and "retain_y" in text
 
 
