@@ -64,7 +64,7 @@ def find(name: str, origin: Origin | None, beside: Path | None, what: str) -> Pl
     if not folder.is_absolute() or not folder.is_dir():
         raise FileNotFoundError(
             f"{what} {name!r}: there is no folder {str(folder)!r}. It is not looked for elsewhere, nor on the Hub. Put "
-            f"it there, or pass `{what}=`, the loaded model."
+            f"it there, or pass `{what}=`, the loaded model, to `LogitDifferenceModel.from_pretrained`."
         )
     if beside is not None and folder.samefile(beside):
         raise ValueError(f"{what} {name!r} is the folder of the configuration itself: pass `{what}=`.")
@@ -74,7 +74,8 @@ def find(name: str, origin: Origin | None, beside: Path | None, what: str) -> Pl
     elif weights_digest(folder) != expected:
         raise ValueError(
             f"{what} {str(folder)!r} is not the model that was there when this one was saved: its weights or its "
-            f"configuration have changed. Put that model back, or pass `{what}=` if you want this one."
+            f"configuration have changed. Put that model back, or, if you want this one, pass `{what}=` to "
+            "`LogitDifferenceModel.from_pretrained`."
         )
     return Place(str(folder), None)
 

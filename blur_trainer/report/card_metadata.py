@@ -96,22 +96,23 @@ def card_metadata(info: Mapping[str, Any], published: str | None) -> ModelCardDa
         published: the base model's hub id, if it has one.
     """
     tags = ["unlearning", "blur_trainer", _slug(info["method"]), *texts("tags", info.get("tags"))]
-    own = {key: texts(key, info.get(key)) for key in ("license", "language")}
-    given = {key: value[0] if len(value) == 1 else value for key, value in own.items() if value}
-    named = info.get("license_name"), info.get("license_link")
-    if "license" in given:
-        given |= {key: value for key, value in zip(("license_name", "license_link"), named, strict=True) if value}
     tasks, results = texts("tasks", info.get("tasks")) or [_TASK], _results(info)
-    return ModelCardData(
-        **{key: texts(key, value)[0] if key.startswith("license_") else value for key, value in given.items()},
-        base_model=published,
-        datasets=_datasets(info) or None,
-        library_name=info.get("library") or "transformers",
-        pipeline_tag=tasks[0],
-        tags=list(dict.fromkeys(tags)),
-        **({"base_model_relation": "adapter"} if published and info.get("adapter") else {}),
-        **({"model_name": _model_name(info), "eval_results": results} if results else {}),
-    )
+    fields: dict[str, Any] = {
+        "base_model": published,
+        "base_model_relation": "adapter" if published and info.get("adapter") else None,
+        "datasets": _datasets(info) or None,
+        "library_name": info.get("library") or "transformers",
+        "pipeline_tag": tasks[0],
+        "tags": list(dict.fromkeys(tags)),
+        "model_name": _model_name(info) if results else None,
+        "eval_results": results or None,
+    }
+    for key in _INHERITED:
+        given = texts(key, info.get(key))
+        fields[key] = given[0] if len(given) == 1 else given or None
+    if fields["license"] is None:
+        fields |= dict.fromkeys(("license_name", "license_link"))
+    return ModelCardData(**{key: value for key, value in fields.items() if value is not None})
 
 
 def _datasets(info: Mapping[str, Any]) -> list[str]:

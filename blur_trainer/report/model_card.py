@@ -85,8 +85,9 @@ def merged_card(text: str) -> str:
     if MARKER not in text:
         return text
     card = ModelCard(NOTICE.sub("", text))
-    card.data.library_name = "transformers"
-    card.data.__dict__.pop("base_model_relation", None)
+    data: Any = card.data
+    data.library_name = "transformers"
+    data.__dict__.pop("base_model_relation", None)
     return str(card)
 
 

@@ -41,7 +41,7 @@ class CardMixin(_Base):
         """The method's name on the model card."""
         return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
 
-    def create_model_card(  # type: ignore[override]
+    def create_model_card(
         self,
         language: str | list[str] | None = None,
         license: str | None = None,

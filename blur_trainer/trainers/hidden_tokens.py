@@ -20,7 +20,7 @@ class HiddenTokens(_Base):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.__repr__ = HiddenTokens.__str__  # type: ignore[method-assign]  # `dataclass` would make one with the tokens
+        cls.__repr__ = HiddenTokens.__str__  # type: ignore[method-assign, assignment]  # `dataclass` would make one with the tokens
 
     def to_dict(self) -> dict[str, Any]:
         """As of Trainer, which trackers store."""

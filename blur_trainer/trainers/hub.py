@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers.trainer
 from accelerate.logging import get_logger
@@ -40,6 +40,7 @@ class PushCallback(TrainerCallback):
 class HubMixin(CardMixin):
     """Gives a `Trainer` uploads of chosen files, by `push_to_hub` and by `hub_strategy`."""
 
+    push_in_progress: Any  # Trainer's: it waits for these uploads before it returns
     _saved: Path | None = None  # the checkpoint to upload
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,10 +114,10 @@ class HubMixin(CardMixin):
             upload.gather(saved, upload.checkpoint_files(saved), folder)
             message = f"Training in progress, {place}, checkpoint"
             jobs.append(self._upload(folder, message, True, path_in_repo=inside))
-        if running and self.push_in_progress is not None:
+        if running:
             self.push_in_progress.jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its annotation lacks the list
 
     def _new_folder(self) -> Path:
         run = str(self.args.output_dir)
@@ -155,9 +156,9 @@ class HubMixin(CardMixin):
             if job is not None and not job.cancelled() and (error := job.exception()) is not None:
                 logger.error(f"The upload {message!r} to {self.hub_model_id} failed: {error}")
 
-        ended: Any = None
+        ended, client = None, cast(Any, transformers.trainer.hf_api())
         try:
-            ended = transformers.trainer.hf_api().upload_folder(
+            ended = client.upload_folder(
                 repo_id=self.hub_model_id,
                 folder_path=str(folder),
                 commit_message=message,
