@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -48,10 +49,16 @@ def has_weights(names: Iterable[str]) -> bool:
     return any(name.endswith(".safetensors") for name in names)
 
 
-def checkpoint_files(folder: Path) -> list[str]:
-    """The files that a complete checkpoint lists, and the list."""
-    files: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"] or {}
-    return [MANIFEST_NAME, *files]
+def gather_checkpoint(folder: Path, into: Path) -> None:
+    """Puts a complete checkpoint into a folder for an upload: the files that its manifest lists, and their list.
+
+    The manifest's record of the run stays, because a digest of the forget set lets one test a guess of what is in it,
+    and so does `training_args.bin`, which names folders of this machine. Resuming needs neither.
+    """
+    listed: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"] or {}
+    listed.pop(TRAINING_ARGS_NAME, None)
+    gather(folder, listed, into)
+    (into / MANIFEST_NAME).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
 
 
 def figures(folder: Path) -> list[str]:

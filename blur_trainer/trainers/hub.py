@@ -111,7 +111,7 @@ class HubMixin(CardMixin):
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             inside = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else saved.name
             folder = self._new_folder()
-            upload.gather(saved, upload.checkpoint_files(saved), folder)
+            upload.gather_checkpoint(saved, folder)
             message = f"Training in progress, {place}, checkpoint"
             jobs.append(self._upload(folder, message, True, path_in_repo=inside))
         if running:

@@ -132,6 +132,7 @@ def test_each_save_is_uploaded_as_the_strategy_says(hub, tmp_path, strategy):
         listed = json.loads(files[manifest])["files"]  # closed: all of it is there
         assert {name.split("/", 1)[1] for name in files} == {*listed, MANIFEST_NAME}
         assert {"optimizer.pt", "trainer_state.json", "model.safetensors"} <= set(listed)
+        assert "training_args.bin" not in listed and set(json.loads(files[manifest])) == {"files"}
     assert not any("logps" in name or "kept" in name for files in hub.files for name in files)
     assert all(call["run_as_future"] and call["token"] == SECRET for call in hub.calls)
     assert not list(out.glob(".upload-*"))
