@@ -1,7 +1,7 @@
 """Collects values of each step until the next log: losses, gradient norms, cosine, weights, skipped steps."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,9 @@ class StepLog:
     A step without a finite gradient is skipped and enters no mean. `max_skipped_steps` skips in a row raise an error.
     """
 
-    def __init__(self, accelerator: Accelerator, max_skipped_steps: int):
+    def __init__(self, accelerator: Accelerator, max_skipped_steps: int, check_weights: Callable[[], None]):
         self.accelerator = accelerator
+        self.check_weights = check_weights  # raises if the weights are ruined
         self.max_skipped_steps = max_skipped_steps
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._skipped = 0
@@ -51,6 +52,7 @@ class StepLog:
                 )
 
     def record_skip(self, gramian: Tensor, step: int) -> None:
+        self.check_weights()  # otherwise no later step would have a finite gradient either
         self._skipped += 1
         self._skipped_in_a_row += 1
         norms = "||g_forget|| = {:.3g}, ||g_retain|| = {:.3g}".format(*gramian.diagonal().sqrt().tolist())

@@ -18,12 +18,11 @@ from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.base import Batch, Objective
-from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers import setup
-from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
+from blur_trainer.trainers.callbacks import PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.saving import SavingMixin
@@ -96,6 +95,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         setup.check_objectives(self.objectives, args.precompute_ref_logps)
         check_single_buffer(args, self.rule, self.objectives)
         self._topic_rules = settle_topics(self.objectives, self.rule, forget_dataset, args)
+        check_effect(args, self._topic_rules or [self.rule], any(optimizers), "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
         source = (model, args.model_init_kwargs)
         model = self._load_model(model, args, peft_config)
@@ -106,7 +106,6 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
-        self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
         self.reference = make_reference(model, ref_model, self.objectives, args, source)
         super().__init__(
             model=model,
@@ -116,13 +115,13 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
-            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
+            callbacks=[PairingCallback(), *self.make_frame(args), *(callbacks or [])],
             optimizers=optimizers,
         )
         self._settle_engine(ref_model)
         self._backend: GradientBackend | None = None
         self._window: list[dict[str, Any]] = []
-        self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
+        self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
 
     def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
         """The model to train."""
@@ -222,14 +221,13 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     # ---- beginning and end ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints."""
-        given, fresh = resume_from_checkpoint, self.state.global_step == 0
-        start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
-        self._precompute.resumed_from = start
-        if start is not None:
-            self._load_objectives(start)
-        try:
-            with self.checkpoints.guard():
-                return super().train(start, *args, **kwargs)
-        finally:
-            self.interrupt.restore()
+        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints.
+
+        After SIGINT or SIGTERM it saves a checkpoint and raises [`TrainingInterrupted`]. It raises if no weight has
+        changed, or if the weights are ruined.
+        """
+        with self.running(resume_from_checkpoint) as start:
+            self._precompute.resumed_from = start
+            if start is not None:
+                self._load_objectives(start)
+            return super().train(start, *args, **kwargs)

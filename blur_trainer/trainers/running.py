@@ -1,0 +1,123 @@
+"""A training from the lock on its `output_dir` to its last line: what it resumes, and how it ended."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainerCallback
+
+from blur_trainer.objectives.base import Objective
+from blur_trainer.saving import output_dir as saving
+from blur_trainer.saving.checkpoints import CheckpointCallback, last_complete_checkpoint, resume_point
+from blur_trainer.saving.lock import OutputLock
+from blur_trainer.trainers import ending
+from blur_trainer.trainers.callbacks import InterruptCallback
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.health import HealthCallback
+from blur_trainer.trainers.record import model_record, settings_record
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = get_logger(__name__)
+
+
+class RunningMixin(_Base):
+    """Gives a `Trainer` the frame of its `train()`: [`running`]."""
+
+    args: UnlearningConfig
+    objectives: dict[str, Objective]
+    rule: Any
+    trained: str
+    #: how training ended, for the model card, if it did not end as it should
+    interrupted_at: str | None = None
+    nothing_trained = False
+    _lock: OutputLock | None = None
+    _started_from: Mapping[str, Any] | None = None
+
+    def make_frame(self, args: UnlearningConfig) -> list[TrainerCallback]:
+        """The callbacks that this class needs. Makes `output_dir`, or raises on every process if that is impossible."""
+        saving.agreed(lambda: saving.check_writable(str(args.output_dir)), args.should_save)
+        self.interrupt, self.checkpoints, self.health = InterruptCallback(), CheckpointCallback(), HealthCallback()
+        return [self.interrupt, self.checkpoints, self.health]
+
+    @contextmanager
+    def running(self, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
+        """Context of a training in the locked `output_dir`. Yields the checkpoint to continue from.
+
+        Raises:
+            ValueError: before training, if the folder is in use or the checkpoint is damaged or another training's.
+            FloatingPointError: after it, if the weights are ruined.
+            RuntimeError: after it, if no weight has changed.
+            TrainingInterrupted: after SIGINT or SIGTERM.
+        """
+        given, fresh = resume_from_checkpoint, self.state.global_step == 0
+        self.interrupted_at, self.nothing_trained = None, False
+        start = saving.agreed(lambda: self._start(given, fresh), self.args.should_save)
+        ended = False
+        try:
+            with self.checkpoints.guard():
+                yield start
+            ended = True
+        finally:
+            self.interrupt.restore()
+            if self._lock is not None:
+                self._lock.release(remove=ended)
+        self._end()
+
+    def _start(self, given: str | bool | None, fresh: bool) -> str | None:
+        """On the writing process: takes the lock, and finds out where training starts."""
+        folder = str(self.args.output_dir)
+        saving.check_writable(folder)
+        self._lock = OutputLock()
+        broke_off = self._lock.acquire(folder)
+        try:
+            self.checkpoints.record = record = self._record()
+            return resume_point(folder, given, fresh, broke_off, record)
+        except (OSError, ValueError):
+            self._lock.release(remove=not broke_off)
+            raise
+
+    def _record(self) -> Mapping[str, Any]:
+        """What this training is made of; the model is as it was before the first training of this trainer."""
+        if self._started_from is None:
+            self._started_from = model_record(self.model)
+        parts = {f"{role}_objective": objective for role, objective in self.objectives.items()}
+        parts |= {"rule": self.rule, "trained parameters": self.trained}
+        return settings_record(self.args, self.train_dataset, parts, self.accelerator.num_processes, self._started_from)
+
+    def check_weights(self) -> None:
+        """Raises `FloatingPointError` if training has ruined the weights: before anything is saved or deleted."""
+        fault = self.health.fault(self.model)
+        if fault is None:
+            return
+        try:
+            good = f"The last good checkpoint is {last_complete_checkpoint(str(self.args.output_dir))!r}"
+        except ValueError:
+            good = "No checkpoint was saved before"
+        raise FloatingPointError(
+            f"Training has ruined the model: after step {self.state.global_step} {fault}. It is not saved. {good}. "
+            "Lower `learning_rate` or the rule's weights, or choose a bounded forget objective (`npo` instead of "
+            "`grad_ascent`)."
+        )
+
+    def _end(self) -> None:
+        """Says how training ended, if it did not end as it should."""
+        state = self.state
+        self.check_weights()
+        if self.interrupt.interrupted:
+            self.interrupted_at = f"Interrupted at step {state.global_step} of {state.max_steps}"
+            message = f"{self.interrupted_at}. Continue with `resume_from_checkpoint=True` and the same arguments."
+            logger.warning(message)
+            raise ending.TrainingInterrupted(message, self.interrupt.number)
+        self.nothing_trained = not self.health.finished and not self.health.moved(self.model)
+        if self.nothing_trained:
+            rate, first = self.args.learning_rate, self.health.first_step
+            raise RuntimeError(ending.nothing_trained(state, first, rate, self.model))
+        best = state.best_global_step if self.args.load_best_model_at_end else None
+        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        for line in ending.last_words(state, self.objectives, vocabulary, best):
+            logger.warning(line)
