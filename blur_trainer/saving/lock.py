@@ -27,11 +27,13 @@ class OutputLock:
     """The lock of one trainer on its `output_dir`."""
 
     def __init__(self) -> None:
+        #: a training in that folder was killed or failed before
+        self.broke_off = False
         self._path: Path | None = None
         self._descriptor = -1
 
-    def acquire(self, output_dir: str) -> bool:
-        """Takes the lock of an existing folder. Returns whether a training there was killed or failed before.
+    def acquire(self, output_dir: str) -> None:
+        """Takes the lock of an existing folder.
 
         Raises:
             ValueError: another process, or another trainer of this one, trains there.
@@ -48,12 +50,11 @@ class OutputLock:
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
             os.close(descriptor)  # the other training ended and removed the file just now
-        self._path, self._descriptor = path, descriptor
+        self._path, self._descriptor, self.broke_off = path, descriptor, left
         _held.add(descriptor)
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode())
-        return left
 
     def release(self, remove: bool) -> None:
         """Gives the lock back, if it is held. `remove`: the training did not break off, so no trace stays."""

@@ -79,7 +79,7 @@ def _checksums(path: Path, names: Iterable[str]) -> dict[str, str]:
 
     def checksum(name: str) -> str:
         with (path / name).open("rb") as file:
-            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
     names = list(names)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -53,9 +53,9 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
     except TrainingInterrupted as error:
-        message = f"{trainer.interrupted_at}. Go on with --resume_from_checkpoint True and the same arguments."
-        PartialState().print(message, file=sys.stderr)
-        raise TrainingInterrupted(message, error.signal) from None
+        remedy = "Go on with --resume_from_checkpoint True and the same arguments."
+        PartialState().print(f"{error.where}. {remedy}", file=sys.stderr)
+        raise TrainingInterrupted(error.where, remedy, error.signal) from None
     trainer.save_model()
     trainer.save_state()
     return trainer

@@ -46,7 +46,7 @@ def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: b
 
 
 def _weightless(rule: Rule, retain: bool) -> tuple[bool, str]:
-    names = _WEIGHTS.get(type(rule), ())
+    names: tuple[str, ...] = _WEIGHTS.get(type(rule), ())
     if isinstance(rule, Sum) and not retain:
         names = names[:1]
     zero = bool(names) and all(getattr(rule, name) == 0 for name in names)

@@ -25,11 +25,16 @@ class TrainingInterrupted(SystemExit):
     """Ends a script after SIGINT or SIGTERM, with the exit code that a shell gives them: 130 or 143.
 
     A checkpoint has been saved. Catch it to go on in the same process.
+
+    Args:
+        where: the step.
+        remedy: how to continue.
+        number: of the signal.
     """
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = signal.Signals(number)
+    def __init__(self, where: str, remedy: str, number: int):
+        super().__init__(f"{where}. {remedy}")
+        self.where, self.signal = where, signal.Signals(number)
         self.code = 128 + number
 
 

@@ -129,10 +129,10 @@ def _update(digest: Any, array: pa.Array) -> None:
         for field in array.type:
             _update(digest, array.field(field.name))
     elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        digest.update(np.asarray(array.value_lengths().fill_null(-1), dtype=np.int64))
+        digest.update(np.asarray(array.value_lengths().fill_null(-1)).astype(np.int64).tobytes())
         _update(digest, array.flatten())
     elif pa.types.is_integer(array.type) and not array.null_count:
-        digest.update(np.asarray(array).astype(np.int64))
+        digest.update(np.asarray(array).astype(np.int64).tobytes())
     else:
         digest.update(repr(array.to_pylist()).encode())
 

@@ -35,7 +35,6 @@ class RunningMixin(_Base):
     #: how training ended, for the model card, if it did not end as it should
     interrupted_at: str | None = None
     nothing_trained = False
-    _lock: OutputLock | None = None
     _started_from: Mapping[str, Any] | None = None
 
     def make_frame(self, args: UnlearningConfig) -> list[TrainerCallback]:
@@ -56,42 +55,39 @@ class RunningMixin(_Base):
         """
         given, fresh = resume_from_checkpoint, self.state.global_step == 0
         self.interrupted_at, self.nothing_trained = None, False
-        start = saving.agreed(lambda: self._start(given, fresh), self.args.should_save)
-        ended = False
+        lock, begun, ended = OutputLock(), False, False
         try:
+            start = saving.agreed(lambda: self._start(lock, given, fresh), self.args.should_save)
+            begun = True
             with self.checkpoints.guard():
                 yield start
             ended = True
         finally:
             self.interrupt.restore()
-            if self._lock is not None:
-                self._lock.release(remove=ended)
+            lock.release(remove=ended or not (begun or lock.broke_off))
         self._end()
 
-    def _start(self, given: str | bool | None, fresh: bool) -> str | None:
+    def _start(self, lock: OutputLock, given: str | bool | None, fresh: bool) -> str | None:
         """On the writing process: takes the lock, and finds out where training starts."""
         folder = str(self.args.output_dir)
         saving.check_writable(folder)
-        self._lock = OutputLock()
-        broke_off = self._lock.acquire(folder)
-        try:
-            self.checkpoints.record = record = self._record()
-            return resume_point(folder, given, fresh, broke_off, record)
-        except (OSError, ValueError):
-            self._lock.release(remove=not broke_off)
-            raise
+        lock.acquire(folder)
+        self.checkpoints.record = record = self._record()
+        return resume_point(folder, given, fresh, lock.broke_off, record)
 
     def _record(self) -> Mapping[str, Any]:
         """What this training is made of; the model is as it was before the first training of this trainer."""
+        model: Any = self.model
         if self._started_from is None:
-            self._started_from = model_record(self.model)
-        parts = {f"{role}_objective": objective for role, objective in self.objectives.items()}
+            self._started_from = model_record(model)
+        parts: dict[str, Any] = {f"{role}_objective": objective for role, objective in self.objectives.items()}
         parts |= {"rule": self.rule, "trained parameters": self.trained}
         return settings_record(self.args, self.train_dataset, parts, self.accelerator.num_processes, self._started_from)
 
     def check_weights(self) -> None:
         """Raises `FloatingPointError` if training has ruined the weights: before anything is saved or deleted."""
-        fault = self.health.fault(self.model)
+        model: Any = self.model
+        fault = self.health.fault(model)
         if fault is None:
             return
         try:
@@ -107,17 +103,20 @@ class RunningMixin(_Base):
     def _end(self) -> None:
         """Says how training ended, if it did not end as it should."""
         state = self.state
+        model: Any = self.model
         self.check_weights()
         if self.interrupt.interrupted:
-            self.interrupted_at = f"Interrupted at step {state.global_step} of {state.max_steps}"
-            message = f"{self.interrupted_at}. Continue with `resume_from_checkpoint=True` and the same arguments."
-            logger.warning(message)
-            raise ending.TrainingInterrupted(message, self.interrupt.number)
-        self.nothing_trained = not self.health.finished and not self.health.moved(self.model)
+            where = f"Interrupted at step {state.global_step} of {state.max_steps}"
+            self.interrupted_at = where if state.global_step < state.max_steps else None
+            remedy = "Continue with `resume_from_checkpoint=True` and the same arguments."
+            interruption = ending.TrainingInterrupted(where, remedy, self.interrupt.number)
+            logger.warning(str(interruption))
+            raise interruption
+        self.nothing_trained = not self.health.finished and not self.health.moved(model)
         if self.nothing_trained:
             rate, first = self.args.learning_rate, self.health.first_step
-            raise RuntimeError(ending.nothing_trained(state, first, rate, self.model))
+            raise RuntimeError(ending.nothing_trained(state, first, rate, model))
         best = state.best_global_step if self.args.load_best_model_at_end else None
-        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        vocabulary = self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
         for line in ending.last_words(state, self.objectives, vocabulary, best):
             logger.warning(line)
