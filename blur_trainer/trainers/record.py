@@ -6,6 +6,7 @@ changed by hand may not.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -146,6 +147,8 @@ def _weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
         if shard.is_meta or hasattr(shard, "__tensor_flatten__"):  # quantized tensors have no plain numbers
             continue
         flat = shard.reshape(-1)
-        step = (flat.numel() // _SAMPLE) | 1  # odd, so that it goes through all columns
+        step, columns = max(1, flat.numel() // _SAMPLE), (1, *partition_shape(parameter))[-1]
+        while math.gcd(step, columns) > 1:  # so that it goes through all columns
+            step += 1
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
