@@ -30,6 +30,8 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._previous:  # another attempt with a smaller batch (`auto_find_batch_size`): remember what came
+            return
         self.interrupted = False
         if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
             for number in (signal.SIGINT, signal.SIGTERM):

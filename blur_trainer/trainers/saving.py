@@ -16,6 +16,7 @@ from blur_trainer.saving.checkpoints import CheckpointCallback
 from blur_trainer.trainers.card import sets_info, settings_info
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.schedule_free import to_averaged_point
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -69,6 +70,7 @@ class SavingMixin(_Base):
 
     def _write_model(self, folder: str, resumable: bool) -> None:
         """Writes weights, configuration and tokenizer. `resumable`: where Trainer's resuming finds them."""
+        to_averaged_point(self.optimizer)
         super().save_model(folder, _internal_call=True)
 
     def save_state(self) -> None:
