@@ -36,11 +36,6 @@ def check_unknown(trainer: type, unknown: Mapping[str, Any]) -> None:
 
 def check_settings(args: TrainingArguments) -> None:
     """Raises `ValueError` for settings of `TrainingArguments` that cannot work here."""
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "`enable_jit_checkpoint=True`: leave it off. SIGTERM is caught anyway: the step is finished, a checkpoint "
-            "is saved and the training stops."
-        )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "`train_sampling_strategy='batch_rebalance'` balances the lengths of single examples, and each batch here "
@@ -75,10 +70,12 @@ def shared_settings(args: TrainingArguments) -> dict[str, Any]:
 
     Raises `ValueError` if a setting of that library's own is not at its default: nothing is dropped in silence.
     """
-    ours = {f.name for f in fields(TrainingArguments)} | set(_SHARED)
+    base = {f.name for f in fields(TrainingArguments)}
+    taken = {f.name: getattr(args, f.name) for f in fields(type(args)) if f.init and f.name in base | set(_SHARED)}
+    default = type(args)(**{name: value for name, value in taken.items() if name in base})
     for f in fields(type(args)):
         value = getattr(args, f.name)
-        if f.name in ours or value == _default(f):
+        if f.name in taken or f.name in base or value == getattr(default, f.name):
             continue
         instead = _INSTEAD.get(f.name, "").format(value=value)
         raise ValueError(
@@ -86,7 +83,7 @@ def shared_settings(args: TrainingArguments) -> dict[str, Any]:
             "`UnlearningConfig` or a preset of it"
             + (f", with {instead}." if instead else ", or leave it at its default.")
         )
-    return {f.name: getattr(args, f.name) for f in fields(type(args)) if f.init and f.name in ours}
+    return taken
 
 
 def _default(f: Field) -> Any:

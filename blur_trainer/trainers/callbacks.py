@@ -59,7 +59,8 @@ class InterruptCallback(TrainerCallback):
     def restore(self) -> None:
         """Restores the signal handlers. The trainer also calls it after an exception, which triggers no event."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._remember:  # `enable_jit_checkpoint` has restored its own by then
+                signal.signal(number, handler)
         self._previous.clear()
 
 

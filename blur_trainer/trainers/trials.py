@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from blur_trainer.data.grouping import GroupedDataset
+from blur_trainer.data.pairing import PairedIterableDataset
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.rules import Rule
@@ -110,6 +111,8 @@ class TrialMixin(_Base):
             loader: Any = super().get_train_dataloader()
         if isinstance(dataset, TopicDataset):
             dataset.resize(loader.total_batch_size * self.args.gradient_accumulation_steps)
+        elif isinstance(dataset, PairedIterableDataset):
+            dataset.block = loader.batch_size * self.accelerator.num_processes
         if self.args.dataloader_persistent_workers:
             # Workers that stay alive draw their seeds once. From the global generator, a resumed training would draw
             # another time, and its dropout would differ.
