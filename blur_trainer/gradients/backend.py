@@ -37,11 +37,23 @@ class GradientBackend:
         self.model = model
         self.offload_forget_gradient = offload_forget_gradient
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._trainable = self._flags()
         self.slots: dict[str, Gradients] = {}
         # With DDP, `.grad` can be a view of a communication bucket, which the next pass overwrites. Then copy it.
         self._grads_are_views = any(
             isinstance(module, DistributedDataParallel) and module.gradient_as_bucket_view for module in model.modules()
         )
+
+    def _flags(self) -> list[bool]:
+        return [p.requires_grad for p in self.model.parameters()]
+
+    def changed(self) -> list[str]:
+        """The names of parameters that were frozen or unfrozen since. If there are any, a new backend is needed."""
+        flags = self._flags()
+        if flags == self._trainable:
+            return []
+        names = [name for name, _ in self.model.named_parameters()]
+        return [name for name, *both in zip_longest(names, flags, self._trainable) if both[0] != both[1]]
 
     # ---- the life of a gradient ----
 

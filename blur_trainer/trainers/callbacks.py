@@ -35,6 +35,8 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._previous:  # another attempt with a smaller batch (`auto_find_batch_size`): remember what came
+            return
         self.number = 0
         if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,7 +63,8 @@ class InterruptCallback(TrainerCallback):
     def restore(self) -> None:
         """Restores the signal handlers. The trainer also calls it after an exception, which triggers no event."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._remember:  # `enable_jit_checkpoint` has restored its own by then
+                signal.signal(number, handler)
         self._previous.clear()
 
 

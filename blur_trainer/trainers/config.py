@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
@@ -160,9 +161,17 @@ class UnlearningConfig(TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearningConfig":
-        """Makes this class from a plain `TrainingArguments` or another preset, with the same settings."""
-        own = {f.name for f in fields(cls) if f.init}
-        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
+        """
+        Makes this class from a plain `TrainingArguments` or another preset, with the same settings.
+
+        A preset whose defaults are another method's raises `TypeError`, a setting of another library's config that
+        means nothing here `ValueError`.
+        """
+        if isinstance(args, UnlearningConfig):
+            check_defaults(cls, args)
+            own = {f.name for f in fields(cls) if f.init}
+            return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
+        return cls(**shared_settings(args))
 
 
 def _build(what: str, name: str, table: dict[str, type], kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 import math
 import signal
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from transformers import TrainerState
@@ -38,10 +37,9 @@ class TrainingInterrupted(SystemExit):
         self.code = 128 + number
 
 
-def nothing_trained(state: TrainerState, first_step: int, learning_rate: float, model: nn.Module) -> str:
-    """The message where the steps since `first_step` have changed no weight."""
-    steps = state.global_step - first_step
-    if 0 < steps <= _skipped(state.log_history):
+def nothing_trained(steps: int, skipped: int, learning_rate: float, model: nn.Module) -> str:
+    """The message where no step has changed a weight."""
+    if 0 < steps <= skipped:
         why = "all of them were skipped, as their gradient was not finite; see the warnings above."
     else:
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
@@ -84,11 +82,7 @@ def last_words(
             f"The forget loss has not moved ({forget[0]:.6g} in the first log, {forget[-1]:.6g} in the last): probably "
             "nothing was forgotten."
         )
-    skipped = _skipped(history)
+    skipped = sum(entry.get("grad/skipped", 0) for entry in history)
     if skipped > MANY_SKIPPED * state.global_step:
         lines.append(f"{skipped:g} of {state.global_step} steps were skipped, as their gradient was not finite.")
     return lines
-
-
-def _skipped(history: list[dict[str, Any]]) -> float:
-    return sum(entry.get("grad/skipped", 0) for entry in history)

@@ -16,6 +16,7 @@ from blur_trainer.trainers.callbacks import InterruptCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.health import HealthCallback
 from blur_trainer.trainers.record import model_record, settings_record
+from blur_trainer.trainers.step_log import StepLog
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -31,6 +32,7 @@ class RunningMixin(_Base):
     args: UnlearningConfig
     objectives: dict[str, Objective]
     rule: Any
+    step_log: StepLog
     trained: str
     #: how training ended, for the model card, if it did not end as it should
     interrupted_at: str | None = None
@@ -114,8 +116,8 @@ class RunningMixin(_Base):
             raise interruption
         self.nothing_trained = not self.health.finished and not self.health.moved(model)
         if self.nothing_trained:
-            rate, first = self.args.learning_rate, self.health.first_step
-            raise RuntimeError(ending.nothing_trained(state, first, rate, model))
+            steps = state.global_step - self.health.first_step
+            raise RuntimeError(ending.nothing_trained(steps, self.step_log.skipped, self.args.learning_rate, model))
         best = state.best_global_step if self.args.load_best_model_at_end else None
         vocabulary = self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
         for line in ending.last_words(state, self.objectives, vocabulary, best):

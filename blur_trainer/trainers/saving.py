@@ -13,6 +13,7 @@ from blur_trainer.saving import output_dir as saving
 from blur_trainer.trainers.card import sets_info, settings_info
 from blur_trainer.trainers.loading import whole_state
 from blur_trainer.trainers.running import RunningMixin
+from blur_trainer.trainers.schedule_free import to_averaged_point
 
 
 class SavingMixin(RunningMixin):
@@ -61,6 +62,7 @@ class SavingMixin(RunningMixin):
 
     def _write_model(self, folder: str, resumable: bool) -> None:
         """Writes weights, configuration and tokenizer. `resumable`: where Trainer's resuming finds them."""
+        to_averaged_point(self.optimizer)
         super().save_model(folder, _internal_call=True)
 
     def save_state(self) -> None:
