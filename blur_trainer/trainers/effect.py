@@ -13,7 +13,7 @@ _WEIGHTS: dict[type, tuple[str, str]] = {BLUR: ("gamma", "alpha"), Sum: ("forget
 
 
 def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: bool, retain: bool) -> None:
-    """Raises `ValueError` if no step would be taken, or no step would change a weight.
+    """Raises `ValueError` if no step would change a weight. (`trainers.ranges`: if there is no step.)
 
     Args:
         args: of the trainer.
@@ -21,36 +21,18 @@ def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: b
         own_optimizer: the user's, which has its own learning rate.
         retain: whether there is a retain set.
     """
-    idle: list[tuple[bool, str, str]] = [
-        (args.max_steps == 0, "`max_steps=0` takes no step", "pass a positive number, or -1 for whole epochs"),
-        (
-            args.max_steps < 0 and args.num_train_epochs <= 0,
-            f"`num_train_epochs={args.num_train_epochs}` takes no step",
-            "pass a positive number",
-        ),
-        (
-            args.gradient_accumulation_steps < 1,
-            f"`gradient_accumulation_steps={args.gradient_accumulation_steps}` takes no batch",
-            "pass 1 or more",
-        ),
-        (
-            args.learning_rate == 0 and not own_optimizer,
-            f"`learning_rate={args.learning_rate}` changes no weight",
-            "pass a positive number",
-        ),
-        *((*_weightless(rule, retain), "give one of them a positive weight") for rule in rules),
-    ]
-    for present, what, remedy in idle:
-        if present:
-            raise ValueError(f"Nothing would be trained: {what}; {remedy}.")
+    idle = [f"the rule {rule} gives no gradient a weight" for rule in rules if _weightless(rule, retain)]
+    if args.learning_rate == 0 and not own_optimizer:
+        idle.append("`learning_rate` is 0")
+    if idle:
+        raise ValueError(f"Nothing would be trained: {idle[0]}. Pass a positive number.")
 
 
-def _weightless(rule: Rule, retain: bool) -> tuple[bool, str]:
+def _weightless(rule: Rule, retain: bool) -> bool:
     names: tuple[str, ...] = _WEIGHTS.get(type(rule), ())
     if isinstance(rule, Sum) and not retain:
         names = names[:1]
-    zero = bool(names) and all(getattr(rule, name) == 0 for name in names)
-    return zero, f"the rule {rule} gives no gradient a weight"
+    return bool(names) and all(getattr(rule, name) == 0 for name in names)
 
 
 def check_batches(args: UnlearningConfig, forget: Any) -> None:

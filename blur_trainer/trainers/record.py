@@ -30,7 +30,7 @@ from blur_trainer.trainers.health import local_shard
 _FIXED = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
     *("dataloader_drop_last", "topics", "learning_rate", "optim", "optim_args", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "chat_template_date"),
 )
 #: These take effect from the checkpoint on.
 _FREE = (
@@ -55,7 +55,7 @@ def settings_record(
         processes: the number of processes of the launch.
         model: the model's part of the record.
     """
-    fixed = {f"`{name}`": describe(getattr(args, name)) for name in _FIXED}
+    fixed = {f"`{name}`": describe(getattr(args, name)) for name in _FIXED if hasattr(args, name)}
     fixed |= {f"`{name}`": describe(part) for name, part in parts.items()}
     fixed |= {name: _set(dataset, role) for name, role in zip(SETS, ROLES, strict=True)}
     fixed |= {"the number of processes": processes}

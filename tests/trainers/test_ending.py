@@ -33,26 +33,33 @@ def make(folder, rule=None, callbacks=None, forget=FORGET, model=None, optimizer
 # ---- what would train nothing ----
 
 
-NOTHING = {
-    "no epoch": ({"max_steps": -1, "num_train_epochs": 0}, None, "num_train_epochs=0"),
-    "less than none": ({"max_steps": -1, "num_train_epochs": -1}, None, "num_train_epochs=-1"),
-    "no step": ({"max_steps": 0}, None, "max_steps=0"),
-    "no rate": ({"learning_rate": 0.0}, None, "learning_rate=0.0"),
-    "no rate, warm-up": ({"learning_rate": 0.0, "warmup_steps": 3}, None, "learning_rate=0.0"),
-    "no accumulation": ({"gradient_accumulation_steps": -1}, None, "gradient_accumulation_steps=-1"),
-    "BLUR without weights": ({}, BLUR(gamma=0.0, alpha=0.0), "BLUR(lower_level='forget', gamma=0.0, alpha=0.0"),
-    "sum without weights": ({}, Sum(0.0, 0.0), "Sum(forget_weight=0.0, retain_weight=0.0)"),
-}
-
-
 def test_settings_that_train_nothing_are_refused_by_name(tmp_path):
-    def refused(config, rule, words):
-        args = settings(tmp_path / "run", **({"max_steps": 1} | config))
+    def refused(words, rule=None, **config):
+        args = settings(tmp_path / "run", **config)
         with pytest.raises(ValueError, match="Nothing would be trained") as raised:
             check_effect(args, [PCGrad(), rule or BLUR()], own_optimizer=False, retain=True)
         assert words in str(raised.value) and "\n" not in str(raised.value)
 
-    every(NOTHING, refused)
+    refused("`learning_rate` is 0", learning_rate=0.0)
+    refused("`learning_rate` is 0", learning_rate=0.0, warmup_steps=3)
+    refused("BLUR(lower_level='forget', gamma=0.0, alpha=0.0", BLUR(gamma=0.0, alpha=0.0))
+    refused("Sum(forget_weight=0.0, retain_weight=0.0) gives no gradient a weight", Sum(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_train_epochs": 0},
+        {"num_train_epochs": -1},
+        {"max_steps": 0},
+        {"gradient_accumulation_steps": -1},
+    ],
+    ids=str,
+)
+def test_settings_without_a_step_are_refused_when_they_are_made(config, tmp_path):
+    with pytest.raises(ValueError, match=f"`{next(iter(config))}` must be"):
+        settings(tmp_path / "run", **config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_trainer_refuses_them_before_it_makes_a_folder(tmp_path):
@@ -66,13 +73,13 @@ def test_the_trainer_refuses_them_before_it_makes_a_folder(tmp_path):
 
 def test_settings_that_train_something_are_not(tmp_path):
     def accepted(config, rule=None, own_optimizer=False, retain=True):
-        args = settings(tmp_path / "run", **({"max_steps": 1} | config))
+        args = settings(tmp_path / "run", **config)
         check_effect(args, [rule or BLUR()], own_optimizer, retain)
         check_batches(args, BLURTrainer)  # no dataset: of unknown length
 
     cases = {
-        "steps instead of epochs": ({"num_train_epochs": 0},),
-        "a part of an epoch": ({"max_steps": -1, "num_train_epochs": 0.1},),
+        "steps instead of epochs": ({"num_train_epochs": 0, "max_steps": 1},),
+        "a part of an epoch": ({"num_train_epochs": 0.1},),
         "own optimizer": ({"learning_rate": 0.0}, None, True),
         "one weight": ({}, Sum(0.0, 1.0)),
         "the other": ({}, BLUR(gamma=0.0)),
