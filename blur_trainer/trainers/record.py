@@ -1,6 +1,6 @@
 """What a training is made of: settings, data, model and adapter as plain values, see `saving.run_record`.
 
-The sets are digested whole (row by row in their order, about a gigabyte of tokens a second), the model by a sample of
+The sets are digested whole (row by row in their order, some ten million tokens a second), the model by a sample of
 each tensor: another model, or the same one in another precision, differs there; a model in which single numbers were
 changed by hand may not.
 """
