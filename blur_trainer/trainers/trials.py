@@ -116,7 +116,7 @@ class TrialMixin(_Base):
         if self.args.dataloader_persistent_workers:
             # Workers that stay alive draw their seeds once. From the global generator, a resumed training would draw
             # another time, and its dropout would differ.
-            loader.generator = torch.Generator().manual_seed(self.args.seed)
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def _begin_anew(self) -> None:
