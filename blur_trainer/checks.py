@@ -27,7 +27,7 @@ def check_fields(
         TypeError: a value is not of the annotated type. `True` is no number, and 1 is not `True`.
         ValueError: a number is NaN or out of its range, or a text is none of those that a `Literal` lists.
     """
-    for name, kinds in _scalar_fields(type(settings)).items():
+    for name, kinds in _scalar_fields(settings.__class__).items():
         if name not in skipped:
             check_value(name, getattr(settings, name), kinds, (ranges or {}).get(name), owner)
 
