@@ -204,7 +204,7 @@ class Stage3(_Sharded):
 
     def _empty(self) -> None:
         if len(self.slots) < len(ROLES):  # after both passes `_put` overwrites every partition and `write` empties it
-            sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
+            sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]  # type: ignore[attr-defined]
             zeros = torch.zeros(max(sizes), device="cpu" if self._on_cpu else self.accelerator.device)
             for parameter, size in zip(self.parameters, sizes, strict=True):
                 safe_set_local_grad(parameter, zeros.narrow(0, 0, size))
