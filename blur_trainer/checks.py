@@ -1,5 +1,6 @@
 """Checks of settings: of their types, as the fields of a dataclass are annotated, and of their ranges."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -26,7 +27,7 @@ def check_fields(
         TypeError: a value is not of the annotated type. `True` is no number, and 1 is not `True`.
         ValueError: a number is NaN or out of its range, or a text is none of those that a `Literal` lists.
     """
-    for name, kinds in _scalar_fields(type(settings)).items():
+    for name, kinds in _scalar_fields(settings.__class__).items():
         if name not in skipped:
             check_value(name, getattr(settings, name), kinds, (ranges or {}).get(name), owner)
 
@@ -42,7 +43,7 @@ def check_value(name: str, value: Any, kinds: Sequence[Any], interval: str | Non
         raise error(f"{what} must be {' or '.join(accepted)}, got {value!r}.{_advice(value, kinds)}")
     interval = interval or "[-inf, inf]"  # NaN is in none
     if isinstance(value, Real) and not isinstance(value, bool) and not within(value, interval):
-        raise ValueError(f"{what} must be {in_words(interval)}, got {value!r}.")
+        raise ValueError(f"{what} must be {in_words(interval, value)}, got {value!r}.")
 
 
 def within(value: Any, interval: str) -> bool:
@@ -52,12 +53,12 @@ def within(value: Any, interval: str) -> bool:
     return bool(above and (value <= high if interval[-1] == "]" else value < high))
 
 
-def in_words(interval: str) -> str:
-    """`"[0, 1)"` -> `"a number of at least 0 and below 1"`."""
+def in_words(interval: str, value: Any) -> str:
+    """`"[0, 1)"` -> `"a number of at least 0 and below 1"`; for a `value` that is not in it."""
     low, high = (end.strip() for end in interval[1:-1].split(","))
     ends = [f"{'of at least' if interval[0] == '[' else 'above'} {low}"] * (low != "-inf")
     ends += [f"{'of at most' if interval[-1] == ']' else 'below'} {high}"] * (high != "inf")
-    finite = "finite " if interval.startswith("(-inf") or interval.endswith("inf)") else ""
+    finite = "finite " if math.isinf(value) else ""
     return " ".join([f"a {finite}number", *([" and ".join(ends)] * bool(ends))])
 
 
@@ -69,14 +70,14 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _advice(value: Any, kinds: tuple[Any, ...]) -> str:
+def _advice(value: Any, kinds: Sequence[Any]) -> str:
     if not isinstance(value, str) or not {int, float, bool} & set(kinds):
         return ""
     return " It is a text: leave the quotes out. (YAML reads 1e-5 as a text: write 1.0e-5.)"
 
 
 @cache
-def _scalar_fields(settings: type) -> dict[str, tuple[Any, ...]]:
+def _scalar_fields(settings: Any) -> dict[str, tuple[Any, ...]]:
     """The fields that can be checked by their annotation alone, and the types that each may have."""
     hints, found = get_type_hints(settings), {}
     for name in (field.name for field in fields(settings)):

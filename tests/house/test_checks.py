@@ -46,7 +46,7 @@ WRONG = [
     ({"rate": float("nan")}, ValueError, "`rate` must be a number, got nan."),
     ({"count": 1.0}, TypeError, "`count` must be a whole number, got 1.0."),
     ({"count": True}, TypeError, "`count` must be a whole number, got True."),
-    ({"count": 0}, ValueError, "`count` must be a finite number of at least 1, got 0."),
+    ({"count": 0}, ValueError, "`count` must be a number of at least 1, got 0."),
     ({"share": 1.0}, ValueError, "`share` must be a number of at least 0 and below 1, got 1.0."),
     ({"share": "x"}, TypeError, "`share` must be a number or None, got 'x'."),
     ({"on": "False"}, TypeError, "`on` must be True or False, got 'False'."),

@@ -91,9 +91,9 @@ def test_each_row_goes_to_the_vector_of_its_topic():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"layer": -1}, "`layer` must be a finite number of at least 0, got -1"),
+        ({"layer": -1}, "`layer` must be a number of at least 0, got -1"),
         ({"layer": "7"}, "`layer` must be a whole number, got '7'"),
-        ({"coefficient": 0}, "`coefficient` must be a finite number above 0"),
+        ({"coefficient": 0}, "`coefficient` must be a number above 0"),
         ({"coefficient": {"a": 1.0}}, r"`coefficient` has \['a'\], and not 'forget'"),
         ({"topics": ("a", "a")}, "different names"),
         ({"topics": ()}, "at least one"),
