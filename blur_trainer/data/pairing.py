@@ -125,16 +125,18 @@ class PairedIterableDataset(IterableDataset):
     A stream is read in its own order (`datasets.IterableDataset.shuffle` gives a new one per epoch). A retain stream
     starts again in each epoch. A dataset with indices is permuted by (seed, epoch).
 
-    Several dataloader workers divide the indices of a dataset among them. A `datasets.IterableDataset` divides its
+    Several dataloader workers divide the indices of a dataset among them, the forget set's by whole batches of `block`
+    examples: then they make as many batches as one would. A `datasets.IterableDataset` divides its
     shards itself; a `torch.utils.data.IterableDataset` must do so too (see its documentation).
 
     Args:
         forget (dataset or stream): Forget examples.
         retain (dataset or stream, *optional*): Retain examples. `None`: items hold `"forget"` only.
         seed (`int`, *optional*, defaults to `0`): Seed of the pairing, >= 0.
+        block (`int`, *optional*, defaults to `1`): Examples in one batch of all processes.
     """
 
-    def __init__(self, forget: Any, retain: Any | None = None, seed: int = 0) -> None:
+    def __init__(self, forget: Any, retain: Any | None = None, seed: int = 0, block: int = 1) -> None:
         _check(forget, "forget")
         if retain is not None:
             _check(retain, "retain")
@@ -142,6 +144,7 @@ class PairedIterableDataset(IterableDataset):
         self.forget = forget
         self.retain = retain
         self.seed = seed
+        self.block = block
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -175,9 +178,11 @@ class PairedIterableDataset(IterableDataset):
             yield from dataset
             return
         worker = get_worker_info()
-        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index in permutation(len(dataset), self.seed, role, self.epoch, cycle)[start::step]:
-            yield dataset[int(index)]
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        block = self.block if role == 0 else 1
+        for position, index in enumerate(permutation(len(dataset), self.seed, role, self.epoch, cycle)):
+            if position // block % workers == first:
+                yield dataset[int(index)]
 
     def _endless_retain(self) -> Iterator[Any]:
         for cycle in itertools.count():

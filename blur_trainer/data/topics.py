@@ -58,11 +58,17 @@ class TopicDataset(Dataset):
             check_map_style(self.forget_by_topic[topic], f"forget ({topic})")
             if self.retain_by_topic[topic] is not None:
                 check_map_style(self.retain_by_topic[topic], f"retain ({topic})")
-        self.block, self.seed = block, seed
-        self.rounds = self._rounds(steps, repeat)
+        self.seed = seed
+        self._steps, self._repeat = steps, repeat
+        self.resize(block)
         # in shared memory, as in `PairedDataset`: persistent workers must see the new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    def resize(self, block: int) -> None:
+        """Chooses the examples of an optimizer step anew: with `auto_find_batch_size` they are found out late."""
+        self.block = block
+        self.rounds = self._rounds(self._steps, self._repeat)
 
     def _rounds(self, steps: int | None, repeat: bool) -> int:
         """Steps of each topic in one epoch."""

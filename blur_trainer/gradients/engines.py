@@ -1,6 +1,6 @@
 """Chooses the backend for the running engine. Unsupported engines raise: a wrong gradient would go unnoticed."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -82,3 +82,19 @@ def choose_backend(
             "and let FSDP2 or ZeRO-3 shard it."
         )
     return GradientBackend(accelerator, model, offload_forget_gradient)
+
+
+def check_unchanged(accelerator: Accelerator, model: nn.Module, changed: list[str], optimizer: Any) -> None:
+    """Raises if parameters that were frozen or unfrozen during training cannot be followed."""
+    names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    if accelerator.distributed_type != DistributedType.NO:
+        raise NotImplementedError(
+            f"{names} was frozen or unfrozen during training. Under {accelerator.distributed_type.value} only what was "
+            "trainable before the first step is reduced over the processes: choose it before `train()`."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(p.requires_grad and id(p) not in held for name, p in model.named_parameters() if name in changed):
+        raise ValueError(
+            f"{names} was unfrozen during training, and the optimizer does not hold it: call "
+            "`optimizer.add_param_group`, or pass `optimizers` that hold it from the beginning."
+        )

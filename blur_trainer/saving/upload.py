@@ -23,7 +23,7 @@ from transformers.utils import (
 )
 
 from blur_trainer.file_names import file_name
-from blur_trainer.saving.checkpoints import MANIFEST_NAME
+from blur_trainer.saving.manifest import MANIFEST_NAME
 from blur_trainer.saving.output_dir import ASSISTANT
 
 _ADAPTER = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)

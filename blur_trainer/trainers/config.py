@@ -1,7 +1,6 @@
 """The arguments of the unlearning trainers. Builds objectives and rule from the names on a command line."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,12 +9,12 @@ from transformers import TrainingArguments
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.hidden_tokens import HiddenTokens
+from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
-#: what may be set per topic
-_TOPIC_SETTINGS = ("alpha", "coefficient", "max_length")
 #: rule -> config fields that are its arguments
 _RULE_FIELDS = {
     "blur": ("lower_level", "gamma", "alpha", "clamp"),
@@ -138,19 +137,16 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs", "topics"):
             setattr(self, name, _parse_dict(name, getattr(self, name)))
+        check_settings(self)
         self.remove_unused_columns = False  # batches are nested; the collator selects the columns
         prepare_cpu_engine(self)
         super().__post_init__()
         join_cpu_processes(self)
-        if self.max_skipped_steps < 1:
-            raise ValueError(f"`max_skipped_steps` must be at least 1, got {self.max_skipped_steps}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (one token to predict from), got {self.max_length}.")
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` has no meaning here: objectives define their own losses.")
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
-        _check_topics(self.topics)
+        check_topics(self.topics)
         # Build everything once, so that a typo raises before any model is loaded.
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 
@@ -166,9 +162,17 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearningConfig":
-        """Makes this class from a plain `TrainingArguments` or another preset, with the same settings."""
-        own = {f.name for f in fields(cls) if f.init}
-        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
+        """
+        Makes this class from a plain `TrainingArguments` or another preset, with the same settings.
+
+        A preset whose defaults are another method's raises `TypeError`, a setting of another library's config that
+        means nothing here `ValueError`.
+        """
+        if isinstance(args, UnlearningConfig):
+            check_defaults(cls, args)
+            own = {f.name for f in fields(cls) if f.init}
+            return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own})
+        return cls(**shared_settings(args))
 
 
 def _build(what: str, name: str, table: dict[str, type], kwargs: Any) -> Any:
@@ -190,15 +194,3 @@ def _parse_dict(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a dict or a JSON object, got {type(value).__name__}.")
     return value
-
-
-def _check_topics(topics: Any) -> None:
-    """Raises `ValueError` for settings that no topic can have; before any data is there."""
-    for topic, settings in (topics or {}).items():
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"`topics[{topic!r}]` must be a dict such as {{'alpha': 800}}, got {settings!r}.")
-        if unknown := sorted(set(settings) - set(_TOPIC_SETTINGS)):
-            raise ValueError(f"`topics[{topic!r}]` takes no {unknown}; accepted: {', '.join(_TOPIC_SETTINGS)}.")
-        for name, value in settings.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"`topics[{topic!r}][{name!r}]` must be a number, got {value!r}.")

@@ -10,10 +10,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.data.formats import tokenize_dataset
+from blur_trainer.data.grouping import GroupedDataset
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.effect import check_batches
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
 
 Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -93,9 +95,18 @@ def pair(forget: Any, retain: Any, args: UnlearningConfig) -> torch.utils.data.D
     """Pairs forget and retain examples. The result is a stream if one input is. Topics take turns."""
     if isinstance(forget, dict):
         return alternate(forget, retain, args)
+    check_batches(args, forget)
     seed = args.seed if args.data_seed is None else args.data_seed
+    grouped = args.train_sampling_strategy == "group_by_length"
     if isinstance(forget, datasets.Dataset) and not isinstance(retain, datasets.IterableDataset):
+        if grouped:
+            return GroupedDataset(forget, retain, args.train_batch_size * args.gradient_accumulation_steps, seed)
         return PairedDataset(forget, retain, seed=seed)
+    if grouped:
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` needs datasets of known length, and one is a stream: leave it "
+            "out, or load the dataset."
+        )
     config: Any = args.accelerator_config
     config.dispatch_batches = False  # dispatching would concatenate batches of unequal length
     return PairedIterableDataset(forget, retain, seed=seed)

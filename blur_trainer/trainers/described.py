@@ -1,33 +1,23 @@
 """The model card of a trainer, with the arguments of `Trainer.create_model_card` and those of our own."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.objectives.base import Objective
 from blur_trainer.report.card_metadata import base_metadata, texts
 from blur_trainer.report.model_card import write_model_card
 from blur_trainer.report.results import package_versions
 from blur_trainer.trainers.card import sets_info, settings_info
-from blur_trainer.trainers.config import UnlearningConfig
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from blur_trainer.trainers.running import RunningMixin
 
 
-class CardMixin(_Base):
+class CardMixin(RunningMixin):
     """Gives a `Trainer` a model card that says what was unlearned and how, and what was measured."""
 
-    args: UnlearningConfig
-    objectives: dict[str, Objective]
-    rule: Any
-    trained: str
     #: what the method is, where objectives and rule do not say it all
     about: str | None = None
     #: what loads the saved model, where it is not PEFT for an adapter and transformers for a model
@@ -76,7 +66,7 @@ class CardMixin(_Base):
         known = told.get("tags", [])
         given["tags"] = [*known, *(tag for tag in texts("tags", tags) if tag not in known)]
         self._told = (self.state, told | {key: item for key, item in given.items() if item is not None})
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self.nothing_trained:  # else it would say "after unlearning"
             write_model_card(output_dir or str(self.args.output_dir), self.card_info())
 
     def _repeated(self) -> dict[str, Any]:
@@ -98,6 +88,7 @@ class CardMixin(_Base):
             **inherited,
             "method": self.method,
             "about": self.about,
+            "ending": self.interrupted_at,
             "adapter": isinstance(model, PeftModel | LogitDifferenceModel),
             "library": self.library or ("peft" if isinstance(model, PeftModel) else None),
             "base_model": base,

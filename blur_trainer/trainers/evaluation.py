@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from blur_trainer.evaluation.base import Evaluation, as_evaluation
+from blur_trainer.trainers.schedule_free import to_averaged_point
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -84,6 +85,7 @@ class EvaluationMixin(_Base):
         return self.accelerator.unwrap_model(self.model)
 
     def _run_benchmarks(self, prefix: str) -> dict[str, float]:
+        to_averaged_point(self.optimizer)
         model = self.benchmarked_model()
         model.eval()  # as Trainer's own evaluation leaves it; `training_step` switches back
         metrics = {

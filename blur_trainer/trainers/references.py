@@ -108,6 +108,7 @@ class PrecomputeCallback(TrainerCallback):
         reference: the one that is in memory anyway, or `None`.
         ref_model: the model to ask where there is none; `None`: the trained model as it is before its first step.
         wrapped_model: returns the trained model as the engine has prepared it.
+        keeps: keep `ref_model` for another training (`model_init`), which asks it again.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class PrecomputeCallback(TrainerCallback):
         reference: Reference | None,
         ref_model: PreTrainedModel | None,
         wrapped_model: Callable[[], torch.nn.Module],
+        keeps: bool = False,
     ):
         self.accelerator, self.collator, self.dataset = accelerator, collator, dataset
         self.reference, self.ref_model, self.wrapped_model = reference, ref_model, wrapped_model
+        self.keeps = keeps
         self.resumed_from: str | None = None
 
     def on_train_begin(
@@ -131,28 +134,35 @@ class PrecomputeCallback(TrainerCallback):
             return
         digest = _digest(paired.forget)
         if self.resumed_from is None:
-            columns = self._columns(paired.forget, args, show=state.is_world_process_zero and not args.disable_tqdm)
+            show = state.is_world_process_zero and not args.disable_tqdm
+            # the batch size of this attempt: `auto_find_batch_size` may have made it smaller
+            batch_size = state.train_batch_size or args.train_batch_size
+            columns = self._columns(paired.forget, args, batch_size, show)
             if args.should_save:
                 _write_columns(Path(str(args.output_dir)) / LOGPS_NAME, columns, digest)
         else:
             columns = _read_columns(Path(self.resumed_from).parent / LOGPS_NAME, digest)
         for name, values in columns.items():
             paired.forget = paired.forget.add_column(name, values)
+        if not self.keeps:
+            self.ref_model = None
 
     def _asked(self) -> Reference:
-        given, self.ref_model = self.ref_model, None
         if self.reference is not None:  # the retain objective needs one in memory anyway
             return self.reference
-        if given is not None:
-            return FrozenModel(shard_reference(self.accelerator, given))
+        if self.ref_model is not None:  # kept until it has answered: out of memory, it is asked again
+            self.ref_model = shard_reference(self.accelerator, self.ref_model)
+            return FrozenModel(self.ref_model)
         return CurrentModel(self.wrapped_model())
 
-    def _columns(self, forget: datasets.Dataset, args: TrainingArguments, show: bool) -> dict[str, list[float]]:
+    def _columns(
+        self, forget: datasets.Dataset, args: TrainingArguments, batch_size: int, show: bool
+    ) -> dict[str, list[float]]:
         accelerator, reference = self.accelerator, self._asked()
         loader = accelerator.prepare(
             DataLoader(
                 forget,
-                batch_size=args.per_device_train_batch_size,
+                batch_size=batch_size,
                 collate_fn=self.collator,
                 num_workers=args.dataloader_num_workers,
             )

@@ -5,28 +5,31 @@ from typing import Any
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import CheckpointCallback
 from blur_trainer.trainers.hidden_tokens import tokens_put_aside
 from blur_trainer.trainers.hub import HubMixin
 from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.schedule_free import to_averaged_point
 
 
 class SavingMixin(HubMixin):
-    """Gives a `Trainer` saves that a kill cannot harm, and a model card."""
-
-    checkpoints: CheckpointCallback
+    """Gives a `Trainer` saves that a kill cannot harm."""
 
     @property
     def output_dir(self) -> str:
         return str(self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model."""
+        """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model.
+
+        Raises `FloatingPointError` if training has ruined the weights, and writes nothing then.
+        """
+        self.check_weights()
         if _internal_call and output_dir:  # into a checkpoint folder, which is complete when its manifest is closed
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             if self.args.should_save:
                 self._save_objectives(output_dir)
-            return self._write_model(output_dir, resumable=True)
+            self._write_model(output_dir, resumable=True)
+            return self.checkpoints.model_written(self.args)
         output_dir = output_dir or self.output_dir
         with saving.staged(output_dir, writes=self.args.should_save) as staging, whole_state(self.accelerator):
             self._write_model(staging, resumable=False)
@@ -46,6 +49,7 @@ class SavingMixin(HubMixin):
 
     def _write_model(self, folder: str, resumable: bool) -> None:
         """Writes weights, configuration and tokenizer. `resumable`: where Trainer's resuming finds them."""
+        to_averaged_point(self.optimizer)
         with tokens_put_aside(self.args):  # Trainer stores the arguments as they are
             super().save_model(folder, _internal_call=True)
 

@@ -1,6 +1,6 @@
 """Checks and loads everything before training: arguments, model, tokenizer, reference."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -13,25 +13,36 @@ from blur_trainer.models.forward import choose_head
 from blur_trainer.models.loading import load_pretrained
 from blur_trainer.models.reference import FrozenModel, partition_shape
 from blur_trainer.objectives.base import Objective
+from blur_trainer.trainers.arguments import check_defaults, check_settings
 from blur_trainer.trainers.config import UnlearningConfig
 
 
-def resolve_args(config_class: type[UnlearningConfig], args: Any, model: Any) -> UnlearningConfig:
-    """The arguments as `config_class`. The default `output_dir` is named after model and class, as in TRL."""
+def resolve_args(
+    config_class: type[UnlearningConfig], args: Any, model: Any, given: Collection[str] = ()
+) -> UnlearningConfig:
+    """
+    The arguments as `config_class`. The default `output_dir` is named after model and class, as in TRL.
+
+    `given`: settings for which the trainer got an object, whose value in `args` is not read.
+    """
     if args is None:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         name = (name or type(model).__name__).rstrip("/").split("/")[-1]
         return config_class(f"{name}-{config_class.__name__.removesuffix('Config')}")
-    if isinstance(args, UnlearningConfig):
-        if args.forget_objectives is not config_class.forget_objectives:  # ULD learns what others forget
-            raise TypeError(
-                f"`args` is a `{type(args).__name__}`, whose objectives are another trainer's: pass a "
-                f"`{config_class.__name__}`."
-            )
-        return args
-    if isinstance(args, TrainingArguments):
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"`args` must be a `{config_class.__name__}` or `TrainingArguments`, got `{type(args).__name__}`."
+        )
+    check_settings(args)
+    if not isinstance(args, UnlearningConfig):
         return config_class.from_training_arguments(args)
-    raise TypeError(f"`args` must be a `{config_class.__name__}` or `TrainingArguments`, got `{type(args).__name__}`.")
+    if args.forget_objectives is not config_class.forget_objectives:  # ULD learns what others forget
+        raise TypeError(
+            f"`args` is a `{type(args).__name__}`, whose objectives are another trainer's: pass a "
+            f"`{config_class.__name__}`."
+        )
+    check_defaults(config_class, args, given)
+    return args
 
 
 def check_rule(rule: Any) -> None:

@@ -125,13 +125,13 @@ def _inner_product(step: Step) -> Tensor:
     """`<g_f, g_r>` over all processes, with `g_f` in `.grad`. Uses the model below DDP, so that DDP reduces nothing."""
     model = step.accelerator.unwrap_model(step.backend.model, keep_torch_compile=False)
     tangents = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    objective, num_items, device = step.objectives["retain"], step.counts["retain"], step.device
+    device = step.device
     total = torch.zeros((), device=device)
     # so that the retain pass draws the same dropout masks
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type):
         for batch in step.window:
             with step.autocast():
-                loss = partial(objective, batch=batch["retain"], reference=step.reference, num_items=num_items)
+                loss = partial(step.loss, role="retain", batch=batch["retain"], count=step.counts["retain"])
                 total += directional_derivative(model, tangents, loss)
     return step.accelerator.reduce(total, "sum").cpu().double()

@@ -1,7 +1,8 @@
 """Collects values of each step until the next log: losses, gradient norms, cosine, weights, skipped steps."""
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +16,18 @@ class StepLog:
     """Keeps 0-d tensors and reads them only when Trainer logs, so that no step waits for the device.
 
     A step without a finite gradient is skipped and enters no mean. `max_skipped_steps` skips in a row raise an error.
+    `steps` and `skipped` count all steps of the training, and those of them that were skipped; `weights` are the last
+    finite step's.
     """
 
-    def __init__(self, accelerator: Accelerator, max_skipped_steps: int):
+    def __init__(self, accelerator: Accelerator, max_skipped_steps: int, check_weights: Callable[[], None]):
         self.accelerator = accelerator
+        self.check_weights = check_weights  # raises if the weights are ruined
         self.max_skipped_steps = max_skipped_steps
+        self.steps = self.skipped = 0
+        self.weights: Tensor | None = None
         self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._skipped = 0
+        self._logged = (0, 0)  # `steps` and `skipped` at the last log
         self._skipped_in_a_row = 0
         self._warned_of_zero: set[str] = set()
         self._first = True
@@ -31,6 +37,8 @@ class StepLog:
 
         An entry of the Gramian is NaN if the step did not compute it (`trainers.single_buffer`).
         """
+        self.steps += 1
+        self.weights = weights
         self._skipped_in_a_row = 0
         norms = gramian.diagonal().sqrt()
         for index, role in enumerate(losses):
@@ -42,16 +50,18 @@ class StepLog:
             product = norms.prod()
             self._values["grad/cosine"].append(gramian[0, 1] / product if product > 0 else torch.zeros(()))
         first, self._first = self._first, False
-        for role, norm in zip(losses, norms, strict=False):
+        for index, (role, norm) in enumerate(zip(losses, norms, strict=False)):
             # a zero retain gradient is normal at the first step: the distance to the frozen model is 0
             if norm == 0 and not first and role not in self._warned_of_zero:
                 self._warned_of_zero.add(role)
-                logger.warning(
-                    f"The {role} gradient is exactly 0: its objective is saturated, only the other one acts."
-                )
+                acts = len(losses) == 2 and bool(weights[1 - index])  # MGDA gives a zero gradient all the weight
+                rest = "only the other one acts" if acts else "and no other one has a weight: nothing is changed"
+                logger.warning(f"The {role} gradient is exactly 0: its objective is saturated, {rest}.")
 
     def record_skip(self, gramian: Tensor, step: int) -> None:
-        self._skipped += 1
+        self.check_weights()  # otherwise no later step would have a finite gradient either
+        self.steps += 1
+        self.skipped += 1
         self._skipped_in_a_row += 1
         norms = "||g_forget|| = {:.3g}, ||g_retain|| = {:.3g}".format(*gramian.diagonal().sqrt().tolist())
         logger.warning(
@@ -64,14 +74,31 @@ class StepLog:
                 "or choose a bounded forget objective (`npo` instead of `grad_ascent`)."
             )
 
-    def drain(self) -> dict[str, float]:
-        """Returns means since the last call. Losses are also summed over the processes, each of which has a share."""
-        means = {}
+    def drain(self, loss: float) -> dict[str, float]:
+        """
+        Returns what to log: means over the finite steps since the last call.
+
+        `loss` is Trainer's mean over all of these steps, with 0 for a skipped one. It is corrected to the finite steps,
+        and is NaN where there is none. The losses by role are summed over the processes, each of which has a share.
+        """
+        steps, skipped = self.steps - self._logged[0], self.skipped - self._logged[1]
+        self._logged = (self.steps, self.skipped)
+        means = {"loss": of_finite(loss, steps, skipped)}
         for key, values in self._values.items():
             mean = torch.stack([value.float() for value in values]).mean()
             means[key] = (self.accelerator.reduce(mean, "mean") if key.startswith("loss/") else mean).item()
-        if self._skipped:
-            means["grad/skipped"] = float(self._skipped)
+        if skipped:
+            means["grad/skipped"] = float(skipped)
         self._values.clear()
-        self._skipped = 0
         return means
+
+    def train_loss(self, loss: float) -> float:
+        """Trainer's `train_loss`, the mean over all steps, corrected likewise."""
+        return of_finite(loss, self.steps, self.skipped)
+
+
+def of_finite(mean: float, steps: int, skipped: int) -> float:
+    """The mean over the finite steps, from the one over all of them with 0 for a skipped step. NaN if all are."""
+    if not skipped:
+        return mean
+    return mean * steps / (steps - skipped) if steps > skipped else math.nan

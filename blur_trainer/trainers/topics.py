@@ -22,9 +22,10 @@ def topic_names(forget: Any) -> tuple[str, ...]:
     return tuple(forget) if topics else ()
 
 
-def settle_topics(objectives: dict[str, Objective], rule: Rule, forget: Any, args: UnlearningConfig) -> list[Rule]:
+def settle_topics(
+    objectives: dict[str, Objective], rule: Rule, names: tuple[str, ...], args: UnlearningConfig
+) -> list[Rule]:
     """Gives the forget objective its topics and returns the rule of each topic. Raises for wrong combinations."""
-    names = topic_names(forget)
     if unknown := sorted(set(settings_of(args)) - set(names)):
         have = f"topics {list(names)}" if names else "no topics: give a mapping, topic -> dataset"
         raise ValueError(f"`topics` has settings of {unknown}, but `forget_dataset` has {have}.")
@@ -75,7 +76,7 @@ def rules_by_topic(rule: Rule, topics: tuple[str, ...], args: UnlearningConfig) 
 
 
 def alternate(forget: Mapping[str, Any], retain: Any, args: UnlearningConfig) -> TopicDataset:
-    """The dataset that alternates the topics step by step. Trainer reads it sequentially."""
+    """The dataset that alternates the topics step by step. It is read sequentially."""
     for role, given in (("forget", forget), ("retain", retain if isinstance(retain, Mapping) else {})):
         for topic, rows in given.items():
             if isinstance(rows, datasets.IterableDataset):
@@ -85,8 +86,9 @@ def alternate(forget: Mapping[str, Any], retain: Any, args: UnlearningConfig) ->
                 )
     config: Any = args.accelerator_config
     processes = 1 if config.split_batches else args.world_size
-    block = args.train_batch_size * processes * args.gradient_accumulation_steps
-    args.train_sampling_strategy = "sequential"  # the dataset defines the order
+    # Trainer takes the accumulation from either place
+    accumulation = (config.gradient_accumulation_kwargs or {}).get("num_steps", args.gradient_accumulation_steps)
+    block = args.train_batch_size * processes * accumulation
     seed = args.seed if args.data_seed is None else args.data_seed
     steps = args.max_steps if args.max_steps > 0 else None
     return TopicDataset(forget, retain, block, seed, steps, args.repeat_topics)

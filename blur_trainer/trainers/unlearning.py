@@ -1,40 +1,41 @@
 """The one trainer: two passes over the accumulation window, one rule, one optimizer step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
-from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.data.row_collator import RowCollator
 from blur_trainer.evaluation.base import Evaluation, Measure
-from blur_trainer.gradients.backend import GradientBackend
-from blur_trainer.gradients.engines import check_engine, choose_backend
+from blur_trainer.gradients.engines import check_engine
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
-from blur_trainer.objectives.base import Batch, Objective
+from blur_trainer.objectives.base import Objective
 from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers import setup
-from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
+from blur_trainer.trainers.arguments import check_unknown
+from blur_trainer.trainers.callbacks import PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
+from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.saving import SavingMixin
-from blur_trainer.trainers.single_buffer import check_forward_mode, check_single_buffer, one_buffer_step
-from blur_trainer.trainers.step import Step, two_slot_step
+from blur_trainer.trainers.schedule_free import to_averaged_point
+from blur_trainer.trainers.single_buffer import check_forward_mode
 from blur_trainer.trainers.step_log import StepLog
-from blur_trainer.trainers.topics import settle_topics
+from blur_trainer.trainers.stepping import StepMixin
+from blur_trainer.trainers.topics import topic_names
 from blur_trainer.trainers.trainable import choose_trainable
+from blur_trainer.trainers.trials import Settings, TrialMixin
 
 
-class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
+class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Trainer):
     """Unlearning = a forget objective x a retain objective x a gradient rule, inside `transformers.Trainer`.
 
     Each optimizer step makes one pass over the accumulation window for the forget objective and one for the retain
@@ -43,7 +44,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     `w_forget * loss/forget + w_retain * loss/retain`; with fixed weights, its gradient is what the optimizer receives.
 
     Args:
-        model: a model, a `PeftModel`, or a name or path for `from_pretrained`.
+        model: a model, a `PeftModel`, or a name or path for `from_pretrained`. Or give `model_init`.
         args: an [`UnlearningConfig`], or any `TrainingArguments`. Default: the defaults of the class.
         forget_dataset: what to forget, a `Dataset`, `IterableDataset` or list with the columns `text`,
             `prompt`/`completion`, `messages`, `question`/`answer` or `input_ids`(/`labels`). Or a mapping of topics to
@@ -59,7 +60,11 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         benchmarks: name -> [`Evaluation`], or a function from the model to a flat dict of numbers. Runs with every
             evaluation; the numbers are logged as `eval_{name}_{key}`. `metric_for_best_model` may be one of these
             keys, or the name of an [`Evaluation`] alone: then it is its primary metric.
-        callbacks, optimizers: as in `Trainer`.
+        model_init: instead of `model`: makes it, for each training and trial anew, as in `Trainer`. What it answers is
+            taken as `model` would be, with `peft_config`. The reference is made anew too.
+        data_collator: pads the rows of one role, e.g. `DataCollatorForSeq2Seq`. Default: [`UnlearningCollator`].
+        callbacks, optimizers, optimizer_cls_and_kwargs, compute_metrics, preprocess_logits_for_metrics: as in
+            `Trainer`. The two last are about `eval_dataset`.
     """
 
     config_class: ClassVar[type[UnlearningConfig]] = UnlearningConfig
@@ -67,7 +72,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: UnlearningConfig | None = None,
         forget_dataset: Any = None,
         retain_dataset: Any = None,
@@ -80,49 +85,53 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         retain_objective: Objective | None = None,
         rule: Rule | None = None,
         benchmarks: Mapping[str, Evaluation | Measure] | None = None,
+        model_init: Callable[..., Any] | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **unknown: Any,
     ):
-        args = setup.resolve_args(self.config_class, args, model)
-        self.rule = args.build_rule() if rule is None else rule
-        setup.check_rule(self.rule)
-        self.objectives = {
-            "forget": args.build_forget_objective() if forget_objective is None else forget_objective,
-            "retain": args.build_retain_objective() if retain_objective is None else retain_objective,
-        }
-        if retain_dataset is None:
-            setup.check_retain_free(self.rule)
-            del self.objectives["retain"]
-        setup.check_objectives(self.objectives, args.precompute_ref_logps)
-        check_single_buffer(args, self.rule, self.objectives)
-        self._topic_rules = settle_topics(self.objectives, self.rule, forget_dataset, args)
+        check_unknown(type(self), unknown)
+        topics = topic_names(forget_dataset)
+        self._choice = MethodChoice(rule, forget_objective, retain_objective, topics, retain_dataset is not None)
+        args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
+        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+        own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
+        check_effect(args, self._topic_rules or [self.rule], own_optimizer, "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
-        source = (model, args.model_init_kwargs)
-        model = self._load_model(model, args, peft_config)
+        given = self._given_model(model, model_init)
+        model = self._load_model(given, args, peft_config)
         self.trained = choose_trainable(model, args.train_layers, args.train_parameters, self.objectives)
         tokenizer = setup.load_tokenizer(processing_class, model)
         setup.check_models(model, tokenizer, ref_model)
-        forget, retain, eval_dataset = tokenize_all(
+        *self._tokenized, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
-        self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
-        self.reference = make_reference(model, ref_model, self.objectives, args, source)
+        self.reference = make_reference(model, ref_model, self.objectives, args, (given, args.model_init_kwargs))
+        self._first_model = None if model_init is None else model
         super().__init__(
-            model=model,
+            model=model if model_init is None else None,
+            model_init=model_init,
             args=args,
-            data_collator=UnlearningCollator(setup.pad_token_id(model, tokenizer)),
-            train_dataset=pair(forget, retain, args),
+            data_collator=RowCollator(setup.pad_token_id(model, tokenizer), rows=data_collator),
+            train_dataset=pair(*self._tokenized, args),
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
-            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=[PairingCallback(), *self.make_frame(args), *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._models, self._settings = (peft_config, ref_model), Settings(args)
         self._settle_engine(ref_model)
-        self._backend: GradientBackend | None = None
-        self._window: list[dict[str, Any]] = []
-        self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
+        self._backend, self._window = None, []
+        self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
 
     def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
         """The model to train."""
@@ -141,95 +150,28 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             self.reference,
             ref_model,
             wrapped_model=lambda: self.model_wrapped,
+            keeps=self.model_init is not None,
         )
         if self.args.precompute_ref_logps:
             self.add_callback(self._precompute)
 
-    # ---- the step ----
-
-    def get_batch_samples(  # type: ignore[override]
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Mapping[str, Batch]], dict[str, Tensor] | None]:
-        """The accumulation window, and per role the number of items over all processes, which divides its loss."""
-        if self.control.should_training_stop:  # resumed from the last step: Trainer would make one more
-            return [], None
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = []
-        if not batches:
-            return batches, None
-        counts = [
-            torch.stack([objective.num_items(batch[role]) for batch in batches]).sum()
-            for role, objective in self.objectives.items()
-        ]
-        totals = self.accelerator.reduce(torch.stack(counts).to(device), "sum")
-        return batches, dict(zip(self.objectives, totals.unbind(), strict=True))
-
-    def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """Keeps the micro-batch. On the last one of the window, runs the whole step up to `.grad`."""
-        # Trainer's `_prepare_inputs` would cast `ref_logps` to a DeepSpeed model's bf16, which is too coarse
-        self._window.append(send_to_device(inputs, self.args.device))
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
-        model.train()
-        prepare_optimizer = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one
-        if callable(prepare_optimizer):
-            prepare_optimizer()
-        if self._backend is None or self._backend.model is not model:
-            self._backend = self.create_backend(model)
-        run = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
-        loss = run(self._step(self._backend, num_items_in_batch or {}))
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
-        return loss
-
-    def create_backend(self, model: nn.Module) -> GradientBackend:
-        """Where the two gradients are kept, by engine. Override it for a backend of your own."""
-        return choose_backend(self.accelerator, model, self.args, self.args.offload_forget_gradient)
-
-    def _step(self, backend: GradientBackend, counts: Mapping[str, Tensor]) -> Step:
-        """What this optimizer step reads; the window is empty afterwards."""
-        window, self._window = self._window, []
-
-        def topic_rule(gramian: Tensor) -> Tensor:  # the topic is read here, where the host waits for the device anyway
-            return self._topic_rules[int(window[0]["forget"]["topic"][0])](gramian)
-
-        return Step(
-            number=self.state.global_step + 1,
-            window=window,
-            counts=counts,
-            objectives=self.objectives,
-            reference=self.reference,
-            rule=topic_rule if self._topic_rules else self.rule,
-            backend=backend,
-            accelerator=self.accelerator,
-            autocast=self.compute_loss_context_manager,
-            log=self.step_log,
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the values of the steps since the last log to each training log."""
-        if "loss" in logs:
-            logs |= self.step_log.drain()
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The operations of both roles in a micro-batch."""
-        return sum(int(super(UnlearningTrainer, self).floating_point_ops(inputs[role])) for role in self.objectives)
-
     # ---- beginning and end ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints."""
-        given, fresh = resume_from_checkpoint, self.state.global_step == 0
-        start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
-        self._precompute.resumed_from = start
-        if start is not None:
-            self._load_objectives(start)
-        try:
-            with self.checkpoints.guard():
-                return super().train(start, *args, **kwargs)
-        finally:
-            self.interrupt.restore()
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints.
+
+        After SIGINT or SIGTERM it saves a checkpoint and raises [`TrainingInterrupted`]. It raises if no weight has
+        changed, or if the weights are ruined.
+        """
+        saving.agreed(lambda: self.check_trial(trial), self.args.should_save)
+        with self.running(resume_from_checkpoint) as start:
+            self._precompute.resumed_from = start
+            if start is not None:
+                self._load_objectives(start)
+            try:
+                output = super().train(start, trial, *args, **kwargs)
+            finally:
+                to_averaged_point(self.optimizer)  # also after an exception: the model is there to be measured
+        return output._replace(training_loss=output.metrics["train_loss"])  # without skipped steps

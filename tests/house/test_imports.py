@@ -21,28 +21,25 @@ ARROWS: dict[str, set[str]] = {
     "file_names": set(),
     "credentials": set(),
     "choices": set(),
+    "checks": set(),
     "metrics": set(),
     "recipes": set(),
     "toy": {"choices", "atomic_write"},
-    "gradients": {"constants"},
+    "gradients": {"constants", "checks"},
     "data": {"constants", "choices", "toy"},
-    "models": {"constants", "atomic_write", "file_names"},
-    "objectives": {"models", "atomic_write"},
-    "evaluation": {"constants", "atomic_write", "file_names", "choices", "metrics", "data", "models"},
-    "report": {
-        "constants",
-        "atomic_write",
-        "credentials",
-        "evaluation",
-    },  # the contract of an evaluation, whose numbers it shows
+    "models": {"constants", "checks", "atomic_write", "file_names"},
+    "objectives": {"checks", "models", "atomic_write"},
+    "evaluation": {"constants", "checks", "atomic_write", "file_names", "choices", "metrics", "data", "models"},
+    # an evaluation's contract, whose numbers it shows
+    "report": {"constants", "atomic_write", "credentials", "evaluation"},
     "saving": {"atomic_write", "file_names", "models", "report"},  # a merged model's card, figures to upload
     "trainers": {
-        *("constants", "atomic_write", "credentials", "gradients", "data", "models"),
+        *("constants", "checks", "atomic_write", "credentials", "gradients", "data", "models"),
         *("objectives", "evaluation", "report", "saving"),
     },
     "uld": {"constants", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
-    "scripts": {"toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
+    "scripts": {"checks", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
 }
 FREE = {"__init__", "_version"}  # public names and a number
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "globals"}

@@ -6,18 +6,31 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from support.models import examples, tiny_llama
+from torch.nn.functional import cross_entropy
 
 from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import NPO, SimNPO
+from blur_trainer.objectives.answers import NPO, GradAscent, SimNPO
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+
+class OwnLoss(UnlearningTrainer):
+    """A loss of its own for each role, from the logits of the wrapped model."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ((role, batch),) = inputs.items()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        nll = cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="sum") / num_items_in_batch
+        return (-0.5 if role == "forget" else 2.0) * nll
+
 
 # the features of tests/support/parity.py are not repeated here: this is about the log, and about what DDP alone has
 CASES = {
     "blur": {"rule": BLUR(gamma=0.5)},
     "accumulation": {"rule": Sum(), "batch_size": 1, "accumulation": 2},
     "precomputed": {"rule": BLUR(), "precompute_ref_logps": True},
+    "own_loss": {"rule": BLUR(), "forget_objective": GradAscent(), "trainer": OwnLoss},
     "bucket_view": {"rule": Sum(), "bucket_view": True},
     "simnpo": {"rule": Sum(), "forget_objective": SimNPO()},
     # accumulated, so that a step's topic is that of both processes and of the whole window
@@ -33,7 +46,7 @@ def main(name: str, output_dir: str) -> None:
     case = dict(CASES[name])
     rule, forget_objective = case.pop("rule"), case.pop("forget_objective", NPO())
     forget, retain_objective = case.pop("forget", examples(12, seed=5)), case.pop("retain_objective", None)
-    bucket_view = case.pop("bucket_view", False)
+    bucket_view, trainer_class = case.pop("bucket_view", False), case.pop("trainer", UnlearningTrainer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # the same global window of 4 in every world: one process takes what two share
     batch_size, accumulation = case.pop("batch_size", 2), case.pop("accumulation", 1)
@@ -52,7 +65,7 @@ def main(name: str, output_dir: str) -> None:
         ddp_find_unused_parameters=False,
         **case,
     )
-    trainer = UnlearningTrainer(
+    trainer = trainer_class(
         tiny_llama(0),
         args,
         forget,

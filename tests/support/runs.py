@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 freeze_imports()
 
 
-def settings(output_dir: Path | str, **kwargs: Any) -> BLURConfig:
+def settings(output_dir: Path | str, config: Any = BLURConfig, **kwargs: Any) -> Any:
     """Two epochs on the CPU, every step logged, nothing saved unless asked."""
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
@@ -28,7 +28,7 @@ def settings(output_dir: Path | str, **kwargs: Any) -> BLURConfig:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return BLURConfig(output_dir=str(output_dir), **(defaults | kwargs))
+    return config(output_dir=str(output_dir), **(defaults | kwargs))
 
 
 def train(args: BLURConfig, forget: Any, retain: Any, model: nn.Module | None = None, **kwargs: Any) -> BLURTrainer:

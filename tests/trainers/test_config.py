@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from support.cases import every
 from support.models import examples, tiny_llama
 from support.runs import settings, train
 from transformers import HfArgumentParser, TrainingArguments
@@ -182,12 +183,31 @@ def test_dict_from_a_plain_training_arguments_reaches_the_trainer(tmp_path):
         assert trainer.rule == rule
 
 
-def test_a_preset_takes_another_preset_as_it_is(tmp_path):
-    """Whoever passes a `GradDiffConfig` to `BLURTrainer` said which rule: nothing is overruled in silence."""
-    args = GradDiffConfig(str(tmp_path), use_cpu=True, report_to="none", retain_weight=2.0)
-    trainer = BLURTrainer(tiny_llama(), args, examples(4), examples(4, 1))
-    assert trainer.rule == Sum(retain_weight=2.0)
-    assert trainer.objectives["forget"] == GradAscent()
+def test_another_presets_defaults_are_refused(tmp_path):
+    """`BLURTrainer` never runs a sum because of its config's class; what was set otherwise, or passed, counts."""
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+
+    def refuse(trainer, config, setting, **kwargs):
+        with pytest.raises(TypeError, match=f"{config.__name__}.*{setting}.*{trainer.config_class.__name__}"):
+            trainer(tiny_llama(), config(**given, **kwargs), examples(4), examples(4, 1))
+        with pytest.raises(TypeError, match=setting):
+            trainer.config_class.from_training_arguments(config(**given, **kwargs))
+
+    every(
+        {
+            "a sum": (lambda: refuse(BLURTrainer, UnlearningConfig, "rule='sum'")),
+            "GradDiff, with the rule": (lambda: refuse(BLURTrainer, GradDiffConfig, "forget_objective", rule="blur")),
+            "NPO": (lambda: refuse(GradDiffTrainer, UnlearningConfig, "forget_objective='npo'")),
+            "BLUR": (lambda: refuse(GradDiffTrainer, BLURConfig, "blur", forget_objective="simnpo")),
+        },
+        lambda act: act(),
+    )
+    said = UnlearningConfig(**given, rule="pcgrad")
+    assert BLURTrainer(tiny_llama(), said, examples(4), examples(4, 1)).rule == PCGrad()
+    passed = BLURTrainer(tiny_llama(), UnlearningConfig(**given), examples(4), examples(4, 1), rule=Sum(2.0))
+    assert passed.rule == Sum(2.0)
+    general = UnlearningTrainer(tiny_llama(), BLURConfig(**given), examples(4), examples(4, 1))
+    assert general.rule == BLUR()
 
 
 def test_default_arguments_are_named_after_model_and_class(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from support.runs import settings
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from blur_trainer.saving.checkpoints import MANIFEST_NAME
+from blur_trainer.saving.manifest import MANIFEST_NAME
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import signal
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -178,8 +179,8 @@ def test_a_skip_is_logged_with_its_step_and_norms(tmp_path, caplog):
     logs = training_logs(trainer)
     assert [entry.get("grad/skipped") for entry in logs] == [None, None, 1.0, None, None]
     for entry in logs:
-        numbers = [value for value in entry.values() if isinstance(value, float)]
-        assert all(torch.tensor(numbers).isfinite()), f"NaN in the log: {entry}"
+        broken = [key for key, value in entry.items() if not math.isfinite(value)]
+        assert broken == (["loss"] if "grad/skipped" in entry else []), f"NaN in the log: {entry}"  # and no loss of 0
     assert "loss/forget" not in logs[2] and "loss/forget" in logs[3]
 
 
@@ -191,6 +192,28 @@ def test_means_are_over_the_steps_taken(tmp_path):
         taken = [entry[key] for entry in single if key in entry]
         assert len(taken) == STEPS - 2
         assert together[key] == pytest.approx(sum(taken) / len(taken), rel=1e-5), key
+
+
+def test_losses_leave_skipped_steps_out(tmp_path):
+    """`loss` stays `w_f loss/forget + w_r loss/retain`, and `train_loss` is its mean over the steps that were taken."""
+    trainer = run(tmp_path, at=[1, 4], logging_steps=2, rule=Sum(0.5, 2.0))
+    logs, single = training_logs(trainer), training_logs(run(tmp_path / "b", at=[1, 4], rule=Sum(0.5, 2.0)))
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(0.5 * entry["loss/forget"] + 2 * entry["loss/retain"], rel=1e-5)
+    taken = [entry["loss"] for entry in single if "grad/skipped" not in entry]
+    assert len(taken) == STEPS - 2 and logs[0]["loss"] == pytest.approx(taken[0], rel=1e-5)
+    summary = trainer.state.log_history[-1]
+    assert summary["train_loss"] == pytest.approx(sum(taken) / len(taken), rel=1e-5)
+
+
+def test_a_window_of_skipped_steps_has_no_loss(tmp_path):
+    args = settings(tmp_path, **CONFIG)
+    trainer = BLURTrainer(tiny_llama(), args, FORGET, RETAIN, forget_objective=Broken(GradAscent(), at=(1,)))
+    output = trainer.train()
+    losses = [entry["loss"] for entry in training_logs(trainer)]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False, False, False]
+    taken = [loss for loss in losses if not math.isnan(loss)]
+    assert output.training_loss == output.metrics["train_loss"] == pytest.approx(sum(taken) / 4, rel=1e-5)
 
 
 # ---- too many in a row ----
@@ -285,6 +308,15 @@ def test_a_retain_gradient_of_zero_is_warned_of_by_its_name(tmp_path, caplog):
     assert distance(weights(tiny_llama()), weights(trainer.model)) > 1e-3
 
 
+def test_where_a_zero_gradient_gets_all_the_weight_nothing_acts(tmp_path, caplog):
+    """The shortest vector in the hull of 0 and anything is 0: MGDA stands still, and says so."""
+    with caplog.at_level(logging.WARNING, logger="blur_trainer"):
+        trainer = run(tmp_path, at=range(2, STEPS), value=0.0, rule=MGDA(), weight_decay=0.0)
+    (message,) = [record.getMessage() for record in caplog.records if "exactly 0" in record.getMessage()]
+    assert "nothing is changed" in message and "only the other one acts" not in message
+    assert training_logs(trainer)[-1]["grad_norm"] == 0
+
+
 def test_a_first_step_of_zero_is_no_saturation(tmp_path, caplog):
     """A distance to the frozen model begins at 0."""
     with caplog.at_level(logging.WARNING, logger="blur_trainer"):
@@ -323,7 +355,10 @@ def scaled(tmp_path, monkeypatch):
             tell()
         else:
             trainer.add_callback(TellAccelerate(tell))
-        trainer.train()
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            assert "all of them were skipped" in str(error)
         monkeypatch.undo()
         return trainer
 
@@ -360,6 +395,7 @@ def test_an_overflow_lowers_the_scale_and_moves_nothing(rule, scale, autocast, s
     assert trainer.accelerator.scaler.get_scale() == scale / 2**skipped
     taken = {int(entry["step"]) for entry in trainer.optimizer.state_dict()["state"].values()}
     assert taken == {STEPS - skipped}
+    assert trainer.nothing_trained == (skipped == STEPS)
     if skipped == STEPS:
         assert distance(weights(tiny_llama()), weights(trainer.model)) == 0
 

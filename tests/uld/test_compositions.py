@@ -319,8 +319,7 @@ def nll(model, rows=FORGET) -> float:
 
 def trainer_of(name: str, output_dir, model=None, callbacks=(), **kwargs):
     trainer, objective = TRAININGS[name]
-    args = settings(output_dir, learning_rate=3e-2, num_train_epochs=3, **kwargs)
-    args = args if trainer is BLURTrainer else trainer.config_class.from_training_arguments(args)
+    args = settings(output_dir, trainer.config_class, learning_rate=3e-2, num_train_epochs=3, **kwargs)
     model = fresh(dropout=0.1) if model is None else model
     model.config.target = str(output_dir.parent / "target")
     reference = {"ref_model": model.target} if name == "BLUR-NPO" else {}
