@@ -37,10 +37,10 @@ class ModelLoader:
         self._args = args
         self._named = model_args.model_name_or_path
         self.options: dict[str, Any] = {
-            "trust_remote_code": False,
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
             "quantization_config": get_quantization_config(model_args),
+            "trust_remote_code": False,  # left open, the auto classes ask on stdin
             **({} if model_args.model_revision == "main" else {"revision": model_args.model_revision}),
         } | (getattr(args, "model_init_kwargs", None) or {})
 
