@@ -86,15 +86,19 @@ def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> t
     return readers, max(tops) + 1 if tops and len(tops) == len(readers) else None
 
 
-def shard_reference(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+def shard_reference(accelerator: Accelerator, reference: FrozenModel) -> FrozenModel:
     """Moves a frozen model to the trainer's devices, in the trained model's precision, sharded if that one is."""
+    model: Any = reference.model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return prepare_deepspeed(model, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return fsdp2_prepare_model(accelerator, model)
-    if getattr(model, "hf_device_map", None) is None:  # a device map placed it at loading; quantized models cannot move
-        model.to(accelerator.device)
-    return model  # `Accelerator.prepare_model` would keep it alive after its numbers are computed
+        reference.model = prepare_deepspeed(model, accelerator)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        reference.model = fsdp2_prepare_model(accelerator, model)
+    else:
+        # `Accelerator.prepare_model` would do both, but keep the model alive after its numbers are computed
+        if getattr(model, "hf_device_map", None) is None:  # it was placed at loading; quantized models cannot move
+            model.to(accelerator.device)
+        reference.precision = accelerator.autocast
+    return reference
 
 
 class PrecomputeCallback(TrainerCallback):
@@ -144,7 +148,7 @@ class PrecomputeCallback(TrainerCallback):
         if self.reference is not None:  # the retain objective needs one in memory anyway
             return self.reference
         if given is not None:
-            return FrozenModel(shard_reference(self.accelerator, given))
+            return shard_reference(self.accelerator, FrozenModel(given))
         return CurrentModel(self.wrapped_model())
 
     def _columns(self, forget: datasets.Dataset, args: TrainingArguments, show: bool) -> dict[str, list[float]]:

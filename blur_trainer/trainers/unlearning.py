@@ -25,16 +25,17 @@ from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
+from blur_trainer.trainers.given_back import restoring
+from blur_trainer.trainers.model import ModelMixin
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.saving import SavingMixin
 from blur_trainer.trainers.single_buffer import check_forward_mode, check_single_buffer, one_buffer_step
 from blur_trainer.trainers.step import Step, two_slot_step
 from blur_trainer.trainers.step_log import StepLog
 from blur_trainer.trainers.topics import settle_topics
-from blur_trainer.trainers.trainable import choose_trainable
 
 
-class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
+class UnlearningTrainer(ModelMixin, EvaluationMixin, SavingMixin, Trainer):
     """Unlearning = a forget objective x a retain objective x a gradient rule, inside `transformers.Trainer`.
 
     Each optimizer step makes one pass over the accumulation window for the forget objective and one for the retain
@@ -65,6 +66,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
     config_class: ClassVar[type[UnlearningConfig]] = UnlearningConfig
     args: UnlearningConfig
 
+    @restoring
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -99,9 +101,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
         source = (model, args.model_init_kwargs)
         model = self._load_model(model, args, peft_config)
-        self.trained = choose_trainable(model, args.train_layers, args.train_parameters, self.objectives)
-        tokenizer = setup.load_tokenizer(processing_class, model)
-        setup.check_models(model, tokenizer, ref_model)
+        tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
         forget, retain, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
@@ -124,16 +124,12 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         self._window: list[dict[str, Any]] = []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
 
-    def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-        """The model to train."""
-        return setup.load_model(model, args, peft_config)
-
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:
         check_engine(self.accelerator, self.args)
         check_forward_mode(self.model, self.args, self.accelerator.distributed_type)
         setup.choose_heads(self.args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):
-            self.reference.model = shard_reference(self.accelerator, self.reference.model)
+            shard_reference(self.accelerator, self.reference)
         self._precompute = PrecomputeCallback(
             self.accelerator,
             self.data_collator,
@@ -229,7 +225,8 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
         if start is not None:
             self._load_objectives(start)
         try:
-            with self.checkpoints.guard():
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            with self.checkpoints.guard(), self.freezing.frozen(self.model, sharded):
                 return super().train(start, *args, **kwargs)
         finally:
             self.interrupt.restore()
