@@ -10,6 +10,7 @@ from support.runs import distance, logits, settings, train, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import blur_trainer as bt
+from blur_trainer.models.reference import REFERENCE_ADAPTER
 
 FORGET = [{"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]}] * 3
 RETAIN = [{"input_ids": [1, 20, 21, 22, 23], "labels": [-100, 20, 21, 22, 23]}] * 3
@@ -90,7 +91,7 @@ def test_a_frozen_reference_adapter_is_not_merged(base, tmp_path):
     first = train(settings(tmp_path / "first"), FORGET, RETAIN, model=base, peft_config=LORA)
     second = train(settings(tmp_path / "second"), FORGET, RETAIN, model=first.model)
     second.save_model()
-    assert "reference" in second.model.peft_config
+    assert REFERENCE_ADAPTER in second.model.peft_config
     merged = bt.merge_and_save(str(tmp_path / "second"), str(tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), logits(second.model), atol=1e-5, rtol=1e-5)
 
