@@ -80,8 +80,8 @@ def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
         adapted: Any = PeftModel.from_pretrained(base, adapter)
     except (RuntimeError, ValueError) as error:  # PEFT's, of sizes or of names
         raise ValueError(
-            f"The adapter in {adapter!r} does not fit its base: it was trained on a model of other sizes or layers. Pass "
-            "that one as `base_model`: loaded, and with `resize_token_embeddings` as before the training. "
+            f"The adapter in {adapter!r} does not fit its base: it was trained on a model of other sizes or layers. "
+            "Pass that one as `base_model`: loaded, and with `resize_token_embeddings` as before the training. "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     if not hasattr(adapted.base_model, "merge_and_unload"):
@@ -89,15 +89,13 @@ def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
             f"The adapter in {adapter!r} is of type {adapted.active_peft_config.peft_type.value}, which has no weights "
             "to add to the base's: keep adapter and base together."
         )
-    tied = _untie(adapted)
+    untied = _untie(adapted)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"PEFT cannot merge the adapter in {adapter!r}: {' '.join(str(error).split())}") from error
-    if tied:  # unless the adapter has tied them anew
-        same = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = same
+    if untied:  # unless the adapter has tied them anew
+        _say_tied(merged, merged.get_input_embeddings().weight is merged.get_output_embeddings().weight)
     return merged
 
 
@@ -109,7 +107,14 @@ def _untie(adapted: PeftModel) -> bool:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
     plain = [end.original_module if isinstance(end, AuxiliaryTrainingWrapper) else end for end in plain]
-    if plain[1] is None or plain[0].weight is not plain[1].weight or not any(isinstance(end, wrapped) for end in ends):
+    adapted_end = any(isinstance(end, wrapped) for end in ends)
+    if not adapted_end or plain[1] is None or plain[0].weight is not plain[1].weight:
         return False
     plain[1].weight = nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    _say_tied(model, False)
     return True
+
+
+def _say_tied(model: Any, tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied

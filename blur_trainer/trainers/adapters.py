@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from blur_trainer.models.forward import evaluating, forward
 from blur_trainer.models.reference import REFERENCE_ADAPTER, is_partitioned
+from blur_trainer.models.truncation import PLAIN_STARTS
 
 #: `init_lora_weights` that leave the model as it is, and that PEFT makes again, equal, when the adapter is loaded
-STARTS = (True, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+STARTS = (*PLAIN_STARTS, "pissa", "olora")
 _MERGE = (
     "save it (`model.save_pretrained('adapter')`), merge it into its base with `blur_trainer.merge_and_save('adapter', "
     "'merged')`, and pass 'merged' as `model`"
