@@ -70,7 +70,7 @@ class Saved:
 
 def load_config(model: str | PreTrainedConfig | PreTrainedModel | PeftModel) -> PreTrainedConfig:
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     config = causal_lm(model).config if isinstance(model, nn.Module) else model
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(

@@ -1,7 +1,9 @@
 """A causal language model by name or path: all of it, its configuration, or only its lower layers."""
 
+from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file, logging
@@ -12,6 +14,7 @@ from blur_trainer.models.suitable import check_loadable
 from blur_trainer.models.truncation import quarter, shortened
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
+_PLACE = ("subfolder", "gguf_file", "code_revision")
 
 
 def hub_arguments(kwargs: Any) -> dict[str, Any]:
@@ -34,6 +37,8 @@ def load_pretrained(name: str, kwargs: Any) -> Any:
     # a logit-difference model passes its arguments on to the models that it names
     whole = not isinstance(config, LogitDifferenceConfig)
     model, info = _load(name, kwargs | ({"output_loading_info": True} if whole else {}), whole)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # a repository that holds both
+        _refuse_adapter(name, kwargs)
     if missing := sorted(info.get("missing_keys", ())):
         raise ValueError(
             f"{name!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''} ({len(missing)} "
@@ -73,14 +78,14 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     given = kwargs.get("config")
     if given is not None:
         return given
-    hub = hub_arguments(kwargs)
-    try:
+    hub = hub_arguments(kwargs) | {key: kwargs[key] for key in _PLACE if key in kwargs}
+    if Path(name).is_dir():
         _refuse_adapter(name, hub)
-    except OSError as error:
-        raise cannot_load(name, error) from error
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except OSError as error:
+        if not Path(name).is_absolute():
+            _refuse_adapter(name, hub)  # a repository of an adapter alone has no configuration of a model
         raise cannot_load(name, error) from error
     except ValueError as error:  # code that came with the model, or an architecture that nobody knows
         raise ValueError(f"Cannot load model {name!r}: {_line(error)}") from error
@@ -89,7 +94,11 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
 def _refuse_adapter(name: str, hub: dict[str, Any]) -> None:
     """`from_pretrained` would put the adapter into its base, where a second one replaces it without a word."""
     where = {key: hub[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in hub}
-    if find_adapter_config_file(name, **where) is not None:
+    try:
+        found = find_adapter_config_file(name, subfolder=hub.get("subfolder", ""), **where)
+    except OSError as error:
+        raise cannot_load(name, error) from error
+    if found is not None:
         raise ValueError(
             f"{name!r} is an adapter, not a whole model. Merge it into its base first, "
             f"`blur_trainer.merge_and_save({name!r}, 'merged')`, and pass 'merged'. To go on training this very "

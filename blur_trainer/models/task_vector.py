@@ -135,7 +135,8 @@ def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
 def _adapted_layers(target: CheckpointTensors, config: LoraConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Maps each adapted tensor of the target to its LoRA layer; also returns mismatches. Reads no weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target.folder))
+        config_of_target = AutoConfig.from_pretrained(target.folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config_of_target, trust_remote_code=False)
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):  # on the CPU: PEFT puts the LoRA there
             setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))

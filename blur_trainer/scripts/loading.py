@@ -29,6 +29,7 @@ class ModelLoader:
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
             "quantization_config": get_quantization_config(model_args),
+            "trust_remote_code": False,  # left open, the auto classes ask on stdin
         } | (getattr(args, "model_init_kwargs", None) or {})
 
     def __call__(self, name: str, **changed: Any) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Makes the trainer's reference model, shards it like the trained one, or precomputes its log-probabilities."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import AutocastKwargs, DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -97,7 +98,8 @@ def shard_reference(accelerator: Accelerator, reference: FrozenModel) -> FrozenM
         # `Accelerator.prepare_model` would do both, but keep the model alive after its numbers are computed
         if getattr(model, "hf_device_map", None) is None:  # it was placed at loading; quantized models cannot move
             model.to(accelerator.device)
-        reference.precision = accelerator.autocast
+        # frozen weights are read once a pass: casts of them need no cache
+        reference.precision = functools.partial(accelerator.autocast, AutocastKwargs(cache_enabled=False))
     return reference
 
 
