@@ -1,0 +1,124 @@
+"""Prompt and answer of a conversation, as the tokenizer's chat template writes them."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from os.path import commonprefix
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import MistralCommonBackend
+from trl.trainer.utils import remove_none_values
+
+from blur_trainer.data.rows import with_texts
+
+Messages = list[dict[str, Any]]
+
+# Stands for the answer while the template is asked where it puts one: private characters, which no text has.
+_MARK = "\ue0f0answer\ue0f1"
+# "<think>", "[THINK]", "<|reasoning|>" at the end: what follows is a thought, not an answer.
+_OPEN_THOUGHT = re.compile(r"[<\[]\|?(?:think|thinking|thought|reason|reasoning)\|?[>\]]\s*\Z", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """
+    A conversation as text.
+
+    Args:
+        prompt: everything before the answer.
+        answer: the answer and what closes it.
+        asked: what a model is asked with, `apply_chat_template(prompt, add_generation_prompt=True)`.
+    """
+
+    prompt: str
+    answer: str
+    asked: str
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def check_tokenizer(tokenizer: Any, fmt: str, role: str) -> None:
+    """Raises for a tokenizer of mistral-common, which has a chat format but no template to render."""
+    if isinstance(tokenizer, MistralCommonBackend) and fmt in ("messages", "question-answer"):
+        raise ValueError(
+            f"The `{role}` dataset is in the `{fmt}` format and the tokenizer is a `MistralCommonBackend`, which has no chat template: pass the repository's `tokenizer.json` as "
+            "`processing_class` (`PreTrainedTokenizerFast.from_pretrained(...)`, with a `chat_template`), or rows with "
+            "`input_ids` and `labels`."
+        )
+
+
+def writes_the_day(tokenizer: Any) -> bool:
+    """Whether the chat template writes today's date, so that tokens depend on the day."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str, Any], day: date | None) -> Rendered:
+    """
+    Renders a conversation and finds its answer.
+
+    The answer begins where the template puts the first answer's content. What the template writes before it (a header,
+    an empty thinking block) is prompt. If a template writes the finished conversation in another way than the
+    question (it moves the system prompt, or drops it), the prompt is the one that the model is asked.
+
+    Differs from TRL, where everything after the generation prompt is answer, the thinking block included.
+
+    Args:
+        row: may have `tools` (a list, or its JSON) and `chat_template_kwargs`, variables of the template.
+        day: what the template gets as today. `None`: the present day.
+
+    Raises:
+        `ValueError`: the template fails, or does not write the answer exactly once.
+    """
+    prompt, answer = with_texts(remove_none_values(prompt)), with_texts(remove_none_values(answer))
+    variables = {} if day is None else {"strftime_now": day.strftime}
+    # Arrow fills in the keys that other rows have; a template would take None as an answer.
+    variables |= remove_none_values(row.get("chat_template_kwargs") or {})
+    tools = row.get("tools") or None
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+
+    def written(messages: Messages, **kwargs: Any) -> str:
+        cleaned = remove_none_values(tools) if tools else None
+        try:
+            return tokenizer.apply_chat_template(messages, tools=cleaned, tokenize=False, **kwargs, **variables)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
+
+    final = prompt[-1]["role"] == "assistant"
+    asked = written(prompt, add_generation_prompt=not final, continue_final_message=final)
+    whole = written(prompt + answer)
+    if not isinstance(answer[0].get("content"), str):  # a call of a tool: its text is the template's
+        if not whole.startswith(asked):
+            raise ValueError("the chat template writes the prompt of a tool call in another way than the question")
+        return Rendered(asked, whole[len(asked) :], asked)
+    marked = written([*prompt, {"role": answer[0]["role"], "content": _MARK}])
+    if marked.count(_MARK) != 1:
+        raise ValueError(f"the chat template writes the answer {marked.count(_MARK)} times, and must write it once")
+    # A thought that the row gives is a part of its answer; it begins where the two renderings part.
+    before = commonprefix([marked[: marked.index(_MARK)], whole])
+    answered = whole[len(before) :]
+    if before.startswith(asked):
+        return Rendered(before, answered, asked)
+    if asked.startswith(before) and _OPEN_THOUGHT.search(asked[len(before) :]):
+        return Rendered(before, answered, asked)  # an answer inside of a thought would be none
+    return Rendered(asked, answered, asked)
+
+
+def notice(rendered: Rendered) -> str | None:
+    """What a user must know of a prompt that is not what the model is asked."""
+    if rendered.prompt == rendered.asked:
+        return None
+    if rendered.prompt.startswith(rendered.asked):
+        added = rendered.prompt[len(rendered.asked) :]
+        return (
+            f"the chat template writes {added!r} before an answer, which its generation prompt lacks. It counts as "
+            "prompt. Ask the model in the same way (templates that think: `enable_thinking=False`)"
+        )
+    return (
+        f"the generation prompt ends with {rendered.asked[len(rendered.prompt) :]!r}, an open thought, and a finished "
+        "conversation has none: the answer is trained without it"
+    )
