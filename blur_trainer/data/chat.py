@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from os.path import commonprefix
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,6 +18,7 @@ Messages = list[dict[str, Any]]
 
 # Stands for the answer while the template is asked where it puts one: private characters, which no text has.
 _MARK = "\ue0f0answer\ue0f1"
+_DIRECTIVES = "aAbBcdDeFHIjmMpSTuUVwWxXyYzZ"  # of strftime
 # "<think>", "[THINK]", "<|reasoning|>" at the end: what follows is a thought, not an answer.
 _OPEN_THOUGHT = re.compile(r"[<\[]\|?(?:think|thinking|thought|reason|reasoning)\|?[>\]]\s*\Z", re.IGNORECASE)
 
@@ -46,15 +47,38 @@ def check_tokenizer(tokenizer: Any, fmt: str, role: str) -> None:
     """Raises for a tokenizer of mistral-common, which has a chat format but no template to render."""
     if isinstance(tokenizer, MistralCommonBackend) and fmt in ("messages", "question-answer"):
         raise ValueError(
-            f"The `{role}` dataset is in the `{fmt}` format and the tokenizer is a `MistralCommonBackend`, which has no chat template: pass the repository's `tokenizer.json` as "
-            "`processing_class` (`PreTrainedTokenizerFast.from_pretrained(...)`, with a `chat_template`), or rows with "
-            "`input_ids` and `labels`."
+            f"The `{role}` dataset is in the `{fmt}` format and the tokenizer is a `MistralCommonBackend`, which has "
+            "no chat template: pass the repository's `tokenizer.json` as `processing_class` "
+            "(`PreTrainedTokenizerFast.from_pretrained(...)`, with a `chat_template`), or rows with `input_ids` and "
+            "`labels`."
         )
 
 
 def writes_the_day(tokenizer: Any) -> bool:
     """Whether the chat template writes today's date, so that tokens depend on the day."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def parse_day(text: str | None) -> date | None:
+    """The day of `chat_template_date`."""
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"`chat_template_date` is {text!r}: it must be a day such as '2026-01-31'.") from error
+
+
+@lru_cache(maxsize=2)
+def _calendar(day: date) -> str:
+    """
+    Jinja code that goes before a template. In it, the clock `strftime_now` stands still on that day.
+
+    A function cannot be passed, because transformers gives templates plain data only.
+    """
+    texts = {f"%{code}": day.strftime(f"%{code}") for code in _DIRECTIVES}
+    texts |= {f"%-{code}": day.strftime(f"%{code}").lstrip("0") or "0" for code in "dHIjmMSy"}
+    filters = "".join(f"|replace({json.dumps(code)}, {json.dumps(text)})" for code, text in texts.items())
+    # The empty expression keeps a line break that the template begins with.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str, Any], day: date | None) -> Rendered:
@@ -74,17 +98,18 @@ def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str,
     Raises:
         `ValueError`: the template fails, or does not write the answer exactly once.
     """
-    prompt, answer = with_texts(remove_none_values(prompt)), with_texts(remove_none_values(answer))
-    variables = {} if day is None else {"strftime_now": day.strftime}
     # Arrow fills in the keys that other rows have; a template would take None as an answer.
-    variables |= remove_none_values(row.get("chat_template_kwargs") or {})
+    prompt, answer = with_texts(remove_none_values(prompt)), with_texts(remove_none_values(answer))
+    variables = remove_none_values(row.get("chat_template_kwargs") or {})
     tools = row.get("tools") or None
     tools = json.loads(tools) if isinstance(tools, str) else tools
+    variables["tools"] = remove_none_values(tools) if tools else None
+    if day is not None:
+        variables["chat_template"] = _calendar(day) + tokenizer.get_chat_template(tools=tools)
 
     def written(messages: Messages, **kwargs: Any) -> str:
-        cleaned = remove_none_values(tools) if tools else None
         try:
-            return tokenizer.apply_chat_template(messages, tools=cleaned, tokenize=False, **kwargs, **variables)
+            return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **variables)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
             raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
 
@@ -99,13 +124,18 @@ def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str,
     if marked.count(_MARK) != 1:
         raise ValueError(f"the chat template writes the answer {marked.count(_MARK)} times, and must write it once")
     # A thought that the row gives is a part of its answer; it begins where the two renderings part.
-    before = commonprefix([marked[: marked.index(_MARK)], whole])
+    before = _common_start(marked[: marked.index(_MARK)], whole)
     answered = whole[len(before) :]
     if before.startswith(asked):
         return Rendered(before, answered, asked)
     if asked.startswith(before) and _OPEN_THOUGHT.search(asked[len(before) :]):
         return Rendered(before, answered, asked)  # an answer inside of a thought would be none
     return Rendered(asked, answered, asked)
+
+
+def _common_start(one: str, other: str) -> str:
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def notice(rendered: Rendered) -> str | None:

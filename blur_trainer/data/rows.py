@@ -51,7 +51,9 @@ def check_row(row: Mapping[str, Any], index: int, fmt: str, role: str, *, has_te
 def is_blank(value: Any) -> bool:
     """Whether an answer (a string, or messages) or a text has nothing but white space."""
     if isinstance(value, list):
-        return all(not message.get("tool_calls") and is_blank(message.get("content") or "") for message in with_texts(value))
+        return all(
+            not message.get("tool_calls") and is_blank(message.get("content") or "") for message in with_texts(value)
+        )
     return isinstance(value, str) and not value.strip()
 
 

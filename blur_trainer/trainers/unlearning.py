@@ -30,6 +30,7 @@ from blur_trainer.trainers.saving import SavingMixin
 from blur_trainer.trainers.single_buffer import check_forward_mode, check_single_buffer, one_buffer_step
 from blur_trainer.trainers.step import Step, two_slot_step
 from blur_trainer.trainers.step_log import StepLog
+from blur_trainer.trainers.template_day import day_callbacks
 from blur_trainer.trainers.topics import settle_topics
 from blur_trainer.trainers.trainable import choose_trainable
 
@@ -106,7 +107,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
-        self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
+        self.interrupt, self.checkpoints, others = InterruptCallback(), CheckpointCallback(), callbacks or []
         self.reference = make_reference(model, ref_model, self.objectives, args, source)
         super().__init__(
             model=model,
@@ -116,7 +117,7 @@ class UnlearningTrainer(EvaluationMixin, SavingMixin, Trainer):
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
-            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
+            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *day_callbacks(args, tokenizer), *others],
             optimizers=optimizers,
         )
         self._settle_engine(ref_model)
