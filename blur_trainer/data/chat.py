@@ -127,7 +127,8 @@ def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str,
     before = _common_start(marked[: marked.index(_MARK)], whole)
     answered = whole[len(before) :]
     if before.startswith(asked):
-        return Rendered(before, answered, asked)
+        added = before[len(asked) :]  # a space alone is the answer's, which the model writes itself
+        return Rendered(before, answered, asked) if added.strip() else Rendered(asked, added + answered, asked)
     if asked.startswith(before) and _OPEN_THOUGHT.search(asked[len(before) :]):
         return Rendered(before, answered, asked)  # an answer inside of a thought would be none
     return Rendered(asked, answered, asked)

@@ -55,11 +55,7 @@ def tokenize_all(
     If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
     """
     topics = topic_names(forget)
-    if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in (forget, retain)):
-        raise ValueError(
-            "`precompute_ref_logps=True` needs datasets of known length, not a stream, which is not gone over twice: "
-            "leave it off, or load the datasets."
-        )
+    _check_streams(args, forget, retain)
     settle_day(args, tokenizer)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
@@ -98,6 +94,14 @@ def tokenize_all(
     if args.should_log:
         _say_what_is_trained(tokenized_forget, tokenized_retain, tokenizer)
     return tokenized_forget, tokenized_retain, evaluation
+
+
+def _check_streams(args: UnlearningConfig, *given: Any) -> None:
+    if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in given):
+        raise ValueError(
+            "`precompute_ref_logps=True` needs datasets of known length, not a stream, which is not gone over twice: "
+            "leave it off, or load the datasets."
+        )
 
 
 def _say_what_is_trained(forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
