@@ -14,6 +14,7 @@ from blur_trainer.models.loading import load_pretrained
 from blur_trainer.models.reference import FrozenModel, partition_shape
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.saveable import check_saveable
 
 
 def resolve_args(config_class: type[UnlearningConfig], args: Any, model: Any) -> UnlearningConfig:
@@ -145,6 +146,7 @@ def check_models(
             "No parameter of the model has `requires_grad=True`: nothing would be trained. Pass `peft_config`, load "
             "the adapter with `is_trainable=True`, or unfreeze parameters."
         )
+    check_saveable(model)
     rows = vocabulary_size(model)
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(
