@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.choices import DESCRIPTION
+from blur_trainer.evaluation.splits import as_datasets
 from blur_trainer.evaluation.wmdp import COLUMNS, subjects_of
 
 _TASK = r"""task: {task}
@@ -57,6 +58,7 @@ def write_tasks(
     Raises:
         `ValueError`: there are no questions, or `WMDPEvaluation` refuses a set.
     """
+    data = as_datasets(data)
     named = subjects_of(data, subjects)
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
