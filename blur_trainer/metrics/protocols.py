@@ -1,4 +1,4 @@
-"""The two conventions for TOFU's numbers, the original benchmark's and open-unlearning's, and for the words of ROUGE."""
+"""Conventions by name: the two of TOFU's numbers (the benchmark's, open-unlearning's), and the two of ROUGE's words."""
 
 from collections.abc import Iterable, Sequence
 
