@@ -61,6 +61,11 @@ def find_file(folder: Path, names: Iterable[str], what: str) -> Path | None:
     return None
 
 
+def read_json(file: str | Path) -> Any:
+    """The content of a JSON file. A malformed file is a `ValueError` that names it."""
+    return _parse(_read(Path(file)), str(file))
+
+
 def read_rows(file: Path) -> list[Any]:
     """The rows of a `.jsonl` or `.json` file (lines or a list), or a `.txt` file as one row with `text`."""
     text = _read(file)

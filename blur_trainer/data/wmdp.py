@@ -99,8 +99,8 @@ def load_wmdp(
         if folder is not None and not any(find_file(folder, _names(key), key) for key in keys):
             tried = ", ".join(_names(key)[0] for key in keys)
             raise ValueError(
-                f"data_dir {str(folder)!r} has none of the sets {keys} (tried {tried} and so on): name its files so, or "
-                "leave data_dir out for the Hub's."
+                f"data_dir {str(folder)!r} has none of the sets {keys} (tried {tried} and so on): name its files so, "
+                "or leave data_dir out for the Hub's."
             )
         data = DatasetDict({key: _texts(key, folder, token) for key in keys})
     return DatasetDict({key: _of_length(rows, key, min_length, max_length) for key, rows in data.items()})
