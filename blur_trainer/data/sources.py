@@ -9,7 +9,9 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from blur_trainer.data.columns import columns_read
-from blur_trainer.data.rows import check_row
+from blur_trainer.data.rows import check_row, with_texts
+
+_CONVERSATIONS = ("messages", "prompt", "completion")
 
 
 def check_dataset(dataset: Any, role: str) -> None:
@@ -78,11 +80,24 @@ def to_dataset(dataset: Dataset | IterableDataset | list, fmt: str, role: str, *
                     f"{sorted(dataset[0])}: all rows of a list must have the same ones."
                 )
             _check_kinds(row, rows[0], index, role)
-        return Dataset.from_list(rows)
+        return _from_list(rows, role)
     selected = dataset.with_format(None).select_columns(columns)  # rows as Python lists, whatever the user's format
     if isinstance(selected, IterableDataset) and next(iter(selected), None) is None:
         raise ValueError(f"The `{role}` dataset is empty: it needs at least one example.")
     return selected
+
+
+def _from_list(rows: list[dict[str, Any]], role: str) -> Dataset:
+    rows = [
+        {c: with_texts(v) if c in _CONVERSATIONS and isinstance(v, list) else v for c, v in r.items()} for r in rows
+    ]
+    try:
+        return Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError) as error:  # pyarrow's are these
+        raise ValueError(
+            f"The rows of the `{role}` list do not fit into one table: {error}. Give each column, and each key of its "
+            "messages, values of one type."
+        ) from error
 
 
 def _check_kinds(row: Mapping[str, Any], first: Mapping[str, Any], index: int, role: str) -> None:
