@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import MistralCommonBackend
+from transformers import MistralCommonBackend  # type: ignore[attr-defined]  # loaded lazily
 from trl.trainer.utils import remove_none_values
 
 from blur_trainer.data.rows import with_texts
@@ -100,7 +100,7 @@ def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str,
     """
     # Arrow fills in the keys that other rows have; a template would take None as an answer.
     prompt, answer = with_texts(remove_none_values(prompt)), with_texts(remove_none_values(answer))
-    variables = remove_none_values(row.get("chat_template_kwargs") or {})
+    variables = dict(remove_none_values(row.get("chat_template_kwargs") or {}))
     tools = row.get("tools") or None
     tools = json.loads(tools) if isinstance(tools, str) else tools
     variables["tools"] = remove_none_values(tools) if tools else None

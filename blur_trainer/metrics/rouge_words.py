@@ -11,8 +11,10 @@ from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from blur_trainer.metrics.protocols import UNICODE, check_rouge_tokenizer
 
 # Scripts that put no spaces between words, by the names of their characters: one character is a word.
-_UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ")
-_UNSPACED += ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE ")
+_UNSPACED = (
+    *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI "),
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE "),
+)
 _JOINERS = "\u200c\u200d"  # inside of words of Persian and of Indian scripts
 
 

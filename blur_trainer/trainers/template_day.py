@@ -30,7 +30,7 @@ class TemplateDayCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        recorded = _day_in(state.stateful_callbacks or {})
+        recorded = _day_in(state.stateful_callbacks)
         if recorded not in (None, self.day):
             raise ValueError(
                 f"The checkpoint was trained with {recorded} as the chat template's date, this training has {self.day}:"
@@ -66,8 +66,8 @@ def _recorded(output_dir: str) -> str | None:
     except ValueError:  # there is none
         return None
     state = json.loads(Path(checkpoint, saving.STATE_NAME).read_text(encoding="utf-8"))
-    return _day_in(state.get("stateful_callbacks") or {})
+    return _day_in(state.get("stateful_callbacks"))
 
 
-def _day_in(callbacks: dict[str, Any]) -> str | None:
-    return callbacks.get(TemplateDayCallback.__name__, {}).get("args", {}).get("day")
+def _day_in(callbacks: Any) -> str | None:
+    return (callbacks or {}).get(TemplateDayCallback.__name__, {}).get("args", {}).get("day")

@@ -128,8 +128,8 @@ class TOFUEvaluation(Evaluation):
         check_positive(max_new_tokens=self.max_new_tokens, max_length=self.max_length, batch_size=batch_size)
         form = check_template(template)
         self.rouge_tokenizer = check_rouge_tokenizer(rouge_tokenizer)
-        limits = {"max_rows": MAX_ROWS[protocol], "max_length": self.max_length}
-        self._splits = read_splits(as_datasets(data), tokenizer, form, **limits)
+        data = as_datasets(data)
+        self._splits = read_splits(data, tokenizer, form, max_rows=MAX_ROWS[protocol], max_length=self.max_length)
         self.metric_keys = metric_keys(
             self._splits, reference=reference, gradnorm=gradnorm, by_reference=reference_model is not None
         )
