@@ -123,15 +123,41 @@ def render(tokenizer: Any, prompt: Messages, answer: Messages, row: Mapping[str,
     marked = written([*prompt, {"role": answer[0]["role"], "content": _MARK}])
     if marked.count(_MARK) != 1:
         raise ValueError(f"the chat template writes the answer {marked.count(_MARK)} times, and must write it once")
+    _check_nothing_is_lost(prompt, answer[0], asked, whole)
+    return _parted(asked, marked[: marked.index(_MARK)], whole)
+
+
+def _parted(asked: str, header: str, whole: str) -> Rendered:
+    """
+    Args:
+        asked: the prompt as the model is asked.
+        header: the finished conversation up to an answer without a thought.
+        whole: the finished conversation.
+    """
     # A thought that the row gives is a part of its answer; it begins where the two renderings part.
-    before = _common_start(marked[: marked.index(_MARK)], whole)
+    before = _common_start(header, whole)
     answered = whole[len(before) :]
     if before.startswith(asked):
         added = before[len(asked) :]  # a space alone is the answer's, which the model writes itself
         return Rendered(before, answered, asked) if added.strip() else Rendered(asked, added + answered, asked)
-    if asked.startswith(before) and _OPEN_THOUGHT.search(asked[len(before) :]):
-        return Rendered(before, answered, asked)  # an answer inside of a thought would be none
+    thought = _OPEN_THOUGHT.search(asked)
+    if header.startswith(asked) or (thought and header.startswith(asked[: thought.start()])):
+        return Rendered(before, answered, asked)  # an answer inside of an open thought would be none
     return Rendered(asked, answered, asked)
+
+
+def _check_nothing_is_lost(prompt: Messages, answer: dict[str, Any], asked: str, whole: str) -> None:
+    """Raises if the template leaves out what the system or the user says, or a part of the answer."""
+    given = [(message, "content", asked) for message in prompt if message["role"] in ("system", "user")]
+    given += [(answer, key, whole) for key in ("content", "reasoning_content", "reasoning", "thinking")]
+    for message, key, text in given:
+        content = message.get(key)
+        if not isinstance(content, str):
+            continue
+        squeezed = "".join(text.split())
+        escaped = json.dumps(content, ensure_ascii=False)[1:-1]  # some templates write JSON
+        if not any("".join(form.split()) in squeezed for form in (content, escaped)):
+            raise ValueError(f"the chat template leaves out what `{message['role']}` says in `{key}`: {content[:80]!r}")
 
 
 def _common_start(one: str, other: str) -> str:
@@ -149,7 +175,8 @@ def notice(rendered: Rendered) -> str | None:
             f"the chat template writes {added!r} before an answer, which its generation prompt lacks. It counts as "
             "prompt. Ask the model in the same way (templates that think: `enable_thinking=False`)"
         )
+    common = len(_common_start(rendered.asked, rendered.prompt))
     return (
-        f"the generation prompt ends with {rendered.asked[len(rendered.prompt) :]!r}, an open thought, and a finished "
-        "conversation has none: the answer is trained without it"
+        f"the model is asked with {rendered.asked[common:]!r} at the end, and the chat template writes "
+        f"{rendered.prompt[common:]!r} there in a finished conversation, as it is trained"
     )

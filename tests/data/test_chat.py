@@ -43,6 +43,18 @@ TEMPLATES = {
         "Hm.\n</think>\n\nMara.</s>",
     ),
     "asked in a thought": (BODY + END + IF_ASKED + "A: <think>\n{% endif %}", TURN, "U: Who?\nA: ", REPLY),
+    "open thought closed": (
+        BODY + "<think></think>" + END + IF_ASKED + "A: <think>\n{% endif %}",
+        TURN,
+        "U: Who?\nA: <think></think>",
+        REPLY,
+    ),
+    "asked not to think": (
+        BODY + REASONING + END + IF_ASKED + "A: " + THOUGHT + "{% endif %}",
+        [USER, {**ANSWER, "reasoning_content": "Hm."}],
+        "U: Who?\nA: <think>\n",
+        "Hm.\n</think>\n\nMara.</s>",
+    ),
     "asked after a thought": (BODY + END + IF_ASKED + "A: <t></t>{% endif %}", TURN, "U: Who?\nA: <t></t>", REPLY),
     "system prompt moved": (MOVED, [SYSTEM, *TURN], "[Q]Be brief. Who?[/Q]", REPLY),
     "channel": (BODY + CHANNEL + END + ASK, TURN, "U: Who?\nA: " + CHANNEL, REPLY),
@@ -78,7 +90,8 @@ def test_a_prompt_that_differs_from_what_is_asked_is_said_once(caplog):
         return caplog.text
 
     assert repr(THOUGHT) in said("empty thought") and caplog.text.count("`forget`") == 1
-    assert "open thought" in said("asked in a thought")
+    assert r"asked with '<think>\n' at the end" in said("asked in a thought")
+    assert "'<think></think>'" not in caplog.text and "'</think>'" in said("open thought closed")
     for name in ("plain", "system prompt moved", "space", "stripped"):
         assert said(name) == ""
 
@@ -103,6 +116,9 @@ def test_what_cannot_be_rendered_names_its_row():
 
     fine = {"messages": [USER, ANSWER]}
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    deaf = BODY.replace("else", "elif m.role == 'assistant'") + END + ASK
+    system, thought = [SYSTEM, *TURN], [USER, {**ANSWER, "reasoning_content": "Hm."}]
+    lost = "Row 0 .*leaves out what `{}` says in `{}`"
     picture = {**USER, "content": [{"type": "text", "text": "Who?"}, {"type": "image", "text": "x"}]}
     every(
         {
@@ -110,6 +126,8 @@ def test_what_cannot_be_rendered_names_its_row():
             "broken": ("{{ messages[0].content + 1 }}", [fine], "Row 0 .*the chat template fails: TypeError"),
             "syntax": ("{% if %}", [fine], "Row 0 .*TemplateSyntaxError"),
             "answer dropped": ("{{ messages[0].content }}", [fine], "Row 0 .*writes the answer 0 times"),
+            "system dropped": (deaf, [{"messages": system}], lost.format("system", "content")),
+            "thought dropped": (deaf, [{"messages": thought}], lost.format("assistant", "reasoning_content")),
             "parts": (CHAT_TEMPLATE, [{"messages": [picture, ANSWER]}], "Message 0 .*row 0.*2 parts", TypeError),
             "number": (CHAT_TEMPLATE, [{"messages": [{**USER, "content": 5}, ANSWER]}], "Message 0 .*row 0", TypeError),
         },
