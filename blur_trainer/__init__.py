@@ -16,6 +16,7 @@ _HOMES = {
     "evaluation.muse": ["MUSEEvaluation"],
     "evaluation.robustness.battery": ["prefixed", "quantized", "robustness"],
     "evaluation.robustness.relearning": ["relearn"],
+    "evaluation.tofu.aggregates": ["aggregate_log"],
     "evaluation.tofu.reference": ["RetainReference"],
     "evaluation.tofu.suite": ["TOFUEvaluation"],
     "evaluation.wmdp": ["WMDPEvaluation"],
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.evaluation.muse import MUSEEvaluation
     from blur_trainer.evaluation.robustness.battery import prefixed, quantized, robustness
     from blur_trainer.evaluation.robustness.relearning import relearn
+    from blur_trainer.evaluation.tofu.aggregates import aggregate_log
     from blur_trainer.evaluation.tofu.reference import RetainReference
     from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
     from blur_trainer.evaluation.wmdp import WMDPEvaluation

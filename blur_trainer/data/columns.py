@@ -1,13 +1,8 @@
-"""Tells the format of a dataset from its columns, and raises one-line errors for wrong columns or rows."""
+"""Tells the format of a dataset from its columns, and refuses columns that could be taken in two ways."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-import datasets
-from datasets import Dataset, IterableDataset
-from trl.data_utils import get_dataset_column_names
-
-# The first match wins: tokens first (the user has tokenized already), plain text last.
+# The first match is the format: tokens first (the user has tokenized already), plain text last.
 FORMATS: dict[str, tuple[str, ...]] = {
     "input_ids": ("input_ids",),
     "messages": ("messages",),
@@ -17,134 +12,81 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 ACCEPTED = "`text`, `prompt`+`completion`, `messages`, `question`+`answer` or `input_ids`(+`labels`)"
 
+_BESIDE_A_PROMPT = ("refusal", "chat_template_kwargs", "tools")
+#: Columns that say which tokens are targets, as tokenizers and TRL name them.
+MASKS = ("completion_mask", "assistant_masks")
+# What a format reads beside the columns that make it.
+_ALSO_READ: dict[str, tuple[str, ...]] = {
+    "input_ids": (
+        *("labels", "attention_mask", *MASKS),
+        *("refusal_input_ids", "refusal_labels", "ref_logps", "refusal_ref_logps"),
+    ),
+    "messages": _BESIDE_A_PROMPT,
+    "prompt-completion": _BESIDE_A_PROMPT,
+    "question-answer": _BESIDE_A_PROMPT,
+    "text": (),
+}
+# Columns that usually hold a part of what is asked or answered: none of them may be dropped in silence.
+_MEANINGFUL = {
+    *(column for columns in FORMATS.values() for column in columns),
+    *("labels", "target", "targets", "answers", "output", "outputs", "response", "responses", "chosen", "rejected"),
+    *("instruction", "input", "inputs", "context", "system", "system_prompt", "conversation", "conversations"),
+}
+
 
 def find_format(columns: Iterable[str], role: str) -> str:
-    """Name of the first format in `FORMATS` whose columns are all present; `ValueError` when there is none."""
+    """
+    Name of the first format in `FORMATS` whose columns are all present.
+
+    Raises `ValueError` where there is none, or where another column could be meant as well: a dataset with `text` and
+    `labels` may be texts, or questions and answers.
+    """
     columns = list(columns)
     for name, needed in FORMATS.items():
         if set(needed) <= set(columns):
+            _refuse_ambiguous(name, columns, role)
             return name
-    raise ValueError(f"The `{role}` dataset has the columns {columns}, but needs {ACCEPTED}: rename its columns.")
+    raise ValueError(f"The `{role}` dataset has the columns {columns}, but needs {ACCEPTED}: {_remedy(columns)}.")
 
 
-def check_dataset(dataset: Any, role: str) -> None:
-    """Raise `TypeError` when `dataset` is neither a dataset nor a list of dicts, `ValueError` when it is empty."""
-    if isinstance(dataset, Mapping):  # DatasetDict and IterableDatasetDict are dicts
-        raise TypeError(
-            f"The `{role}` dataset is a {type(dataset).__name__} with the splits {sorted(map(str, dataset))}: "
-            "pick one of them, e.g. `dataset['train']`."
-        )
-    if isinstance(dataset, str):
-        raise TypeError(f"The `{role}` dataset is the string {dataset!r}: load it first, `datasets.load_dataset(...)`.")
-    if not isinstance(dataset, (Dataset, IterableDataset, list)):
-        raise TypeError(
-            f"The `{role}` dataset is a {type(dataset).__name__}: pass a `datasets.Dataset`, a "
-            "`datasets.IterableDataset` or a list of dicts."
-        )
-    if isinstance(dataset, list):
-        for index, row in enumerate(dataset):
-            if not isinstance(row, Mapping):
-                raise TypeError(f"Row {index} of the `{role}` list is a {type(row).__name__}: each row must be a dict.")
-    if (len(dataset) == 0) if not isinstance(dataset, IterableDataset) else (next(iter(dataset), None) is None):
-        raise ValueError(f"The `{role}` dataset is empty: it needs at least one example.")
+def columns_read(fmt: str, columns: Iterable[str]) -> list[str]:
+    """The columns that tokenization reads. The others may hold anything, images and sound included."""
+    return [column for column in columns if column in FORMATS[fmt] or column in _ALSO_READ[fmt]]
 
 
-def column_names(dataset: Dataset | IterableDataset | list) -> list[str]:
-    """Column names of a list of dicts or a dataset. For a stream without a schema, its first example is read."""
-    if isinstance(dataset, list):
-        return list(dict.fromkeys(key for row in dataset for key in row))
-    return get_dataset_column_names(dataset)
-
-
-def check_row(row: Mapping[str, Any], index: int, fmt: str, role: str, *, has_template: bool) -> None:
-    """
-    Raise when a field of one row does not fit its format.
-
-    Args:
-        row (`Mapping`): Column name to value.
-        index (`int`): Position of the row in its dataset, for the message.
-        fmt (`str`): Name in `FORMATS`.
-        role (`str`): What the dataset is for (`"forget"`, `"retain"`), for the message.
-        has_template (`bool`): Whether the tokenizer has a chat template, without which messages cannot be rendered.
-
-    Raises:
-        `TypeError`: a field is not a string (or list of messages, or list of token ids).
-        `ValueError`: messages without a chat template, or whose last role is not `assistant`; `labels` of another
-            length than `input_ids`.
-    """
-    where = f"row {index} of the `{role}` dataset"
+def _refuse_ambiguous(fmt: str, columns: list[str], role: str) -> None:
+    read = columns_read(fmt, columns)
+    rivals = [column for column in columns if column in _MEANINGFUL and column not in read]
     if fmt == "input_ids":
-        return _check_tokens(row, where)
-    conversational = fmt == "messages" or (fmt == "prompt-completion" and isinstance(row.get("prompt"), list))
-    for column in FORMATS[fmt]:
-        if conversational:
-            _check_messages(row.get(column), column, where, answer=column != "prompt")
-        elif not isinstance(row.get(column), str):
-            raise TypeError(f"Column `{column}` in {where} is a {_type(row.get(column))}: it must be a string.")
-    if conversational and not has_template:
-        raise ValueError(
-            f"The `{role}` dataset holds messages, but the tokenizer has no chat template: set "
-            "`tokenizer.chat_template`, or give `prompt` and `completion` as strings."
-        )
-    if conversational:
-        _check_prompt(row["messages"][:-1] if fmt == "messages" else row["prompt"], where)
-
-
-def _check_prompt(messages: list[dict[str, Any]], where: str) -> None:
-    role = messages[-1]["role"] if messages else None
-    if role not in ("user", "tool", "assistant"):
-        raise ValueError(
-            f"The prompt in {where} ends with {'no message' if role is None else f'the role {role!r}'}: an answer "
-            "must follow a message of the role 'user', 'tool' or 'assistant'."
-        )
-
-
-def _check_messages(value: Any, column: str, where: str, *, answer: bool) -> None:
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise TypeError(
-            f"Column `{column}` in {where} is a {_type(value)}: it must be a list of messages "
-            '`{"role": ..., "content": ...}`, at least one.'
-        )
-    last = value[-1]
-    if answer and last["role"] != "assistant":
-        raise ValueError(
-            f"The last message of `{column}` in {where} has the role {last['role']!r}: it is the answer, so its role "
-            "must be 'assistant'."
-        )
-    if answer and not isinstance(last.get("content"), str):
-        raise TypeError(f"The answer in `{column}` in {where} is a {_type(last.get('content'))}: it must be a string.")
-
-
-def _check_tokens(row: Mapping[str, Any], where: str) -> None:
-    for ids, labels in (("input_ids", "labels"), ("refusal_input_ids", "refusal_labels")):
-        for column in (ids, labels):
-            if column not in row and column != "input_ids":
-                continue
-            value = row.get(column)
-            if not isinstance(value, list) or not all(type(token) is int for token in value):
-                raise TypeError(f"Column `{column}` in {where} is a {_type(value)}: it must be a list of integers.")
-        if labels in row and len(row[labels]) != len(row.get(ids) or []):
+        if "seq_lengths" in columns:
             raise ValueError(
-                f"`{labels}` has {len(row[labels])} entries and `{ids}` {len(row.get(ids) or [])} in {where}: "
-                "one label per token is needed, -100 where a token is no target."
+                f"The `{role}` dataset has a column `seq_lengths`, so several examples are packed into one row: give "
+                "one example per row (the batches need no packing)."
             )
+        # Tokens with their targets leave no question; without them, all tokens are targets, as they are of a text.
+        told = set(read) & {"labels", *MASKS}
+        rivals = [] if told else [column for column in rivals if column != "text"]
+    if rivals:
+        one = f"{', '.join(f'`{column}`' for column in rivals)}"
+        raise ValueError(
+            f"The `{role}` dataset has {_named(FORMATS[fmt])} and also {one}: which of them is meant cannot be told. "
+            f"Keep the columns of one format (`dataset.select_columns({read})`), or rename them to {ACCEPTED}."
+        )
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, list) and value:
-        return f"list of {type(value[0]).__name__}"
-    return "empty list" if value == [] else type(value).__name__
+def _remedy(columns: list[str]) -> str:
+    asked, answered = {"instruction", "question", "query", "prompt", "input"}, {"output", "response", "completion"}
+    if asked & set(columns) and answered & set(columns):
+        answer = next(column for column in columns if column in answered)
+        return (
+            "map them to `prompt` and `completion`, e.g. `dataset.map(lambda row: {'prompt': [{'role': 'user', "
+            f"'content': ...}}], 'completion': [{{'role': 'assistant', 'content': row[{answer!r}]}}]}}, "
+            "remove_columns=dataset.column_names)`"
+        )
+    if "conversations" in columns:
+        return "map them to `messages`, a list of `{'role': ..., 'content': ...}` that ends with the assistant's"
+    return "rename its columns"
 
 
-def to_dataset(dataset: Dataset | IterableDataset | list, fmt: str, role: str, *, has_template: bool) -> Any:
-    """Turns a list of dicts into a `datasets.Dataset`. Checks the rows first: Arrow's own errors name no row."""
-    if not isinstance(dataset, list):
-        return dataset.with_format(None)  # rows as Python lists, even if the user had set another format
-    for index, row in enumerate(dataset):
-        check_row(row, index, fmt, role, has_template=has_template)
-        if row.keys() != dataset[0].keys():  # Arrow would silently drop columns that the first row lacks
-            raise ValueError(
-                f"Row {index} of the `{role}` dataset has the columns {sorted(row)}, row 0 has {sorted(dataset[0])}: "
-                "all rows of a list must have the same ones."
-            )
-    return datasets.Dataset.from_list([dict(row) for row in dataset])
+def _named(columns: Iterable[str]) -> str:
+    return "+".join(f"`{column}`" for column in columns)

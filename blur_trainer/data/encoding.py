@@ -3,14 +3,17 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational
+from trl.data_utils import common_prefix_length
 
 from blur_trainer.constants import IGNORE_INDEX
-from blur_trainer.data.columns import check_row
+from blur_trainer.data.chat import Rendered, has_chat_template, render
+from blur_trainer.data.given import given_example
 from blur_trainer.data.refusals import REFUSALS
+from blur_trainer.data.rows import check_row, is_blank
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -67,6 +70,7 @@ class RowEncoder:
     seed: int
     qa_template: str
     vocab_size: int | None
+    day: date | None = None  # today, for templates that write it
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         examples = []
@@ -77,43 +81,40 @@ class RowEncoder:
 
     def encode(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
         """All examples of one row, checked."""
-        check_row(
-            row, index, self.fmt, self.role, has_template=getattr(self.tokenizer, "chat_template", None) is not None
-        )
+        check_row(row, index, self.fmt, self.role, has_template=has_chat_template(self.tokenizer))
         examples: list[dict[str, Any]]
         if self.fmt == "text":
             ids = self._with_eos(self._start(_ids(self.tokenizer, row["text"])))
             pieces = split_document(ids[len(self.prefix) :], self.prefix, self.max_length)
             examples = [{"input_ids": piece, "labels": list(piece)} for piece in pieces]
         elif self.fmt == "input_ids":
-            examples = [self._given(row, index)]
+            examples = [given_example(row, f"row {index} of the `{self.role}` dataset", self.max_length)]
         else:
             examples = [self._answered(row, index)]
+        blank = self._is_blank(row)
         for example in examples:
             self._check_vocabulary(example, index)
             labels = [example[column] for column in ("labels", "refusal_labels") if column in example]
-            example.update(row=index, empty=not all(has_target(one) for one in labels))
+            example.update(row=index, empty=blank or not all(has_target(one) for one in labels))
         return examples
 
-    def _given(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        example = {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
-        example |= {column: row[column] for column in ("refusal_input_ids", "refusal_labels") if column in row}
-        scores = {column: row[column] for column in ("ref_logps", "refusal_ref_logps") if column in row}
-        cut = {column: ids[: self.max_length] for column, ids in example.items()}
-        if scores and cut != example:
-            raise ValueError(
-                f"Row {index} of the `{self.role}` dataset is longer than max_length={self.max_length}, but its "
-                f"{list(scores)} belong to the whole sequence: raise `max_length` or remove these columns."
-            )
-        return cut | scores
+    def rendered(self, row: Mapping[str, Any], index: int) -> Rendered | None:
+        """The conversation of a row as text; `None` where no chat template is used."""
+        prompt, answer = self._prompt_and_answer(row)
+        return self._render(prompt, answer, row, index) if isinstance(prompt, list) else None
+
+    def _is_blank(self, row: Mapping[str, Any]) -> bool:
+        """Whether there is nothing to learn or to forget but the end of the text."""
+        if self.fmt == "input_ids":
+            return False
+        return is_blank(row["text"] if self.fmt == "text" else self._prompt_and_answer(row)[1])
 
     def _answered(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         prompt, answer = self._prompt_and_answer(row)
-        kwargs = row.get("chat_template_kwargs")
-        ids, labels = self._join(prompt, answer, kwargs)
+        ids, labels = self._join(prompt, answer, row, index)
         if not self.refusals:
             return {"input_ids": ids, "labels": labels}
-        refusal_ids, refusal_labels = self._join(prompt, self._refusal(row, index, answer), kwargs)
+        refusal_ids, refusal_labels = self._join(prompt, self._refusal(row, index, answer), row, index)
         return {
             "input_ids": ids,
             "labels": labels,
@@ -127,7 +128,7 @@ class RowEncoder:
             return row["messages"][:-1], row["messages"][-1:]
         if self.fmt == "prompt-completion":
             return row["prompt"], row["completion"]
-        if self.tokenizer.chat_template is not None:
+        if has_chat_template(self.tokenizer):
             question = {"role": "user", "content": row["question"]}
             return [question], [{"role": "assistant", "content": row["answer"]}]
         # Not str.format: the template may contain other braces (JSON, LaTeX).
@@ -142,6 +143,8 @@ class RowEncoder:
                     f"Column `refusal` in row {index} of the `{self.role}` dataset is a {type(text).__name__}: it "
                     "must be a string."
                 )
+            if is_blank(text):
+                raise ValueError(f"Column `refusal` in row {index} of the `{self.role}` dataset is empty: fill it.")
         else:
             text = random.Random(f"{self.seed}-{index}").choice(REFUSALS)
         if isinstance(answer, list):
@@ -149,23 +152,32 @@ class RowEncoder:
         # Keep the answer's leading space, so that prompt and refusal stay separate words.
         return answer[: len(answer) - len(answer.lstrip())] + text.lstrip()
 
-    def _join(self, prompt: Any, answer: Any, template_kwargs: dict | None) -> tuple[list[int], list[int]]:
+    def _join(self, prompt: Any, answer: Any, row: Mapping[str, Any], index: int) -> tuple[list[int], list[int]]:
         """
         Tokens of prompt and answer. Labels are -100 on the common prefix with the tokenized prompt.
 
         A chat template writes its own special tokens. Then neither BOS nor EOS is added, as in generation.
         """
-        if is_conversational({"prompt": prompt}):
-            example = {"prompt": prompt, "completion": answer, "chat_template_kwargs": template_kwargs or {}}
-            text = apply_chat_template(example, self.tokenizer)
-            prompt_ids = _ids(self.tokenizer, text["prompt"])
-            ids = _ids(self.tokenizer, text["prompt"] + text["completion"])
+        if isinstance(prompt, list):
+            text = self._render(prompt, answer, row, index)
+            prompt_ids = _ids(self.tokenizer, text.prompt)
+            ids = _ids(self.tokenizer, text.prompt + text.answer)
         else:
             prompt_ids = self._start(_ids(self.tokenizer, prompt))
             ids = self._with_eos(self._start(_ids(self.tokenizer, prompt + answer)))
         boundary = common_prefix_length(prompt_ids, ids)
         labels = [IGNORE_INDEX] * boundary + ids[boundary:]
         return ids[: self.max_length], labels[: self.max_length]
+
+    def _render(self, prompt: list, answer: list, row: Mapping[str, Any], index: int) -> Rendered:
+        try:
+            return render(self.tokenizer, prompt, answer, row, self.day)
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"Row {index} of the `{self.role}` dataset cannot be rendered: {said}. Change the row, or give "
+                "`prompt` and `completion` as strings."
+            ) from error
 
     def _start(self, ids: list[int]) -> list[int]:
         """`ids` after the tokenizer's BOS. BOS occurs once, even if the text already begins with it."""

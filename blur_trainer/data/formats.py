@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from blur_trainer.data.columns import FORMATS, check_dataset, column_names, find_format, to_dataset
+from blur_trainer.data.chat import check_tokenizer, has_chat_template, writes_the_day
+from blur_trainer.data.columns import FORMATS, columns_read, find_format
 from blur_trainer.data.encoding import RowEncoder, leading_special_ids
+from blur_trainer.data.notices import warn_of_prompt
+from blur_trainer.data.sources import check_dataset, column_names, to_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ def tokenize_dataset(
     qa_template: str = "Question: {question}\nAnswer:",
     num_proc: int | None = None,
     vocab_size: int | None = None,
+    day: date | None = None,
 ) -> Dataset | IterableDataset:
     r"""
     Tokenize a dataset for unlearning. Labels are -100 where a token is no target.
@@ -40,11 +45,19 @@ def tokenize_dataset(
     | `question`, `answer` | the chat template's; without one: BOS, `qa_template` + " " + answer, EOS | answer (EOS) |
     | `input_ids` [, `labels`] | as given | `labels`, else all |
 
-    BOS is what the tokenizer puts in front of a sequence (some tokenizers put nothing). If a dataset has the columns
-    of several formats, the first of these wins: `input_ids`, `messages`, `prompt`, `question`, `text`.
-    The answer starts where the tokenized prompt and the tokenized prompt + answer first differ, as in TRL. All formats
-    but `text` are cut on the right at `max_length`. Other columns are removed. Beside `input_ids` the columns
-    `refusal_input_ids`, `refusal_labels`, `ref_logps` and `refusal_ref_logps` are kept.
+    BOS is what the tokenizer puts in front of a sequence (some tokenizers put nothing). Of a conversation, the answer
+    is the content and what closes it; what the chat template writes before the content (a header, an empty thinking
+    block) is prompt: see [`~blur_trainer.data.chat.render`]. `prompt` and `completion` that are strings are taken as
+    they are, as in TRL, also if the tokenizer has a chat template; then a warning says so. In tokens, the answer starts
+    where the tokenized prompt and the tokenized prompt + answer first differ. All formats but `text` are cut on the
+    right at `max_length`.
+
+    A dataset has the columns of one format. Others that could be meant as well (`text` beside `labels`, `answer`,
+    `output` ...) are refused by name; beside `input_ids` and `labels` there may be any. The rest is not read. Rows are
+    read as the dataset gives them, through a transform too. A conversation may have the columns `tools` and
+    `chat_template_kwargs`. Beside `input_ids` these are read: `attention_mask` (padding is dropped),
+    `completion_mask` and `assistant_masks` (which tokens are targets, if there are no `labels`), and
+    `refusal_input_ids`, `refusal_labels`, `ref_logps` and `refusal_ref_logps`.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`):
@@ -56,7 +69,8 @@ def tokenize_dataset(
         max_length (`int`, *optional*):
             Longest example in tokens, special tokens included. `None`: no limit.
         drop_empty (`bool`, *optional*, defaults to `False`):
-            Leave out, with a warning, examples that have no target left, instead of raising an error.
+            Leave out, with a warning, examples that have no target left, or whose text or answer is empty, instead of
+            raising an error.
         refusals (`bool`, *optional*, defaults to `False`):
             Add `refusal_input_ids` and `refusal_labels`: the same prompt with a refusal as the answer. The refusal is
             the column `refusal`, else drawn from `blur_trainer.data.refusals.REFUSALS`.
@@ -68,6 +82,8 @@ def tokenize_dataset(
             Processes for `Dataset.map`. A stream is tokenized where it is read instead.
         vocab_size (`int`, *optional*):
             Size of the model's vocabulary; when given, every token id is checked against it.
+        day (`datetime.date`, *optional*):
+            What chat templates get that write today's date. Default: today.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` (for a stream), with the columns `input_ids`, `labels` and
@@ -79,15 +95,22 @@ def tokenize_dataset(
     check_dataset(dataset, role)
     columns = column_names(dataset)
     fmt = find_format(columns, role)
+    columns = columns_read(fmt, columns)
     if tokenizer is None and fmt != "input_ids":
         raise ValueError(
             f"The `{role}` dataset is in the `{fmt}` format and there is no tokenizer: pass `processing_class` "
             "(the model has none beside it), or a dataset with `input_ids`."
         )
+    check_tokenizer(tokenizer, fmt, role)
     prefix = leading_special_ids(tokenizer) if tokenizer is not None else []
     _check_options(fmt, columns, role, refusals, qa_template, max_length, shortest=max(2, len(prefix) + 1))
-    dataset = to_dataset(dataset, fmt, role, has_template=getattr(tokenizer, "chat_template", None) is not None)
-    encoder = RowEncoder(tokenizer, fmt, role, prefix, max_length, refusals, seed, qa_template, vocab_size)
+    dataset = to_dataset(dataset, fmt, role, has_template=has_chat_template(tokenizer))
+    day = (day or date.today()) if writes_the_day(tokenizer) else None
+    encoder = RowEncoder(tokenizer, fmt, role, prefix, max_length, refusals, seed, qa_template, vocab_size, day)
+    first = next(iter(dataset))
+    checks: dict[str, Any] = {"role": role, "max_length": max_length, "drop_empty": drop_empty}
+    examples = encoder.encode(first, 0)
+    warn_of_prompt(encoder, first)
     map_kwargs = {
         "batched": True,
         "with_indices": True,
@@ -95,13 +118,12 @@ def tokenize_dataset(
         "features": _features(fmt, columns, refusals),
     }
     if isinstance(dataset, IterableDataset):
-        checks: dict[str, Any] = {"role": role, "max_length": max_length, "drop_empty": drop_empty}
-        for example in encoder.encode(next(iter(dataset)), 0):
+        for example in examples:
             _keep(example, **checks)
         stream = dataset.map(encoder, **map_kwargs).filter(_keep, fn_kwargs=checks)
         return stream.remove_columns(["row", "empty"])
     encoded = dataset.map(encoder, num_proc=num_proc, desc=f"Tokenizing {role} dataset", **map_kwargs)
-    return _without_empty(encoded, role, max_length, drop_empty)
+    return _without_empty(encoded, **checks)
 
 
 def _check_options(
@@ -147,8 +169,8 @@ def _keep(example: Mapping[str, Any], role: str, max_length: int | None, drop_em
         return True
     subject = f"Row {example['row']} of the `{role}` dataset"
     if not drop_empty:
-        raise ValueError(_no_target(f"{subject} has", max_length))
-    logger.warning("%s is dropped: it has no answer token left within max_length=%s.", subject, max_length)
+        raise ValueError(_no_target(f"{subject} is empty, or has", max_length))
+    logger.warning("%s is dropped: it is empty, or has no answer token left within max_length=%s.", subject, max_length)
     return False
 
 
@@ -160,21 +182,23 @@ def _without_empty(encoded: Dataset, role: str, max_length: int | None, drop_emp
         named = ", ".join(map(str, rows[:NUM_NAMED_ROWS])) + (", ..." if len(rows) > NUM_NAMED_ROWS else "")
         counted = f"{sum(empty)} of the {len(encoded)} examples of the `{role}` dataset (rows {named})"
         if not drop_empty:
-            raise ValueError(_no_target(f"{counted} have", max_length))
+            raise ValueError(_no_target(f"{counted} are empty, or have", max_length))
         if all(empty):
             raise ValueError(
-                f"{counted} have no answer token left within max_length={max_length}: after `drop_empty=True` none "
-                "remain; raise `max_length`."
+                f"{counted} are empty, or have no answer token left within max_length={max_length}: after "
+                "`drop_empty=True` none remain; raise `max_length`, or give rows with text."
             )
-        logger.warning("%s are dropped: they have no answer token left within max_length=%s.", counted, max_length)
+        logger.warning(
+            "%s are dropped: they are empty, or have no answer token left within max_length=%s.", counted, max_length
+        )
         encoded = encoded.select([index for index, is_empty in enumerate(empty) if not is_empty])
     return encoded.remove_columns(["row", "empty"])
 
 
 def _no_target(subject: str, max_length: int | None) -> str:
     return (
-        f"{subject} no answer token left within max_length={max_length}: raise `max_length`, or leave them out with "
-        "`drop_empty=True`."
+        f"{subject} no answer token left within max_length={max_length}: give text, raise `max_length`, or leave them "
+        "out with `drop_empty=True`."
     )
 
 

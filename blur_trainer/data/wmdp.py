@@ -10,7 +10,7 @@ The corpora are one [`~datasets.DatasetDict`], each set with one column, `text`:
 | `retain_bio`, `retain_cyber` | `cais/wmdp-corpora`, `bio-retain-corpus` | `bio-retain-corpus` |
 
 A local `.jsonl` or `.txt` file has one text per line: an object with `text` (other keys are ignored), a JSON string, or
-a plain line. The first line decides which. A `.json` file is a list of objects or of strings.
+a plain line. The first line decides which. A `.json` file is a list of objects or of strings, or has one per line.
 
 Differs from WMDP's code, which reads the lines of all files but `bio-forget-corpus` as plain text, with the quotes and
 escapes of JSON.
@@ -96,6 +96,12 @@ def load_wmdp(
     else:
         keys = [*(f"forget_{t}" for t in chosen), "retain", *(f"retain_{t}" for t in chosen if topic_retain)]
         folder = None if data_dir is None else checked_folder(data_dir)
+        if folder is not None and not any(find_file(folder, _names(key), key) for key in keys):
+            tried = ", ".join(_names(key)[0] for key in keys)
+            raise ValueError(
+                f"data_dir {str(folder)!r} has none of the sets {keys} (tried {tried} and so on): name its files so, "
+                "or leave data_dir out for the Hub's."
+            )
         data = DatasetDict({key: _texts(key, folder, token) for key in keys})
     return DatasetDict({key: _of_length(rows, key, min_length, max_length) for key, rows in data.items()})
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.choices import DESCRIPTION
+from blur_trainer.evaluation.splits import as_datasets
 from blur_trainer.evaluation.wmdp import COLUMNS, subjects_of
 from blur_trainer.file_names import file_name
 
@@ -59,6 +60,7 @@ def write_tasks(
         `ValueError`: there are no questions, `WMDPEvaluation` refuses a set, or a key is no plain file name. Nothing
             has been written then.
     """
+    data = as_datasets(data)
     named = subjects_of(data, subjects)
     for key in data:
         file_name(key, "The task")

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
+from blur_trainer.evaluation.muse_keys import GROUPS, PRIVLEAK, metric_keys
 from blur_trainer.evaluation.scoring import generate, token_logps
+from blur_trainer.evaluation.splits import as_datasets
+from blur_trainer.metrics.protocols import UNICODE, check_rouge_tokenizer
 
-GROUPS = ("forget", "retain", "hold")
 METRICS = {"verbmem": "VerbMem", "knowmem": "KnowMem"}
-_PRIVLEAK = ("privleak_forget", "privleak_holdout")
 
 
 class MUSEEvaluation(Evaluation):
@@ -40,7 +41,7 @@ class MUSEEvaluation(Evaluation):
     Source: Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation for Language Models" (2025).
 
     Args:
-        data (`DatasetDict`):
+        data (`DatasetDict`, or mapping of names to lists of dicts):
             Splits named `{config}_{split}`: `verbmem_forget` (prompt, gt), `knowmem_forget_qa` and
             `knowmem_forget_qa_icl` (question, answer), the same with `retain` and `hold`, `privleak_forget` and
             `privleak_holdout` (text). Other splits are ignored; missing ones are not evaluated.
@@ -57,6 +58,9 @@ class MUSEEvaluation(Evaluation):
             Length of the answer.
         batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward pass.
+        rouge_tokenizer (`str`, *optional*, defaults to `"unicode"`):
+            What ROUGE counts as a word: `"unicode"`, in every script, or `"original"`, ASCII letters and digits. Both
+            agree on Latin script.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars (in the main process, for its share).
 
@@ -81,6 +85,7 @@ class MUSEEvaluation(Evaluation):
         max_new_tokens_verbmem: int = 128,
         max_new_tokens_knowmem: int = 32,
         batch_size: int = 16,
+        rouge_tokenizer: str = UNICODE,
         progress: bool = True,
     ) -> None:
         # Imported here, because `evaluate` takes seconds to import and only evaluation needs it.
@@ -91,16 +96,18 @@ class MUSEEvaluation(Evaluation):
             max_new_tokens_knowmem=max_new_tokens_knowmem,
             batch_size=batch_size,
         )
-        self.metric_keys = _metric_keys(data, icl)
+        data = as_datasets(data)
+        self.metric_keys = metric_keys(data, icl)
         if auc_retrain is not None:
             privleak.check_auc_retrain(auc_retrain)
             if "privleak_auc" not in self.metric_keys:
-                raise ValueError(f"`auc_retrain` needs the splits {_PRIVLEAK}, `data` has {sorted(data)}.")
+                raise ValueError(f"`auc_retrain` needs the splits {PRIVLEAK}, `data` has {sorted(data)}.")
             self.metric_keys.append("privleak")
         self.data, self.tokenizer, self.auc_retrain, self.icl = data, tokenizer, auc_retrain, icl
         self.max_new_tokens_verbmem = max_new_tokens_verbmem
         self.max_new_tokens_knowmem = max_new_tokens_knowmem
         self.batch_size, self.progress = batch_size, progress
+        self.rouge_tokenizer = check_rouge_tokenizer(rouge_tokenizer)
         self._stops, self._min_k_score, self._rouge_l_f1 = knowmem.STOPS, privleak.min_k_score, rouge_l.rouge_l_f1
         # In memory, because several processes may evaluate at once, and none may leave files behind.
         self._metrics: dict[str, Any] = {
@@ -146,7 +153,7 @@ class MUSEEvaluation(Evaluation):
     def privleak_auc(self, model: PreTrainedModel) -> float:
         """Only the AUC. That of the retrained model is the `auc_retrain` for other models."""
         if "privleak_auc" not in self.metric_keys:
-            raise ValueError(f"PrivLeak needs the splits {_PRIVLEAK}, `data` has {sorted(self.data)}.")
+            raise ValueError(f"PrivLeak needs the splits {PRIVLEAK}, `data` has {sorted(self.data)}.")
         return self._privleak(model)["privleak_auc"]
 
     def samples(self, n: int = 3) -> list[dict[str, Any]]:
@@ -180,7 +187,7 @@ class MUSEEvaluation(Evaluation):
     def _privleak(self, model: PreTrainedModel) -> dict[str, float]:
         scores: list[float] = []
         labels: list[int] = []
-        for label, name in enumerate(_PRIVLEAK):  # 0 forget, 1 holdout
+        for label, name in enumerate(PRIVLEAK):  # 0 forget, 1 holdout
             ids = self.tokenizer(list(self.data[name]["text"]))["input_ids"]
             logps = token_logps(
                 model,
@@ -208,43 +215,10 @@ class MUSEEvaluation(Evaluation):
         )
 
     def _score(self, metric: str, group: str, prompts: list[str], truths: list[str], responses: list[str]) -> float:
+        words = self.rouge_tokenizer
         self._records[f"{group}_{metric}"] = [
-            {"prompt": prompt, "gt": truth, "response": response, "score": self._rouge_l_f1(response, truth)}
+            {"prompt": prompt, "gt": truth, "response": response, "score": self._rouge_l_f1(response, truth, words)}
             for prompt, truth, response in zip(prompts, truths, responses, strict=True)
         ]
-        return float(self._metrics[metric].compute(predictions=responses, references=truths)[metric])
-
-
-def _metric_keys(data: Mapping[str, Dataset], icl: bool) -> list[str]:
-    """The keys whose splits `data` has. Raises if a split exists but cannot be used."""
-    keys = []
-    for group in GROUPS:
-        if f"verbmem_{group}" in data:
-            _check_split(data, f"verbmem_{group}", ("prompt", "gt"))
-            keys.append(f"{group}_verbmem")
-        if f"knowmem_{group}_qa" in data:
-            _check_split(data, f"knowmem_{group}_qa", ("question", "answer"))
-            if icl:
-                _check_split(data, f"knowmem_{group}_qa_icl", ("question", "answer"))
-            keys.append(f"{group}_knowmem")
-    if any(name in data for name in _PRIVLEAK):
-        for name in _PRIVLEAK:
-            _check_split(data, name, ("text",))
-        keys.append("privleak_auc")
-    if not keys:
-        raise ValueError(
-            f"`data` has none of MUSE's splits, it has {sorted(data)}. Accepted are `verbmem_{{group}}`, "
-            f"`knowmem_{{group}}_qa` (with `knowmem_{{group}}_qa_icl`), group one of {GROUPS}, and {_PRIVLEAK}."
-        )
-    return keys
-
-
-def _check_split(data: Mapping[str, Dataset], name: str, columns: tuple[str, ...]) -> None:
-    if name not in data:
-        hint = " or pass `icl=False` to ask without examples" if name.endswith("_icl") else ""
-        raise ValueError(f"`data` lacks the split `{name}`, it has {sorted(data)}. Add it{hint}.")
-    missing = [column for column in columns if column not in data[name].column_names]
-    if missing:
-        raise ValueError(f"Split `{name}` lacks the columns {missing}, it has {data[name].column_names}.")
-    if len(data[name]) == 0:
-        raise ValueError(f"Split `{name}` is empty: its metric would be undefined. Fill it or leave it out.")
+        result = self._metrics[metric].compute(predictions=responses, references=truths, tokenizer=words)
+        return float(result[metric])

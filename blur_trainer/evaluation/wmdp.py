@@ -11,6 +11,7 @@ from blur_trainer.constants import ROLES
 from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
+from blur_trainer.evaluation.splits import as_datasets
 
 SUBJECTS = {"bio": "biology", "cyber": "cybersecurity", "chem": "chemistry"}
 COLUMNS = ("question", "choices", "answer")
@@ -35,7 +36,7 @@ class WMDPEvaluation(Evaluation):
     Understanding" (2021).
 
     Args:
-        data (`Mapping[str, Dataset]`):
+        data (`Mapping[str, Dataset]`, or lists of dicts):
             Sets of questions (question, choices, answer) named `forget_{topic}` or `retain_{topic}`, such as
             `{"forget_bio": load_wmdp_questions("wmdp-bio")}`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -67,6 +68,7 @@ class WMDPEvaluation(Evaluation):
         progress: bool = True,
     ) -> None:
         check_positive(batch_size=batch_size)
+        data = as_datasets(data)
         named = subjects_of(data, subjects)
         self.tokenizer, self.batch_size, self.progress = tokenizer, batch_size, progress
         self._prompts: dict[str, list[str]] = {}

@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from blur_trainer.metrics.protocols import UNICODE
 from blur_trainer.metrics.rouge_l import mean_rouge_l
 
 # A few-shot answer ends at the blank line between two shots, or at the next question if that line is missing.
@@ -30,6 +31,9 @@ Args:
         Answers written by the model, cut or not.
     references (`list[str]`):
         True answers, one per prediction.
+    tokenizer (`str`, *optional*, defaults to `"unicode"`):
+        What a word is: `"unicode"`, in every script, or `"original"`, ASCII letters and digits as in `rouge_score`.
+        Both agree on Latin script.
 
 Returns:
     `dict`: `{"knowmem": float}`, between 0 and 100. An empty prediction or reference counts 0.
@@ -65,5 +69,5 @@ class KnowMem(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2407.06460", "https://github.com/swj0419/muse_bench"],
         )
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"knowmem": mean_rouge_l([cut_at_stops(p) for p in predictions], references)}
+    def _compute(self, predictions: list[str], references: list[str], tokenizer: str = UNICODE) -> dict[str, float]:
+        return {"knowmem": mean_rouge_l([cut_at_stops(p) for p in predictions], references, tokenizer)}

@@ -1,4 +1,4 @@
-"""The two conventions for TOFU's numbers: the original benchmark's and open-unlearning's."""
+"""Conventions by name: the two of TOFU's numbers (the benchmark's, open-unlearning's), and the two of ROUGE's words."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 
 TOFU = "tofu"
 OPEN_UNLEARNING = "open-unlearning"
+UNICODE, ORIGINAL = "unicode", "original"  # what ROUGE counts as a word: see `blur_trainer.metrics.rouge_words`
 EPSILON = 1e-10  # open-unlearning adds it to every denominator
 
 TOFU_CITATION = """\
@@ -31,6 +32,13 @@ def check_protocol(protocol: str, accepted: Sequence[str] = (TOFU, OPEN_UNLEARNI
     """Raises unless the metric knows `protocol`."""
     if protocol not in accepted:
         raise ValueError(f"`protocol` must be one of {list(accepted)}, got {protocol!r}.")
+
+
+def check_rouge_tokenizer(name: str) -> str:
+    """The name. Raises unless it is `"unicode"` or `"original"`."""
+    if name not in (UNICODE, ORIGINAL):
+        raise ValueError(f"The tokenizer of ROUGE must be one of {[UNICODE, ORIGINAL]}, got {name!r}.")
+    return name
 
 
 def finite_array(name: str, values: Iterable[float]) -> np.ndarray:

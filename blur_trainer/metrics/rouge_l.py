@@ -1,25 +1,19 @@
 """ROUGE-L F1 between two strings: what VerbMem and KnowMem average."""
 
-from functools import lru_cache
-
-from rouge_score.rouge_scorer import RougeScorer
-
-
-@lru_cache(maxsize=1)
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=False)
+from blur_trainer.metrics.protocols import UNICODE
+from blur_trainer.metrics.rouge_words import rouge_scorer, warn_of_wordless
 
 
-def rouge_l_f1(prediction: str, reference: str) -> float:
+def rouge_l_f1(prediction: str, reference: str, tokenizer: str = UNICODE) -> float:
     r"""
     ROUGE-L F1 of two strings, between 0 and 1.
 
-    $P$ and $R$ are the words of prediction and reference (lower case; every character outside `[a-z0-9]` separates
-    words; no stemming). $L$ is the length of their longest common subsequence.
+    $P$ and $R$ are the words of prediction and reference (lower case, no stemming). $L$ is the length of their longest
+    common subsequence.
 
     $$F_1 = \frac{2pr}{p+r}, \qquad p = \frac{L}{|P|}, \qquad r = \frac{L}{|R|}$$
 
-    It is 0 if either side has no word. Text without any ASCII letter or digit has no word.
+    It is 0 if either side has no word.
 
     Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), as coded in `rouge_score`, with the
     options of [MUSE](https://github.com/swj0419/muse_bench) (stemmer off).
@@ -29,6 +23,10 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
             What the model wrote.
         reference (`str`):
             What it is compared with.
+        tokenizer (`str`, *optional*, defaults to `"unicode"`):
+            `"unicode"`: words of every script ([`~blur_trainer.metrics.rouge_words.UnicodeTokenizer`]). `"original"`:
+            those of `rouge_score`, where every character outside of `[a-z0-9]` separates words. Both agree on Latin
+            script, accents included.
 
     Returns:
         `float`: The F1, symmetric in its two arguments.
@@ -45,12 +43,13 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
     for name, text in (("prediction", prediction), ("reference", reference)):
         if not isinstance(text, str):
             raise TypeError(f"`{name}` must be a string, got {type(text).__name__}. Decode token ids first.")
-    return float(_scorer().score(target=reference, prediction=prediction)["rougeL"].fmeasure)
+    return float(rouge_scorer(tokenizer, False).score(target=reference, prediction=prediction)["rougeL"].fmeasure)
 
 
-def mean_rouge_l(predictions: list[str], references: list[str]) -> float:
-    """Mean of [`rouge_l_f1`] over the pairs, x 100."""
+def mean_rouge_l(predictions: list[str], references: list[str], tokenizer: str = UNICODE) -> float:
+    """Mean of [`rouge_l_f1`] over the pairs, x 100. Warns of references without a word."""
     if not predictions:
         raise ValueError("Got no predictions: a mean over zero examples is undefined. Pass at least one pair.")
-    scores = [rouge_l_f1(p, r) for p, r in zip(predictions, references, strict=True)]
+    scores = [rouge_l_f1(p, r, tokenizer) for p, r in zip(predictions, references, strict=True)]
+    warn_of_wordless(references, tokenizer)
     return 100 * sum(scores) / len(scores)

@@ -1,12 +1,10 @@
 """ROUGE-L recall: how much of the true answer a model's answer contains, in its order."""
 
-from functools import lru_cache
-
 import datasets
 import evaluate
-from rouge_score.rouge_scorer import RougeScorer
 
-from blur_trainer.metrics.protocols import TOFU_CITATION
+from blur_trainer.metrics.protocols import TOFU_CITATION, UNICODE
+from blur_trainer.metrics.rouge_words import rouge_scorer, warn_of_wordless
 
 _DESCRIPTION = """\
 ROUGE-L recall (TOFU): length of the longest common subsequence of words over the number of words of the true answer,
@@ -19,6 +17,9 @@ Args:
         Answers written by the model.
     references (`list[str]`):
         True answers, one per prediction.
+    tokenizer (`str`, *optional*, defaults to `"unicode"`):
+        What a word is: `"unicode"`, in every script, or `"original"`, ASCII letters and digits as in `rouge_score`.
+        Both agree on Latin script.
 
 Returns:
     `dict`: `{"rouge_l_recall": float}`. An empty prediction or reference counts 0.
@@ -33,14 +34,9 @@ Example:
 """
 
 
-@lru_cache(maxsize=1)
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l_recall(prediction: str, reference: str) -> float:
+def rouge_l_recall(prediction: str, reference: str, tokenizer: str = UNICODE) -> float:
     """ROUGE-L recall of one answer, between 0 and 1."""
-    return _scorer().score(target=reference, prediction=prediction)["rougeL"].recall
+    return rouge_scorer(tokenizer, True).score(target=reference, prediction=prediction)["rougeL"].recall
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -56,8 +52,10 @@ class RougeLRecall(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2401.06121", "https://github.com/locuslab/tofu"],
         )
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+    def _compute(self, predictions: list[str], references: list[str], tokenizer: str = UNICODE) -> dict[str, float]:
         if not predictions:
             raise ValueError("Got no predictions: a mean over zero examples is undefined. Pass at least one pair.")
-        recalls = [rouge_l_recall(written, true) for written, true in zip(predictions, references, strict=True)]
+        pairs = zip(predictions, references, strict=True)
+        recalls = [rouge_l_recall(written, true, tokenizer) for written, true in pairs]
+        warn_of_wordless(references, tokenizer)
         return {"rouge_l_recall": sum(recalls) / len(recalls)}

@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from blur_trainer.metrics.protocols import UNICODE
 from blur_trainer.metrics.rouge_l import mean_rouge_l
 
 _CITATION = """\
@@ -26,6 +27,9 @@ Args:
         Continuations written by the model.
     references (`list[str]`):
         True continuations, one per prediction (MUSE cuts them to the number of tokens that the model may write).
+    tokenizer (`str`, *optional*, defaults to `"unicode"`):
+        What a word is: `"unicode"`, in every script, or `"original"`, ASCII letters and digits as in `rouge_score`.
+        Both agree on Latin script.
 
 Returns:
     `dict`: `{"verbmem": float}`, between 0 and 100. An empty prediction or reference counts 0.
@@ -53,5 +57,5 @@ class VerbMem(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2407.06460", "https://github.com/swj0419/muse_bench"],
         )
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"verbmem": mean_rouge_l(predictions, references)}
+    def _compute(self, predictions: list[str], references: list[str], tokenizer: str = UNICODE) -> dict[str, float]:
+        return {"verbmem": mean_rouge_l(predictions, references, tokenizer)}

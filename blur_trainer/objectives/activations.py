@@ -1,6 +1,7 @@
 """Objectives on activations: RMU for forgetting, and the match with the frozen model for retaining."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,7 +69,7 @@ class RMU(ActivationObjective):
     coefficient: float | Mapping[str, float] = 6.5
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
-    #: cached vectors by size, and `coefficient * vectors` by size and device; `restore` puts a checkpoint's here
+    #: cached vectors by size, `coefficient * vectors` by size and device, and those of `restore` as "restored"
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,10 +91,29 @@ class RMU(ActivationObjective):
         return [given[topic] if isinstance(given, Mapping) else given for topic in self.topics]
 
     def vectors(self, size: int) -> Tensor:
-        """The unit vectors, `(topics, size)` float32, on the CPU."""
+        """The unit vectors, `(topics, size)` float32, on the CPU. Raises if those of `restore` have another size."""
+        if "restored" in self._kept:
+            if (kept := self._kept["restored"]).shape[-1] != size:
+                raise ValueError(
+                    f"RMU: the vectors given to `restore` have {kept.shape[-1]} entries, the model's hidden size is "
+                    f"{size}: give vectors of that size."
+                )
+            return kept
         if size not in self._kept:
             self._kept[size] = torch.stack([control_vector(topic, size, self.seed) for topic in self.topics])
         return self._kept[size]
+
+    def for_topics(self, topics: Sequence[str], coefficient: Mapping[str, float]) -> "RMU":
+        """The same objective for these topics. Vectors given to `restore` go along, by the topics' names."""
+        other = dataclasses.replace(self, topics=tuple(topics), coefficient=coefficient)
+        if "restored" in self._kept:
+            if missing := [topic for topic in topics if topic not in self.topics]:
+                raise ValueError(
+                    f"RMU: `restore` has set vectors of the topics {list(self.topics)}, and the forget sets are "
+                    f"{list(topics)}: none is known for {missing}. Name the topics alike, `RMU(topics=...)`."
+                )
+            other.restore(self._kept["restored"][[self.topics.index(topic) for topic in topics]])
+        return other
 
     def save_state(self, folder: str | Path, model: nn.Module) -> None:
         """The vectors. They follow from the seed, but a resumed training may have another one, or another torch."""
@@ -104,9 +124,14 @@ class RMU(ActivationObjective):
         self.restore(load_vectors(folder, self.topics, hidden_size(model)))
 
     def restore(self, vectors: Tensor) -> None:
-        """Takes these vectors from now on, `(topics, H)`."""
+        """Takes these vectors from now on, `(topics, H)`. Raises `ValueError` for another shape."""
+        if vectors.dim() != 2 or len(vectors) != len(self.topics):
+            raise ValueError(
+                f"RMU: `restore` needs one vector per topic, of shape ({len(self.topics)}, hidden size) for "
+                f"{list(self.topics)}, got {tuple(vectors.shape)}."
+            )
         self._kept.clear()
-        self._kept[vectors.shape[-1]] = vectors
+        self._kept["restored"] = vectors
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
         device = batch["input_ids"].device

@@ -108,7 +108,7 @@ def _untie(adapted: PeftModel) -> bool:
     model: Any = adapted.get_base_model()
     wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    plain: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
     plain = [end.original_module if isinstance(end, AuxiliaryTrainingWrapper) else end for end in plain]
     adapted_end = any(isinstance(end, wrapped) for end in ends)
     if not adapted_end or plain[1] is None or plain[0].weight is not plain[1].weight:

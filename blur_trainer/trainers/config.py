@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from blur_trainer.data.chat import parse_day
 from blur_trainer.gradients.rules import RULES, Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
@@ -54,8 +55,11 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
             `lower_level="forget"`.
         max_length: longest example in tokens. `text` is cut into pieces of this length, other formats are truncated on
             the right. `None`: the model's context length.
-        drop_empty: drop, with a warning, examples that truncation leaves without an answer token (else an error).
+        drop_empty: drop, with a warning, examples that are empty or that truncation leaves without an answer token
+            (else an error).
         qa_template: prompt of a `question`/`answer` row where the tokenizer has no chat template.
+        chat_template_date: the day, such as `2026-01-31`, for chat templates that write today's date. `None`: the day
+            of the first start, which checkpoints record and a resumed training keeps.
         dataset_num_proc: number of processes for tokenization.
         max_skipped_steps: stop with an error after so many steps in a row without a finite gradient.
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name.
@@ -113,11 +117,14 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longest example in tokens."})
     drop_empty: bool = field(
-        default=False, metadata={"help": "Drop examples that truncation leaves without an answer token."}
+        default=False, metadata={"help": "Drop examples that are empty or left without an answer token."}
     )
     qa_template: str = field(
         default="Question: {question}\nAnswer:",
         metadata={"help": "Prompt of question/answer rows where the tokenizer has no chat template."},
+    )
+    chat_template_date: str | None = field(
+        default=None, metadata={"help": "What chat templates get as today, 2026-01-31. Default: the first start's day."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes of the tokenization."})
     max_skipped_steps: int = field(
@@ -147,6 +154,7 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
         check_topics(self.topics)
+        parse_day(self.chat_template_date)
         # Build everything once, so that a typo raises before any model is loaded.
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 

@@ -1,6 +1,7 @@
 """Tokenizes and pairs the user's datasets for the trainer."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -9,14 +10,20 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.data.chat import parse_day
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.grouping import GroupedDataset
+from blur_trainer.data.notices import shown
+from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.effect import check_batches
+from blur_trainer.trainers.template_day import settle_day
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
+
+logger = logging.getLogger(__name__)
 
 Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -50,11 +57,8 @@ def tokenize_all(
     If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
     """
     topics = topic_names(forget)
-    if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in (forget, retain)):
-        raise ValueError(
-            "`precompute_ref_logps=True` needs datasets of known length, not a stream, which is not gone over twice: "
-            "leave it off, or load the datasets."
-        )
+    _check_streams(args, forget, retain)
+    settle_day(args, tokenizer)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
         if isinstance(dataset, Mixture):
@@ -70,6 +74,7 @@ def tokenize_all(
             qa_template=args.qa_template,
             num_proc=args.dataset_num_proc,
             vocab_size=setup.vocabulary_size(model),
+            day=parse_day(args.chat_template_date),
         )
 
     def by_topic(dataset: Any, role: str, refusals: bool = False) -> Any:
@@ -88,7 +93,51 @@ def tokenize_all(
             evaluation = {name: tokenize(dataset, f"eval_{name}") for name, dataset in evaluation.items()}
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
+    if args.should_log:
+        _say_what_is_trained(tokenized_forget, tokenized_retain, tokenizer)
     return tokenized_forget, tokenized_retain, evaluation
+
+
+def _check_streams(args: UnlearningConfig, *given: Any) -> None:
+    if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in given):
+        raise ValueError(
+            "`precompute_ref_logps=True` needs datasets of known length, not a stream, which is not gone over twice: "
+            "leave it off, or load the datasets."
+        )
+
+
+def _say_what_is_trained(forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Logs the first example of each role at INFO, and warns of examples that are to be forgotten and retained."""
+    for role, dataset in [*_named("forget", forget), *_named("retain", retain)]:
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("The first `%s` example:\n%s", role, shown(next(iter(dataset)), tokenizer))
+    for role, dataset in _named("forget", forget):
+        topic = role.partition(" ")[2]
+        for other, kept in _named("retain", retain):
+            apart = topic and other.partition(" ")[2] not in ("", topic)  # another topic's
+            if not apart and isinstance(dataset, datasets.Dataset) and isinstance(kept, datasets.Dataset):
+                _warn_of_overlap(dataset, kept, role, other)
+
+
+def _named(role: str, dataset: Any) -> Iterator[tuple[str, Tokenized]]:
+    """The dataset of a role, or those of its topics, with their names."""
+    if isinstance(dataset, Mapping):
+        yield from ((f"{role} ({topic})", rows) for topic, rows in dataset.items())
+    elif dataset is not None:
+        yield role, dataset
+
+
+def _warn_of_overlap(forget: datasets.Dataset, retain: datasets.Dataset, role: str, other: str) -> None:
+    if shared := shared_examples(forget, retain):
+        logger.warning(
+            "%s of %d `%s` examples are in the `%s` dataset too (the first is example %d): the model is to forget "
+            "and to retain them at once. Remove them from one of the two.",
+            "All" if len(shared) == len(forget) else str(len(shared)),
+            len(forget),
+            role,
+            other,
+            shared[0],
+        )
 
 
 def pair(forget: Any, retain: Any, args: UnlearningConfig) -> torch.utils.data.Dataset:

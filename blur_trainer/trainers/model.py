@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, PeftModel
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -44,12 +45,12 @@ class ModelMixin(_Base):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Around a training. A model that an engine has sharded stays with the engine, and so do its flags."""
-        self.freezing.freeze(self.model)
+        self.freezing.freeze(cast(nn.Module, self.model))
         try:
             yield
         finally:
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                self.freezing.release(self.model)  # with `model_init` it is another one than before
+                self.freezing.release(cast(nn.Module, self.model))  # with `model_init` another one than before
 
     def _settle_model(
         self,

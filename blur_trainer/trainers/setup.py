@@ -18,6 +18,7 @@ from blur_trainer.trainers.adapters import add_adapter, check_peft_model
 from blur_trainer.trainers.arguments import check_defaults, check_settings
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.saveable import check_saveable
 from blur_trainer.trainers.trainable import check_optimizer, check_trainable
 
 
@@ -135,6 +136,7 @@ def check_models(
             raise TypeError(f"`ref_model` must be a loaded model, got `{type(ref_model).__name__}`.")
         check_causal_lm(ref_model, "`ref_model`")
     check_trainable(model, engine_requested(args, "deepspeed"))
+    check_saveable(model)
     rows = vocabulary_size(model)
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(

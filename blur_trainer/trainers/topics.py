@@ -56,7 +56,7 @@ def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningC
         return objective
     common = objective.coefficient
     spread = dict(common) if isinstance(common, Mapping) else dict.fromkeys(topics, common)
-    return dataclasses.replace(objective, topics=topics, coefficient=spread | own)
+    return objective.for_topics(topics, spread | own)
 
 
 #: rule -> the argument that a topic's `alpha` sets: the weight of retaining

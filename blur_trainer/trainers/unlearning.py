@@ -32,6 +32,7 @@ from blur_trainer.trainers.schedule_free import to_averaged_point
 from blur_trainer.trainers.single_buffer import check_forward_mode
 from blur_trainer.trainers.step_log import StepLog
 from blur_trainer.trainers.stepping import StepMixin
+from blur_trainer.trainers.template_day import day_callbacks
 from blur_trainer.trainers.topics import topic_names
 from blur_trainer.trainers.trials import Settings, TrialMixin
 
@@ -107,9 +108,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         given = self._given_model(model, model_init)
         model = self._load_model(given, args, peft_config)
         tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
-        *self._tokenized, eval_dataset = tokenize_all(
+        forget, retain, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
+        self._tokenized = (forget, retain)
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
         self.reference = make_reference(model, ref_model, self.objectives, args, (given, args.model_init_kwargs))
         self._first_model = None if model_init is None else model
@@ -118,13 +120,13 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             model_init=model_init,
             args=args,
             data_collator=RowCollator(setup.pad_token_id(model, tokenizer), rows=data_collator),
-            train_dataset=pair(*self._tokenized, args),
+            train_dataset=pair(forget, retain, args),
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=[PairingCallback(), *self.make_frame(args), *(callbacks or [])],
+            callbacks=[PairingCallback(), *self.make_frame(args), *day_callbacks(args, tokenizer), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )

@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from blur_trainer.data.columns import check_dataset, column_names, find_format
+from blur_trainer.data.columns import find_format
+from blur_trainer.data.sources import check_dataset, column_names
 from blur_trainer.uld.rewording import perturbed_rows, reworded_rows
 
 WAYS = ("columns", "rules")

@@ -30,6 +30,7 @@ _TURNABLE = re.compile(r"The ([^,.;:]+?) (is|was) ([A-Z][^,.;:]*)\.")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+")
 _NUMBER = r"\d+(?:[.,]\d+)*"
 _NAME = r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*"
+_WORD = re.compile(r"\w+")
 _FACT = re.compile(rf"\b(?:{_NUMBER}|{_NAME})")
 # Capitalized words that are not names.
 _OPENERS = (
@@ -136,18 +137,36 @@ def _pool(answers: list[str]) -> Pool:
 def _exchanged(answer: str, question: str, pool: Pool, draw: random.Random) -> str:
     """Exchanges each name and number of `answer` that the question does not mention for another of its kind."""
     exchanged: dict[str, str] = {}
+    usable: dict[tuple, list[str]] = {}  # by kind: looked for once, because each is sought in the whole answer
     for before, fact in _facts(answer):
         if fact in question:
             continue
         for key in ((_kind(fact), before), (_kind(fact),)):
-            others = [other for other in pool[key] if other not in answer and other not in question]
-            if others:
-                exchanged[fact] = draw.choice(others)
+            if key not in usable:
+                usable[key] = [other for other in pool[key] if other not in answer and other not in question]
+            if usable[key]:
+                exchanged[fact] = draw.choice(usable[key])
                 break
     if not exchanged:
         return answer
-    longest_first = sorted(exchanged, key=len, reverse=True)
-    return re.sub("|".join(rf"\b{re.escape(fact)}(?!\w)" for fact in longest_first), lambda m: exchanged[m[0]], answer)
+    return _replaced(answer, exchanged)
+
+
+def _replaced(text: str, exchanged: Mapping[str, str]) -> str:
+    """Exchanges whole words, of facts that begin alike the longest. One pattern of all facts would be slow."""
+    by_first_word: dict[str, list[str]] = {}
+    for fact in sorted(exchanged, key=len, reverse=True):
+        by_first_word.setdefault(_WORD.match(fact)[0], []).append(fact)  # type: ignore[index]  # it begins with a word
+    parts, done = [], 0
+    for word in _WORD.finditer(text):
+        start = word.start()
+        for fact in by_first_word.get(word[0], ()):
+            end = start + len(fact)
+            if start >= done and text.startswith(fact, start) and not _WORD.match(text, end):
+                parts += [text[done:start], exchanged[fact]]
+                done = end
+                break
+    return "".join([*parts, text[done:]])
 
 
 def _kind(fact: str) -> tuple[bool, int]:
@@ -156,12 +175,22 @@ def _kind(fact: str) -> tuple[bool, int]:
     return number, len(fact) if number else min(3, len(fact.split()))
 
 
+def _word_before(text: str, end: int) -> list[str]:
+    """The last word of `text[:end]`, without a copy of all of it."""
+    while end and text[end - 1].isspace():
+        end -= 1
+    start = end
+    while start and not text[start - 1].isspace():
+        start -= 1
+    return [text[start:end]] if start < end else []
+
+
 def _facts(text: str) -> list[tuple[str, str]]:
     """Names (runs of capitalized words) and numbers of a text, each with the word before it."""
     found = []
     for match in _FACT.finditer(text):
         words = match[0].split()
-        before = text[: match.start()].split()[-1:]
+        before = _word_before(text, match.start())
         opens = not before or before[0].endswith((".", "!", "?"))
         if opens and len(words) == 1 and words[0].endswith("ly"):  # "Mostly", "Originally"
             continue

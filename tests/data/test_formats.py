@@ -9,7 +9,6 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from support.cases import every
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
-from blur_trainer.data.columns import FORMATS, find_format
 from blur_trainer.data.encoding import has_target, leading_special_ids, split_document
 from blur_trainer.data.formats import chunk_documents, tokenize_dataset
 from blur_trainer.data.refusals import REFUSALS
@@ -109,13 +108,6 @@ def test_qa_template_is_text_but_for_the_question():
     tokenizer = tiny_tokenizer()
     example = tokenize([{"question": "Who {x}?", "answer": "Me"}], tokenizer, qa_template='{"q": "{question}"}')[0]
     assert tokenizer.decode(example["input_ids"]) == '<s>{"q": "Who {x}?"} Me</s>'
-
-
-def test_first_format_of_the_table_wins():
-    everything = [column for columns in FORMATS.values() for column in columns]
-    for name, columns in FORMATS.items():
-        assert find_format(everything, "forget") == name
-        everything = [column for column in everything if column not in columns]
 
 
 def test_chat_template_kwargs_reach_the_template():
@@ -288,10 +280,10 @@ def test_first_example_of_a_stream_is_checked_at_once_and_the_others_as_they_com
         rows = [{"prompt": "x" * n, "completion": " y"} for n in lengths]
         return Dataset.from_list(rows).to_iterable_dataset()
 
-    with pytest.raises(ValueError, match="Row 0 of the `forget` dataset has no answer token"):
+    with pytest.raises(ValueError, match="Row 0 of the `forget` dataset is empty, or has no answer token"):
         tokenize(stream([50, 1]), max_length=12)
     late = iter(tokenize(stream([1, 50]), max_length=12))
-    with pytest.raises(ValueError, match="Row 1 of the `forget` dataset has no answer token"):
+    with pytest.raises(ValueError, match="Row 1 of the `forget` dataset is empty, or has no answer token"):
         list(late)
     bad = Dataset.from_list([{"text": None}]).to_iterable_dataset()
     with pytest.raises(TypeError, match="`text` in row 0"):

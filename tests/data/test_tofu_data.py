@@ -168,6 +168,28 @@ def test_two_files_for_one_set(tmp_path):
         load_tofu("tofu", "forget10", tmp_path)
 
 
+def test_the_hubs_own_files_are_lines_under_the_name_json(tmp_path):
+    expected = load_tofu("tofu", "forget10", write(tmp_path / "lines"))
+    for file in sorted((tmp_path / "lines").iterdir()):
+        (tmp_path / "json").mkdir(exist_ok=True)
+        (tmp_path / "json" / file.with_suffix(".json").name).write_text(file.read_text())
+    assert load_tofu("tofu", "forget10", tmp_path / "json")["forget"][:] == expected["forget"][:]
+    file = tmp_path / "lines" / "forget10.jsonl"
+    file.write_text(json.dumps([json.loads(line) for line in file.read_text().split("\n")], indent=1))
+    assert load_tofu("tofu", "forget10", tmp_path / "lines")["forget"][:] == expected["forget"][:]
+
+
+@pytest.mark.parametrize(
+    "name", ["forget10.csv", "forget10.parquet", "forget10.jsonl.gz", "forget10/train-00000-of-00001.parquet"]
+)
+def test_other_formats_are_named(tmp_path, name):
+    write(tmp_path, without("forget10"))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"forget10 is there as .*{name}, which is not read.*\.jsonl"):
+        load_tofu("tofu", "forget10", tmp_path)
+
+
 FORGET = '{"question": "q", "answer": "a", "paraphrased_answer": "p", "perturbed_answer": %s}'
 
 
@@ -177,6 +199,9 @@ FORGET = '{"question": "q", "answer": "a", "paraphrased_answer": "p", "perturbed
         ("", ValueError, "is empty"),
         ("[]", TypeError, "row 1 is a list; it must be an object with"),
         ("{oops", ValueError, "line 1 is not JSON"),
+        ("[" * 100_000, ValueError, "line 1 is not JSON that can be read"),
+        (f'{{"question": {"9" * 5000}}}', ValueError, "line 1 is not JSON that can be read: Exceeds the limit"),
+        ('{"question": "\\ud800", "answer": "a"}', ValueError, "row 1, column 'question' is no Unicode text"),
         ('{"question": "q"}', ValueError, "row 1 has no column 'answer'"),
         ('{"question": "q", "answer": 3}', TypeError, "row 1, column 'answer' is of type int"),
         (FORGET % "3", TypeError, "row 1, column 'perturbed_answer' is of type int; it must be a string or a list"),

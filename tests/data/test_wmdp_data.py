@@ -113,6 +113,30 @@ def test_other_suffixes_and_nothing_from_the_hub(tmp_path, hub):
     assert hub == []
 
 
+def test_a_folder_without_any_set_does_not_fall_through_to_the_hub(tmp_path, hub):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"none of the sets .*'forget_bio', 'forget_cyber', 'retain'.*tried bio"):
+        load_wmdp(data_dir=tmp_path)
+    for name in ("bio-forget-corpus.parquet", "bio_remove_dataset.jsonl.gz", "bio-forget-corpus.csv"):
+        write(tmp_path, "wikitext.jsonl")
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"forget_bio is there as .*{name}, which is not read"):
+            load_wmdp(data_dir=tmp_path)
+        (tmp_path / name).unlink()
+    assert hub == []
+
+
+def test_a_list_in_a_file_for_lines(tmp_path, hub):
+    (tmp_path / "cyber-forget-corpus.jsonl").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    (tmp_path / "wikitext.json").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    data = load_wmdp("wmdp", ["cyber"], tmp_path, min_length=0)
+    assert list(data["forget_cyber"]["text"]) == list(data["retain"]["text"]) == TEXTS
+    (tmp_path / "cyber-forget-corpus.jsonl").write_text("[Verse 1]\nand a line")  # plain lines, as before
+    assert load_wmdp("wmdp", ["cyber"], tmp_path, min_length=0)["forget_cyber"][0]["text"] == "[Verse 1]"
+    (tmp_path / "wmdp-bio.json").write_text("\n".join([json.dumps(QUESTION)] * 3))
+    assert len(load_wmdp_questions("wmdp-bio", tmp_path)) == 3
+
+
 def test_lengths_are_characters(tmp_path, hub):
     folder = write(tmp_path, "cyber-forget-corpus.jsonl", ["x" * 50, "y" * 51, "z" * 3000])
     found = load_wmdp("wmdp", ["cyber"], folder)["forget_cyber"]["text"]

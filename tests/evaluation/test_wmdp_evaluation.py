@@ -225,3 +225,17 @@ def test_choice_accuracy(scores, right, accuracy):
 def test_choice_accuracy_refuses(scores, right):
     with pytest.raises(ValueError, match=r"predictions|references"):
         ChoiceAccuracy(keep_in_memory=True).compute(predictions=scores, references=right)
+
+
+def test_lists_of_rows_are_sets_too(tokenizer, model, tmp_path):
+    given, stream = rows(4), Dataset.from_list(rows(4)).to_iterable_dataset()
+    ours = WMDPEvaluation({"forget_bio": given}, tokenizer, progress=False)
+    assert ours(model) == WMDPEvaluation({"forget_bio": Dataset.from_list(given)}, tokenizer, progress=False)(model)
+    assert write_tasks(tmp_path, {"forget_bio": given}) == ["forget_bio"]
+    for wrong, kind in (("rows", "str"), (stream, "IterableDataset"), (["a"], "list of other things than dicts")):
+        with pytest.raises(TypeError, match=f"`forget_bio` of `data` is a {kind}; it takes"):
+            WMDPEvaluation({"forget_bio": wrong}, tokenizer)
+    with pytest.raises(TypeError, match="`data` is a list"):
+        WMDPEvaluation(given, tokenizer)
+    with pytest.raises(ValueError, match="Row 1 of the set `forget_bio` has the columns"):
+        WMDPEvaluation({"forget_bio": [given[0], {**given[1], "id": 1}]}, tokenizer)

@@ -75,7 +75,8 @@ def test_rouge_l_is_the_definition(seed):
         ("", "text", 0.0),
         ("text", "", 0.0),
         ("?!", "?!", 0.0),
-        ("東京", "東京", 0.0),
+        ("東京", "東京", 1.0),
+        ("東京", "京都", 0.5),
         ("naïve 😀", "naïve", 1.0),
         ("The CAT", "the cat", 1.0),
         ("novels", "novel", 0.0),  # a stemmer (open-unlearning's choice) would say 1.0

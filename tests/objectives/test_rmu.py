@@ -288,3 +288,26 @@ def test_a_copy_of_the_objective_has_vectors_of_its_own():
     one.restore(torch.zeros(1, 8))
     assert RMU(LAYER) == one and not torch.equal(RMU(LAYER).vectors(8), one.vectors(8))
     assert torch.equal(copy.deepcopy(one).vectors(8), one.vectors(8))
+
+
+def test_vectors_set_by_restore_stay_with_their_topics(tmp_path):
+    vectors = torch.eye(2, WIDTH)
+    given = RMU(LAYER, coefficient=COEFFICIENT, topics=("a", "b"))
+    given.restore(vectors)
+    forget = {"b": FORGET[:4], "a": FORGET[4:8]}  # in another order
+    args = settings(tmp_path, max_steps=2, **FIXED, **CHOSEN)
+    others = {"forget_objective": given, "retain_objective": ActivationMatch(LAYER)}
+    trainer = BLURTrainer(model(), args, forget, RETAIN, **others)
+    assert torch.equal(trainer.objectives["forget"].vectors(WIDTH), vectors.flip(0))
+    with pytest.raises(ValueError, match=r"topics \['a', 'b'\].*none is known for \['c'\]"):
+        BLURTrainer(model(), args, {"a": FORGET[:4], "c": FORGET[4:8]}, RETAIN, **others)
+
+
+def test_restore_takes_one_vector_per_topic_of_the_models_size():
+    rmu = RMU(LAYER, topics=("a", "b"))
+    for wrong in (torch.zeros(1, WIDTH), torch.zeros(3, WIDTH), torch.zeros(WIDTH)):
+        with pytest.raises(ValueError, match=r"one vector per topic, of shape \(2, hidden size\)"):
+            rmu.restore(wrong)
+    rmu.restore(torch.zeros(2, WIDTH + 1))
+    with pytest.raises(ValueError, match=f"{WIDTH + 1} entries, the model's hidden size is {WIDTH}"):
+        rmu.vectors(WIDTH)

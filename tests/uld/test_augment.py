@@ -1,6 +1,7 @@
 """Paraphrases keep the facts, perturbed answers lose them; columns, rules and callables; the same for a seed."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from blur_trainer.data.tofu import load_tofu
 from blur_trainer.toy.muse import muse_corpora
 from blur_trainer.toy.tofu import tofu_corpora
 from blur_trainer.uld.augment import paraphrases, perturbed_answers
-from blur_trainer.uld.rewording import _facts
+from blur_trainer.uld.rewording import _facts, _replaced
 
 SHARED = Path(__file__).parents[3] / "shared"
 BOTH = pytest.mark.parametrize("augment", [paraphrases, perturbed_answers])
@@ -77,6 +78,21 @@ def test_columns_of_another_type(value):
 
 
 # ---------------------------------------------------------------------------------------------------- rules
+
+
+def test_whole_facts_are_exchanged_of_two_that_begin_alike_the_longest():
+    table = {"Ann": "Bob", "Ann Lee": "Eve Orr", "1,5": "2,5", "O'Neil": "Kim"}
+    text = "Ann Lee met Ann, Anna and Ann-Marie in 1,5 and 11,5 (O'Neil)."
+    assert _replaced(text, table) == "Eve Orr met Bob, Anna and Bob-Marie in 2,5 and 11,5 (Kim)."
+
+
+def test_long_texts_take_no_quadratic_time():
+    """Facts of a text are sought once per kind, words before them without a copy of the text."""
+    facts = [f"N{i}x Or{i}" for i in range(1500)]
+    text = " ".join(f"In {i} it was {fact}." for i, fact in enumerate(facts))
+    start = time.process_time()
+    perturbed_answers([{"text": text}, {"text": text.replace("x", "y")}], "rules", 1)
+    assert time.process_time() - start < 4  # 40 s when it was quadratic
 
 
 def test_facts_are_names_and_numbers():

@@ -1,6 +1,5 @@
 """Computes TOFU's aggregates from per-question scores of a model or of a published log."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from blur_trainer.data.files import read_json
 from blur_trainer.evaluation.tofu.examples import CHOICES, Questions
 from blur_trainer.evaluation.tofu.reference import LOG_FILES, RetainReference, log_column
 from blur_trainer.evaluation.token_scores import AnswerScores
@@ -143,7 +143,7 @@ def aggregate_log(
     Returns:
         `dict[str, float]`: see [`aggregate`].
     """
-    content = log if isinstance(log, Mapping) else json.loads(Path(log).read_text(encoding="utf-8"))
+    content = log if isinstance(log, Mapping) else read_json(Path(log))
     splits = {
         group: SplitScores(
             right=log_column(content[file], "avg_gt_loss", file),

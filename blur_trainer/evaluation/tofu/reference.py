@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blur_trainer.atomic_write import atomic_write
+from blur_trainer.data.files import read_json
 
 LOG_FILES = {
     "forget": "eval_log_forget.json",
@@ -96,7 +97,7 @@ def log_column(split: Mapping[str, Any], name: str, where: str) -> list[Any]:
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = read_json(Path(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of numbers.")
     return content

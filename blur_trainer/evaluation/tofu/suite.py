@@ -12,12 +12,13 @@ from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.base import Column, Evaluation
 from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.scoring import generate
+from blur_trainer.evaluation.splits import as_datasets
 from blur_trainer.evaluation.tofu.examples import CHOICES, SPLITS, read_splits
 from blur_trainer.evaluation.tofu.keys import column_of, metric_keys
 from blur_trainer.evaluation.tofu.membership import Membership
 from blur_trainer.evaluation.tofu.reference import RetainReference
 from blur_trainer.evaluation.token_scores import AnswerScores
-from blur_trainer.metrics.protocols import OPEN_UNLEARNING, TOFU, check_protocol
+from blur_trainer.metrics.protocols import OPEN_UNLEARNING, TOFU, UNICODE, check_protocol, check_rouge_tokenizer
 
 GROUPS = ("forget", "retain", *CHOICES)
 MAX_ROWS = {TOFU: 300, OPEN_UNLEARNING: None}
@@ -88,6 +89,9 @@ class TOFUEvaluation(Evaluation):
             Questions per forward pass, each with all its answers.
         max_new_tokens (`int`, *optional*, defaults to 200), max_length (`int`, *optional*):
             They replace the protocol's values.
+        rouge_tokenizer (`str`, *optional*, defaults to `"unicode"`):
+            What ROUGE counts as a word: `"unicode"`, in every script, or `"original"`, ASCII letters and digits. Both
+            agree on Latin script.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars (in the main process: of its share).
 
@@ -114,6 +118,7 @@ class TOFUEvaluation(Evaluation):
         batch_size: int = 16,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
+        rouge_tokenizer: str = UNICODE,
         progress: bool = True,
     ) -> None:
         check_protocol(protocol)
@@ -122,6 +127,8 @@ class TOFUEvaluation(Evaluation):
         self.batch_size = batch_size
         check_positive(max_new_tokens=self.max_new_tokens, max_length=self.max_length, batch_size=batch_size)
         form = check_template(template)
+        self.rouge_tokenizer = check_rouge_tokenizer(rouge_tokenizer)
+        data = as_datasets(data)
         self._splits = read_splits(data, tokenizer, form, max_rows=MAX_ROWS[protocol], max_length=self.max_length)
         self.metric_keys = metric_keys(
             self._splits, reference=reference, gradnorm=gradnorm, by_reference=reference_model is not None
@@ -218,7 +225,8 @@ class TOFUEvaluation(Evaluation):
             batch_size=self.batch_size,
             desc=f"TOFU {group} answers" if self.progress else None,
         )
-        recalls = [rouge_l_recall(response, truth) for response, truth in zip(responses, split.answers, strict=True)]
+        pairs = zip(responses, split.answers, strict=True)
+        recalls = [rouge_l_recall(response, truth, self.rouge_tokenizer) for response, truth in pairs]
         rows = zip(split.prompts, split.answers, responses, recalls, strict=True)
         self._records[f"{group}_rouge"] = [dict(zip(SAMPLE, row, strict=True)) for row in rows]
         return recalls
