@@ -8,6 +8,7 @@ from torch import nn
 
 from blur_trainer.memory.weights import Sharding, weight_bytes
 from blur_trainer.models.layers import find_layers
+from blur_trainer.models.reference import trains_beside_adapter
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.references import readers_of
 
@@ -27,7 +28,8 @@ def reference_bytes(
 ) -> int:
     """Bytes beside `model` (on the meta device). `kind`: one of `REFERENCES`; default: what the trainer chooses."""
     readers, num_layers = readers_of(objectives, args)
-    chosen = "none" if not readers else "adapter off" if isinstance(model, PeftModel) else "frozen copy"
+    switches = isinstance(model, PeftModel) and not trains_beside_adapter(model)
+    chosen = "none" if not readers else "adapter off" if switches else "frozen copy"
     if (kind or chosen) != "frozen copy":
         return 0
     left_out: set[int] = set()

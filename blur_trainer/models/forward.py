@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from blur_trainer.models.fused_heads import CHECKED
 from blur_trainer.models.logps import sequence_logps
 
 logger = get_logger(__name__)
@@ -31,10 +32,25 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def answer_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """`log p(answer | prompt)` `(B,)`, by the fused head if the model has one, else from the logits."""
-    if not has_fused_head(model):
-        return sequence_logps(forward(model, batch), batch["labels"])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return model(**inputs, fused_lm_head=True).log_probs.sum(-1)
+    return answer_logps_and_router_loss(model, batch)[0]
+
+
+def answer_logps_and_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """
+    `log p(answer | prompt)` `(B,)`, and what a mixture of experts with `config.output_router_logits=True` adds to its
+    own loss: the load-balancing loss of this batch times `config.router_aux_loss_coef`, 0-d. Else `None`.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if has_fused_head(model):
+        output = model(**inputs, labels=batch["labels"], fused_lm_head=True)
+        logps = output.log_probs.sum(-1)
+    else:
+        output = model(**inputs, use_cache=False)
+        logps = sequence_logps(output.logits, batch["labels"])
+    balance = getattr(output, "aux_loss", None)
+    if balance is None:
+        return logps, None
+    return logps, causal_lm(model).config.get_text_config().router_aux_loss_coef * balance
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -106,7 +122,7 @@ def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     """Why the fused head would not give this model's log-probabilities. `None` if it does.
 
     The fused head multiplies the backbone's output by the head's `weight` itself. So it would ignore an adapter or a
-    quantized layer on the head.
+    quantized layer on the head, and what an architecture computes before or after the head.
     """
     target = causal_lm(model)
     head = target.get_output_embeddings() if isinstance(target, PreTrainedModel) else None
@@ -115,19 +131,36 @@ def fused_head_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
         return f"it needs a plain `torch.nn.Linear` as the LM head (no adapter, no quantization), and {what}"
     if target.base_model is target:
         return f"`{type(target).__name__}` has no backbone (`base_model`) below the LM head"
+    own = not type(target).forward.__module__.startswith("transformers.models.")
+    composed = target.config.get_text_config() is not target.config
+    if own or composed or target.config.model_type not in CHECKED:
+        return f"it was not compared with the logits of `{type(target).__name__}`"
     return None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients. On exit every module gets its training flag back."""
+    """Evaluation mode without gradients, and without the router's training loss in a mixture of experts (which does
+    not allow generation). On exit every module gets its training flag back."""
     flags = [(module, module.training) for module in model.modules()]
+    routers = router_configs(model)
     model.eval()
+    for config in routers:
+        config.output_router_logits = False
     try:
         # Not inference_mode, because tensors that modules cache here (rotary tables) must stay usable in training.
         with torch.no_grad():
             yield
     finally:
+        for config in routers:
+            config.output_router_logits = True
         # One by one: `model.train()` would also change parts that their owner keeps in evaluation mode.
         for module, flag in flags:
             module.training = flag
+
+
+def router_configs(model: nn.Module) -> list[Any]:
+    """The configurations in the model that ask for the router's logits, and so for its load-balancing loss."""
+    own = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    every = {id(config): config for top in own for config in (top, top.get_text_config())}
+    return [config for config in every.values() if getattr(config, "output_router_logits", False)]

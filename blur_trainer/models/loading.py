@@ -1,30 +1,76 @@
 """A causal language model by name or path: all of it, its configuration, or only its lower layers."""
 
+from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 from trl.trainer.utils import create_model_from_path
 
+from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
+from blur_trainer.models.suitable import check_loadable
 from blur_trainer.models.truncation import quarter, shortened
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
+_PLACE = ("subfolder", "gguf_file", "code_revision")
+
+
+def hub_arguments(kwargs: Any) -> dict[str, Any]:
+    """Those of the arguments of a model's `from_pretrained` that its configuration and tokenizer need too.
+
+    `trust_remote_code` is `False` unless given: left open, the auto classes ask on stdin.
+    """
+    return {"trust_remote_code": False} | {key: kwargs[key] for key in _HUB if key in kwargs}
 
 
 def load_pretrained(name: str, kwargs: Any) -> Any:
-    """A causal language model by name or path, safetensors only."""
+    """A causal language model by name or path, safetensors only.
+
+    Raises:
+        `ValueError`: it is an adapter, no causal language model, or its weights are not all there.
+        `OSError`: it is not found, or cannot be read.
+    """
+    config = read_config(name, kwargs)
+    check_loadable(config, f"model {name!r}")
+    # a logit-difference model passes its arguments on to the models that it names
+    whole = not isinstance(config, LogitDifferenceConfig)
+    model, info = _load(name, kwargs | ({"output_loading_info": True} if whole else {}), whole)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # a repository that holds both
+        _refuse_adapter(name, kwargs)
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ValueError(
+            f"{name!r} has no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''} ({len(missing)} "
+            f"tensors of `{type(model).__name__}`), which would be random: it is not a whole causal language model (a "
+            "classifier, a model without its head, or a damaged folder?). Pass one that is."
+        )
+    return model
+
+
+def _load(name: str, kwargs: dict[str, Any], with_info: bool) -> tuple[Any, dict[str, Any]]:
+    options = {"device_map": None, "use_safetensors": True, "trust_remote_code": False, **kwargs}
     try:
         architecture: Any = AutoModelForCausalLM
-        return create_model_from_path(name, architecture, **{"device_map": None, "use_safetensors": True, **kwargs})
+        loaded = create_model_from_path(name, architecture, **options)
     except OSError as error:
         raise cannot_load(name, error) from error
+    except SafetensorError as error:
+        raise OSError(
+            f"Cannot load model {name!r}: a safetensors file in it is damaged or cut off. {_line(error)}"
+        ) from error
+    return loaded if with_info else (loaded, {})
 
 
 def cannot_load(name: str, error: OSError) -> OSError:
     return OSError(
         f"Cannot load model {name!r}: no such local folder, no such hub repository, a gated one (ask for access on "
-        f"its page, then `hf auth login`), or no safetensors weights in it. {error}"
+        f"its page, then `hf auth login`), or no safetensors weights in it. {_line(error)}"
     )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
@@ -32,10 +78,32 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     given = kwargs.get("config")
     if given is not None:
         return given
+    hub = hub_arguments(kwargs) | {key: kwargs[key] for key in _PLACE if key in kwargs}
+    if Path(name).is_dir():
+        _refuse_adapter(name, hub)
     try:
-        return AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB if key in kwargs})
+        return AutoConfig.from_pretrained(name, **hub)
+    except OSError as error:
+        if not Path(name).is_absolute():
+            _refuse_adapter(name, hub)  # a repository of an adapter alone has no configuration of a model
+        raise cannot_load(name, error) from error
+    except ValueError as error:  # code that came with the model, or an architecture that nobody knows
+        raise ValueError(f"Cannot load model {name!r}: {_line(error)}") from error
+
+
+def _refuse_adapter(name: str, hub: dict[str, Any]) -> None:
+    """`from_pretrained` would put the adapter into its base, where a second one replaces it without a word."""
+    where = {key: hub[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in hub}
+    try:
+        found = find_adapter_config_file(name, subfolder=hub.get("subfolder", ""), **where)
     except OSError as error:
         raise cannot_load(name, error) from error
+    if found is not None:
+        raise ValueError(
+            f"{name!r} is an adapter, not a whole model. Merge it into its base first, "
+            f"`blur_trainer.merge_and_save({name!r}, 'merged')`, and pass 'merged'. To go on training this very "
+            f"adapter, pass `peft.AutoPeftModelForCausalLM.from_pretrained({name!r}, is_trainable=True)`."
+        )
 
 
 def load_lower(name: str, config: PreTrainedConfig, num_layers: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -44,9 +112,6 @@ def load_lower(name: str, config: PreTrainedConfig, num_layers: int | None, kwar
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # no report about the unused weights of the upper layers
     try:
-        model, info = load_pretrained(name, {**kwargs, "config": lower, "output_loading_info": True})
+        return load_pretrained(name, {**kwargs, "config": lower})
     finally:
         logging.set_verbosity(before)
-    if info["missing_keys"]:
-        raise ValueError(f"{name!r} has no weights for {sorted(info['missing_keys'])[:3]}: it is not a whole model.")
-    return model

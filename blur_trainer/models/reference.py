@@ -4,6 +4,7 @@
 |---|---|---|
 | `precompute_ref_logps=True` | the column `ref_logps`, made once before training | one float per example |
 | PEFT | the model with its adapter switched off, or a frozen copy of a trained adapter | none, or one adapter |
+| PEFT that trains weights beside its adapter (`bias="all"`, unfrozen norms) | a frozen copy | one model |
 | full-parameter training | a frozen copy, or the `ref_model` that the user passes | one model |
 | the same, activations only (`ActivationMatch(layer)`) | a frozen copy of the layers up to that one, sharing what is \
 frozen in the trained model (one process, DDP) | what is trained among these layers, the embedding and the head |
@@ -11,19 +12,21 @@ frozen in the trained model (one process, DDP) | what is trained among these lay
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import answer_logps, evaluating, forward
 
-REFERENCE_ADAPTER = "reference"
+#: the frozen copy of a trained adapter; no name that a user's own adapter has ("reference" is one of TRL's examples)
+REFERENCE_ADAPTER = "blur_trainer_reference"
 
 
 class Reference(Protocol):
@@ -44,6 +47,8 @@ class CurrentModel:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        #: makes the context of a pass, for a model that no engine has prepared: the trained model's mixed precision
+        self.precision: Callable[[], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -60,19 +65,18 @@ class CurrentModel:
         with self._as_reference():
             return activations(self.model, batch, layer)
 
-    def _as_reference(self) -> AbstractContextManager:
-        return evaluating(self.model)
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        with evaluating(self.model), self.precision():
+            yield
 
 
 class FrozenModel(CurrentModel):
-    """A second model that is never trained."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model.eval().requires_grad_(False))
+    """A second model that is never trained. A model of the user's keeps its flags: no pass here has a gradient."""
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> "FrozenModel":
-        return cls(copy.deepcopy(model))
+        return cls(copy.deepcopy(model).eval().requires_grad_(False))
 
 
 @contextmanager
@@ -115,15 +119,21 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def _is_lora(model: PeftModel) -> bool:
+    return model.peft_config[model.active_adapter].peft_type == PeftType.LORA
+
+
 def _plain_lora(model: PeftModel) -> bool:
     """Whether the active adapter is a LoRA that changes nothing if `B = 0`."""
     config: Any = model.peft_config[model.active_adapter]
-    extras = ("use_dora", "modules_to_save", "trainable_token_indices")
-    return (
-        config.peft_type == PeftType.LORA
-        and config.bias == "none"
-        and not any(getattr(config, x, None) for x in extras)
-    )
+    extras = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+    return _is_lora(model) and config.bias == "none" and not any(getattr(config, x, None) for x in extras)
+
+
+def _says_the_same(reference: CurrentModel, model: PeftModel) -> bool:
+    probe = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
+    probe["attention_mask"] = torch.ones_like(probe["input_ids"])
+    return torch.equal(CurrentModel(model).logits(probe), reference.logits(probe))
 
 
 @torch.no_grad()
@@ -135,9 +145,7 @@ def adapter_is_identity(model: PeftModel) -> bool:
     """
     if _plain_lora(model):
         return not any(p.any() for name, p in model.named_parameters() if _is_lora_b(name, str(model.active_adapter)))
-    probe = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
-    probe["attention_mask"] = torch.ones_like(probe["input_ids"])
-    if not torch.equal(CurrentModel(model).logits(probe), OtherAdapter(model, None).logits(probe)):
+    if not _says_the_same(OtherAdapter(model, None), model):
         return False
     # an adapter on the embeddings may have changed other rows than the probe's two
     embed = model.get_input_embeddings()
@@ -150,31 +158,61 @@ def adapter_is_identity(model: PeftModel) -> bool:
     return True
 
 
-def adapter_reference(model: PeftModel) -> OtherAdapter:
+def trains_beside_adapter(model: PeftModel) -> list[str]:
+    """The trainable parameters that act even if the adapter is switched off: biases, norms, unfrozen layers."""
+    config: Any = model.peft_config[model.active_adapter]
+    own = (PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type], "modules_to_save.", "token_adapter.")
+    return [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
+
+
+def adapter_reference(model: PeftModel) -> CurrentModel:
     """The reference of a PEFT model, frozen at its present state.
 
     A fresh adapter is switched off. A trained adapter is part of the model before unlearning, so a frozen copy of it is
-    used (named `reference`, saved in a subfolder).
+    used (named `REFERENCE_ADAPTER`, saved in a subfolder). If weights beside the adapter are trained, switching it off
+    does not undo that, and the whole model is copied.
     """
-    partitioned = is_partitioned(model)
-    if partitioned and not _plain_lora(model):
+    partitioned, beside = is_partitioned(model), trains_beside_adapter(model)
+    if partitioned and (beside or not _plain_lora(model)):
         raise ValueError(
             "Under ZeRO-3 only a plain LoRA can be its own reference (no DoRA, no `modules_to_save`, no trained biases "
             "or tokens): set `precompute_ref_logps=True`, or pass `ref_model`."
         )
+    if beside:
+        if getattr(model.get_base_model(), "is_quantized", False):
+            raise ValueError(
+                f"Weights beside the adapter are trained ({', '.join(beside[:2])}), so the reference must be a copy, "
+                'and a quantized model is not copied: choose `bias="none"`, or pass `ref_model`.'
+            )
+        return FrozenModel.copy_of(model)
     if adapter_is_identity(model):
         return OtherAdapter(model, None)
     if partitioned:
         raise ValueError(
             "A trained adapter under ZeRO-3 cannot be copied as the reference: merge it into the model first "
-            "(`merge_and_unload`) and train a new one, or set `precompute_ref_logps=True`, or pass `ref_model`."
+            "(`blur_trainer.merge_and_save`) and train a new one, or set `precompute_ref_logps=True`, or pass "
+            "`ref_model`."
         )
+    _copy_adapter(model)
+    copied = OtherAdapter(model, REFERENCE_ADAPTER)
+    if _is_lora(model) or _says_the_same(copied, model):
+        return copied
+    model.delete_adapter(REFERENCE_ADAPTER)  # other methods may keep more than parameters: drawn indices, say
+    return FrozenModel.copy_of(model)
+
+
+def _copy_adapter(model: PeftModel) -> None:
+    """Adds a frozen copy of the active adapter. It replaces the copy that an earlier trainer made."""
     active = model.active_adapter
-    if REFERENCE_ADAPTER not in model.peft_config:
-        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    for name, parameter in model.named_parameters():  # also overwrite an earlier trainer's copy
+    if REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(REFERENCE_ADAPTER)
+    config = copy.deepcopy(model.peft_config[active])
+    for name in ("init_lora_weights", "init_weights"):  # PiSSA and OLoRA would take their start off the base again
+        if hasattr(config, name):
+            setattr(config, name, False)
+    model.add_adapter(REFERENCE_ADAPTER, config)
+    for name, parameter in model.named_parameters():
         if f".{REFERENCE_ADAPTER}." in name or name.endswith(f".{REFERENCE_ADAPTER}"):
             source = name.replace(f".{REFERENCE_ADAPTER}", f".{active}")
             parameter.data.copy_(model.get_parameter(source).data)
             parameter.requires_grad_(False)
-    return OtherAdapter(model, REFERENCE_ADAPTER)

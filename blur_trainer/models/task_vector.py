@@ -141,10 +141,18 @@ def _adapted_layers(target: CheckpointTensors, config: LoraConfig, folder: Path)
         for name, parameter in list(module.named_parameters(recurse=False)):  # on the CPU: PEFT puts the LoRA there
             setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     adapted = get_peft_model(model, config)
-    read: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    weights = load_peft_weights(str(folder), device="cpu")
+    read: Any = set_peft_model_state_dict(adapted, {k: w for k, w in weights.items() if "lora_" in k})
+    for name in [name for name in weights if "lora_" not in name]:  # PEFT saves these along with a LoRA on either
+        _check_same(target, name.removeprefix("base_model.model.").replace(".base_layer.", "."), weights[name])
     named = adapted.get_base_model().named_modules()
     layers = {f"{name}.weight": module for name, module in named if isinstance(module, LoraLayer)}
     return layers, [*read.unexpected_keys, *(name for name in read.missing_keys if "lora_" in name)]
+
+
+def _check_same(target: CheckpointTensors, name: str, weight: Tensor) -> None:
+    if name in target.files and not torch.equal(target.get(name).to(weight.dtype), weight):
+        raise ValueError(f"{name!r}, which it brings along, is another one than the target's.")
 
 
 def _write(target: CheckpointTensors, vector: Vector, scale: float, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields
-from blur_trainer.models.forward import answer_logps, forward
+from blur_trainer.models.forward import answer_logps, answer_logps_and_router_loss, forward
 from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
@@ -32,10 +32,17 @@ def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
 
 @dataclass(frozen=True)
 class NLL(Objective):
-    """Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set."""
+    """Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set.
+
+    As in the model's own loss, a mixture of experts with `config.output_router_logits=True` adds its load-balancing
+    loss (over several micro-batches: their mean, weighted by their numbers of answer tokens).
+    """
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return nll_loss(answer_logps(model, batch))
+        logps, router_loss = answer_logps_and_router_loss(model, batch)
+        if router_loss is None:
+            return nll_loss(logps)
+        return nll_loss(logps) + router_loss * answer_mask(batch["labels"]).sum(-1)
 
 
 @dataclass(frozen=True)

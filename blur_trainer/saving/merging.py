@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from blur_trainer.atomic_write import atomic_write
@@ -26,12 +29,18 @@ def merge_and_save(
     The base is loaded unquantized, even if the adapter was trained on a 4-bit one (QLoRA): 4-bit rounding would remove
     small updates. For one process. It runs on the CPU unless `device_map` says otherwise.
 
+    Where the base ties its LM head to its embedding and the adapter is on either, the merged model has both weights.
+
     Args:
         adapter: folder or repository written by `save_model` of a PEFT training.
         output_dir: a new folder for weights (safetensors), configuration, tokenizer and model card.
         base_model: name, path or loaded model. Default: the model that the adapter was trained on.
         dtype: dtype of the loaded base. Default: the stored one.
         model_kwargs: arguments of `from_pretrained` of the base.
+
+    Raises:
+        `ValueError`: it is no adapter, it cannot be merged, or it was trained on another model than the base (resized
+            after loading, say).
     """
     saving.check_output_dir(output_dir)
     if (Path(adapter) / saving.ASSISTANT).exists():
@@ -56,13 +65,59 @@ def merge_and_save(
         base = load_pretrained(base, {"dtype": dtype, **model_kwargs})
     if getattr(base, "is_quantized", False):
         raise ValueError("`base_model` is quantized: the adapter would be rounded away. Pass it unquantized.")
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    merged = _merged(base, adapter)
     with saving.staged(output_dir, writes=True) as staging:
         merged.save_pretrained(staging)
         if (Path(adapter) / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(adapter).save_pretrained(staging)
+            trust = {"trust_remote_code": model_kwargs.get("trust_remote_code", False)}
+            AutoTokenizer.from_pretrained(adapter, **trust).save_pretrained(staging)
     card = Path(adapter) / "README.md"
     if card.exists():
         text = merged_card(card.read_text(encoding="utf-8"))
         atomic_write(Path(output_dir) / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     return merged
+
+
+def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, adapter)
+    except (RuntimeError, ValueError) as error:  # PEFT's, of sizes or of names
+        raise ValueError(
+            f"The adapter in {adapter!r} does not fit its base: it was trained on a model of other sizes or layers. "
+            "Pass that one as `base_model`: loaded, and with `resize_token_embeddings` as before the training. "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"The adapter in {adapter!r} is of type {adapted.active_peft_config.peft_type.value}, which has no weights "
+            "to add to the base's: keep adapter and base together."
+        )
+    untied = _untie(adapted)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"PEFT cannot merge the adapter in {adapter!r}: {' '.join(str(error).split())}") from error
+    if untied:  # unless the adapter has tied them anew
+        _say_tied(merged, merged.get_input_embeddings().weight is merged.get_output_embeddings().weight)
+    return merged
+
+
+def _untie(adapted: PeftModel) -> bool:
+    """Gives the LM head a weight of its own if the adapter is on the embedding or the head: merging it into one weight
+    would change both. Returns whether it did."""
+    model: Any = adapted.get_base_model()
+    wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    plain = [end.original_module if isinstance(end, AuxiliaryTrainingWrapper) else end for end in plain]
+    adapted_end = any(isinstance(end, wrapped) for end in ends)
+    if not adapted_end or plain[1] is None or plain[0].weight is not plain[1].weight:
+        return False
+    plain[1].weight = nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    _say_tied(model, False)
+    return True
+
+
+def _say_tied(model: Any, tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied

@@ -1,5 +1,6 @@
 """Makes the trainer's reference model, shards it like the trained one, or precomputes its log-probabilities."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import AutocastKwargs, DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -86,15 +87,20 @@ def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> t
     return readers, max(tops) + 1 if tops and len(tops) == len(readers) else None
 
 
-def shard_reference(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+def shard_reference(accelerator: Accelerator, reference: FrozenModel) -> FrozenModel:
     """Moves a frozen model to the trainer's devices, in the trained model's precision, sharded if that one is."""
+    model: Any = reference.model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return prepare_deepspeed(model, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return fsdp2_prepare_model(accelerator, model)
-    if getattr(model, "hf_device_map", None) is None:  # a device map placed it at loading; quantized models cannot move
-        model.to(accelerator.device)
-    return model  # `Accelerator.prepare_model` would keep it alive after its numbers are computed
+        reference.model = prepare_deepspeed(model, accelerator)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        reference.model = fsdp2_prepare_model(accelerator, model)
+    else:
+        # `Accelerator.prepare_model` would do both, but keep the model alive after its numbers are computed
+        if getattr(model, "hf_device_map", None) is None:  # it was placed at loading; quantized models cannot move
+            model.to(accelerator.device)
+        # frozen weights are read once a pass: casts of them need no cache
+        reference.precision = functools.partial(accelerator.autocast, AutocastKwargs(cache_enabled=False))
+    return reference
 
 
 class PrecomputeCallback(TrainerCallback):
@@ -151,8 +157,9 @@ class PrecomputeCallback(TrainerCallback):
         if self.reference is not None:  # the retain objective needs one in memory anyway
             return self.reference
         if self.ref_model is not None:  # kept until it has answered: out of memory, it is asked again
-            self.ref_model = shard_reference(self.accelerator, self.ref_model)
-            return FrozenModel(self.ref_model)
+            reference = shard_reference(self.accelerator, FrozenModel(self.ref_model))
+            self.ref_model = reference.model
+            return reference
         return CurrentModel(self.wrapped_model())
 
     def _columns(

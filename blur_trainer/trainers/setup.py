@@ -3,18 +3,22 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl.trainer.utils import get_config_model_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.forward import choose_head
 from blur_trainer.models.loading import load_pretrained
 from blur_trainer.models.reference import FrozenModel, partition_shape
+from blur_trainer.models.suitable import check_causal_lm
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.router import check_router
+from blur_trainer.trainers.adapters import add_adapter, check_peft_model
 from blur_trainer.trainers.arguments import check_defaults, check_settings
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.trainable import check_optimizer, check_trainable
 
 
 def resolve_args(
@@ -111,51 +115,26 @@ def load_model(
         )
     elif args.model_init_kwargs:
         raise ValueError("`model_init_kwargs` is for a model given by name; this one is loaded already.")
-    if peft_config is None:
-        return model
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` must be a `PeftConfig` such as `LoraConfig`, got {type(peft_config).__name__}.")
+    check_causal_lm(model, "`model`")
+    if peft_config is not None:
+        return add_adapter(model, peft_config)
     if isinstance(model, PeftModel):
-        raise ValueError(
-            "Got a `PeftModel` and a `peft_config`: pass one of them, or merge the first adapter with "
-            "`model.merge_and_unload()` before."
-        )
-    return get_peft_model(model, peft_config)
-
-
-def load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was passed, else the one beside the model; `None` if there is neither.
-
-    `None` is enough for tokenized datasets; text raises later, naming `processing_class`.
-    """
-    if processing_class is not None:
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(f"`processing_class` must be a tokenizer, got `{type(processing_class).__name__}`.")
-        return processing_class
-    name = get_config_model_id(model.config)
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # the folder or repository has no tokenizer
-        return None
+        check_peft_model(model)
+    return model
 
 
 def check_models(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     ref_model: PreTrainedModel | None,
+    args: UnlearningConfig,
 ) -> None:
     """Raises if model, tokenizer and reference differ in vocabulary. On a GPU wrong ids would give garbage."""
-    if ref_model is not None and not isinstance(ref_model, PreTrainedModel | PeftModel):
-        raise TypeError(f"`ref_model` must be a loaded model, got `{type(ref_model).__name__}`.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "No parameter of the model has `requires_grad=True`: nothing would be trained. Pass `peft_config`, load "
-            "the adapter with `is_trainable=True`, or unfreeze parameters."
-        )
+    if ref_model is not None:
+        if not isinstance(ref_model, PreTrainedModel | PeftModel):
+            raise TypeError(f"`ref_model` must be a loaded model, got `{type(ref_model).__name__}`.")
+        check_causal_lm(ref_model, "`ref_model`")
+    check_trainable(model, engine_requested(args, "deepspeed"))
     rows = vocabulary_size(model)
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(
@@ -164,14 +143,22 @@ def check_models(
         )
     if ref_model is None:
         return
-    if ref_model is model or (isinstance(model, PeftModel) and ref_model is model.get_base_model()):
+    theirs = {id(parameter) for parameter in ref_model.parameters()}
+    if any(id(parameter) in theirs for parameter in model.parameters() if parameter.requires_grad):
         raise ValueError(
-            "`ref_model` is the very model to be trained: leave it out (a frozen copy is made), or pass another one."
+            "`ref_model` is the very model to be trained, or shares trained parameters with it: leave it out (a frozen "
+            "copy is made), or pass another one."
         )
     if vocabulary_size(ref_model) != rows:
         raise ValueError(
             f"`ref_model` has a vocabulary of {vocabulary_size(ref_model)}, the model one of {rows}: they must agree."
         )
+
+
+def check_training(model: PreTrainedModel | PeftModel, objectives: Mapping[str, Objective], optimizer: Any) -> None:
+    """Raises for an optimizer that leaves parameters out, and for a router's loss that has no weight."""
+    check_optimizer(model, optimizer)
+    check_router(model, objectives)
 
 
 def vocabulary_size(model: PreTrainedModel | PeftModel) -> int:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from blur_trainer.models.layers import check_layer, find_layers
@@ -97,6 +99,43 @@ def choose_trainable(
     if len(kept) < len(candidates):
         logger.info(chosen)
     return chosen
+
+
+def check_trainable(model: nn.Module, masters: bool) -> None:
+    """Raises if nothing is trainable, or in float16. `masters`: an engine (DeepSpeed) keeps float32 copies of that."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        raise ValueError(
+            "No parameter of the model has `requires_grad=True`: nothing would be trained. "
+            + (
+                "Load its adapter with `PeftModel.from_pretrained(base, folder, is_trainable=True)` to go on training "
+                "it; or merge it, `blur_trainer.merge_and_save(folder, 'merged')`, and pass 'merged'."
+                if adapted
+                else "Unfreeze parameters, or pass `peft_config`."
+            )
+        )
+    half = [name for name, p in trainable if p.dtype == torch.float16]
+    if half and not masters:
+        raise ValueError(
+            f"{len(half)} trained weights are float16 ({half[0]}), in which small updates vanish and Adam breaks down: "
+            "load the model in bfloat16 or float32 (`dtype`). With float32 weights `fp16=True` is fine."
+        )
+
+
+def check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raises `ValueError` if an optimizer that was passed does not hold every trainable parameter."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out:
+        raise ValueError(
+            f"`optimizers`: the optimizer holds none of {len(left_out)} trainable parameters ({left_out[0]}): they "
+            "would not be trained, but count in every gradient. Make it of the parameters that have "
+            "`requires_grad=True` (with `peft_config`: of `get_peft_model(model, peft_config)`, passed as `model`), "
+            "freeze the others, or choose it with `optim`."
+        )
 
 
 def _below(model: nn.Module, candidates: list[tuple[str, nn.Parameter]], highest: int | None) -> set[int]:

@@ -30,7 +30,6 @@ from blur_trainer.trainers.datasets import pair
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.step_log import StepLog
-from blur_trainer.trainers.trainable import choose_trainable
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -92,12 +91,12 @@ class TrialMixin(_Base):
         peft_config, ref_model = self._models
         given, self._backend = super().call_model_init(trial), None
         model = self._load_model(given, self.args, peft_config)  # type: ignore[attr-defined]
-        self.trained = choose_trainable(model, self.args.train_layers, self.args.train_parameters, self.objectives)
+        self.choose_trainable(model, self.args)  # type: ignore[attr-defined]
         if ref_model is None:
             source = (given, self.args.model_init_kwargs)
             self.reference = make_reference(model, None, self.objectives, self.args, source)
             if isinstance(self.reference, FrozenModel):
-                self.reference.model = shard_reference(self.accelerator, self.reference.model)
+                shard_reference(self.accelerator, self.reference)
         setup.choose_heads(self.args, model, self.reference)
         self._settings.pairs = None  # a new reference may have other log-probabilities
         return model

@@ -23,7 +23,9 @@ from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
+from blur_trainer.trainers.given_back import restoring
 from blur_trainer.trainers.method_choice import MethodChoice
+from blur_trainer.trainers.model import ModelMixin
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.saving import SavingMixin
 from blur_trainer.trainers.schedule_free import to_averaged_point
@@ -31,11 +33,10 @@ from blur_trainer.trainers.single_buffer import check_forward_mode
 from blur_trainer.trainers.step_log import StepLog
 from blur_trainer.trainers.stepping import StepMixin
 from blur_trainer.trainers.topics import topic_names
-from blur_trainer.trainers.trainable import choose_trainable
 from blur_trainer.trainers.trials import Settings, TrialMixin
 
 
-class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Trainer):
+class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Trainer):
     """Unlearning = a forget objective x a retain objective x a gradient rule, inside `transformers.Trainer`.
 
     Each optimizer step makes one pass over the accumulation window for the forget objective and one for the retain
@@ -70,6 +71,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
     config_class: ClassVar[type[UnlearningConfig]] = UnlearningConfig
     args: UnlearningConfig
 
+    @restoring
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel | None = None,
@@ -104,9 +106,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
         given = self._given_model(model, model_init)
         model = self._load_model(given, args, peft_config)
-        self.trained = choose_trainable(model, args.train_layers, args.train_parameters, self.objectives)
-        tokenizer = setup.load_tokenizer(processing_class, model)
-        setup.check_models(model, tokenizer, ref_model)
+        tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
         *self._tokenized, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
@@ -133,16 +133,12 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
 
-    def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-        """The model to train."""
-        return setup.load_model(model, args, peft_config)
-
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:
         check_engine(self.accelerator, self.args)
         check_forward_mode(self.model, self.args, self.accelerator.distributed_type)
         setup.choose_heads(self.args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):
-            self.reference.model = shard_reference(self.accelerator, self.reference.model)
+            shard_reference(self.accelerator, self.reference)
         self._precompute = PrecomputeCallback(
             self.accelerator,
             self.data_collator,
@@ -171,7 +167,8 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
             if start is not None:
                 self._load_objectives(start)
             try:
-                output = super().train(start, trial, *args, **kwargs)
+                with self.frozen():
+                    output = super().train(start, trial, *args, **kwargs)
             finally:
                 to_averaged_point(self.optimizer)  # also after an exception: the model is there to be measured
         return output._replace(training_loss=output.metrics["train_loss"])  # without skipped steps

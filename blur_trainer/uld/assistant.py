@@ -10,7 +10,9 @@ from trl.trainer.utils import get_config_model_id
 from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
 from blur_trainer.models.origin import Origin, record
+from blur_trainer.models.suitable import check_causal_lm
 from blur_trainer.models.truncation import lora_assistant, quarter
+from blur_trainer.trainers.adapters import has_adapter
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
 
@@ -63,9 +65,16 @@ class Assistant:
     def _check(target: Any, lora: Any, whole: bool, args: UnlearningConfig) -> None:
         if not isinstance(target, str | PreTrainedModel) or isinstance(target, LogitDifferenceModel):
             raise TypeError(
-                f"`model` must be a model name or a `PreTrainedModel`, got `{type(target).__name__}`; of a `PeftModel` "
-                "pass `model.merge_and_unload()`, of a `LogitDifferenceModel` its `target`."
+                f"`model` must be a model name or a `PreTrainedModel`, got `{type(target).__name__}`; of an adapter "
+                "pass the folder that `blur_trainer.merge_and_save` writes, of a `LogitDifferenceModel` its `target`."
             )
+        if isinstance(target, PreTrainedModel):
+            check_causal_lm(target, "`model`")
+            if has_adapter(target):
+                raise ValueError(
+                    "The target has an adapter in it: merge it, `blur_trainer.merge_and_save(adapter, 'merged')`, and "
+                    "pass 'merged'."
+                )
         if lora is not None and not isinstance(lora, LoraConfig):
             raise TypeError(f"`peft_config` must be a `LoraConfig`, got `{type(lora).__name__}`.")
         if not isinstance(target, str) and args.model_init_kwargs:

@@ -85,7 +85,8 @@ class ULDTrainer(UnlearningTrainer):
             callable, with which [`paraphrases`] makes one.
         augment_retain: the forget questions with wrong answers, on which the assistant shall be uniform. A dataset, or
             an argument of [`perturbed_answers`]. They are half of the retain examples in training.
-        peft_config: a `LoraConfig`; rank 16, alpha 32, dropout 0.05 on all linear layers but the head by default.
+        peft_config: a `LoraConfig`; rank 16, alpha 32, dropout 0.05 on all linear layers but the head by default (no
+            dropout if the experts of a layer are one tensor).
         eval_dataset: its NLL is the *assistant's*, which should fall on the forget set. Benchmarks see the unlearned
             model.
 
@@ -107,6 +108,7 @@ class ULDTrainer(UnlearningTrainer):
         augment_retain: Augmentation = None,
         **kwargs: Any,
     ) -> None:
+        _check_objectives(kwargs)
         given = {"augment_forget": augment_forget, "augment_retain": augment_retain}
         if missing := [name for name, dataset in given.items() if dataset is None]:
             logger.warning(_MISSING.format(names=" and ".join(missing)))
@@ -161,6 +163,17 @@ class ULDTrainer(UnlearningTrainer):
             Path(folder, ADAPTER).mkdir()
             for path in Path(folder).glob("adapter_*"):
                 path.rename(path.parent / ADAPTER / path.name)
+
+
+def _check_objectives(kwargs: dict[str, Any]) -> None:
+    """The assistant's logits are subtracted: it must learn the forget set, and nothing about the retain set."""
+    for role, table in (("forget", ULDConfig.forget_objectives), ("retain", ULDConfig.retain_objectives)):
+        given, accepted = kwargs.get(f"{role}_objective"), tuple(table.values())
+        if isinstance(given, Objective) and not isinstance(given, accepted):
+            raise ValueError(
+                f"`{role}_objective={given}`: ULD's assistant descends `{accepted[0].__name__}()` on the {role} set, "
+                "because its logits are subtracted. Leave it out, or use `UnlearningTrainer`."
+            )
 
 
 def _with_augmentation(

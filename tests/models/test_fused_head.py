@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
+from support.cases import every
 from support.models import VOCAB, collate, examples, tiny_llama
 from support.runs import distance, settings, train, weights
 from torch import distributed, nn
@@ -14,12 +15,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from blur_trainer import Objective
@@ -236,6 +242,28 @@ def test_what_does_not_suit():
     composite = tiny_llama()
     composite.base_model_prefix = ""
     assert "no backbone" in fused_head_obstacle(composite)
+
+
+def test_an_architecture_that_was_not_compared():
+    """BERT transforms before the head, RecurrentGemma caps after it, others may do what nobody has looked at."""
+
+    class Own(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    sizes = SIZES | {"num_hidden_layers": 1}
+    gemma = RecurrentGemmaConfig(**sizes, lru_width=16, attention_window_size=8, head_dim=8)
+
+    def check(model):
+        with pytest.raises(ValueError, match=f"`fused_lm_head=True`.*not compared.*`{type(model).__name__}`"):
+            choose_head(model, True, CPU)
+        choose_head(model, None, CUDA)
+        assert not has_fused_head(model)
+
+    every([BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), RecurrentGemmaForCausalLM(gemma),
+           Own(tiny_llama().config)], check)  # fmt: skip
 
 
 # ---- a model with a fused head is otherwise the model it was ----

@@ -1,11 +1,13 @@
 """What the reference model is, that it stays what it is, and that the cheap ways to have one are the exact ones."""
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from support.cases import every
 from support.models import collate, examples, tiny_llama
 from support.runs import distance, logits, probe, settings, train, training_logs, weights
 from support.tiny_tokenizer import tiny_tokenizer
@@ -21,6 +23,7 @@ from blur_trainer.models.reference import (
     adapter_is_identity,
     adapter_reference,
     evaluating,
+    trains_beside_adapter,
 )
 from blur_trainer.objectives.answers import DPO, KL, NLL, NPO, GradAscent, reference_logps
 from blur_trainer.trainers.blur import BLURTrainer
@@ -225,6 +228,80 @@ def test_a_second_trainer_freezes_the_adapter_anew(tmp_path):
     between = logits(first.model)
     second = BLURTrainer(first.model, settings(tmp_path / "b"), FORGET, RETAIN)
     assert torch.allclose(second.reference.logits(batch()), between)
+
+
+def test_weights_beside_the_adapter_make_the_reference_a_copy():
+    """Switching an adapter off undoes neither trained biases nor norms, layers or embeddings that were unfrozen."""
+
+    def check(change):
+        model = get_peft_model(with_biases(), LoraConfig(target_modules=["q_proj"], r=2, **change.get("lora", {})))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or change.get("unfreeze", "nothing") in name)
+        before, reference = logits(model), adapter_reference(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3)
+        assert torch.equal(reference.logits(batch()), before)
+        assert not torch.equal(logits(model), before)
+        assert isinstance(reference, FrozenModel) == bool(trains_beside_adapter(model)) == change["copy"]
+
+    every(
+        {
+            "all biases": {"lora": {"bias": "all"}, "copy": True},
+            "its biases": {"lora": {"bias": "lora_only"}, "copy": True},
+            "norms": {"unfreeze": "norm", "copy": True},
+            "a layer": {"unfreeze": "layers.1.mlp", "copy": True},
+            "head": {"lora": {"modules_to_save": ["lm_head"]}, "copy": False},
+            "tokens": {"lora": {"trainable_token_indices": [5]}, "copy": False},
+            "DoRA": {"lora": {"use_dora": True}, "copy": False},
+        },
+        check,
+    )
+
+
+def with_biases() -> LlamaForCausalLM:
+    model = tiny_llama(attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(0.1)
+    return model
+
+
+def test_another_trained_method_than_lora_is_copied_as_it_is():
+    """SHiRA draws its indices: a copy that draws others would be another model."""
+    model = get_peft_model(tiny_llama(), ShiraConfig(r=2, target_modules=["q_proj"], random_seed=None))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shira" in name:
+                parameter.add_(0.5)
+    before = logits(model)
+    assert torch.equal(adapter_reference(model).logits(batch()), before)
+    assert torch.equal(logits(model), before)
+
+
+# ---- the precision of the trained model ----
+
+
+@pytest.mark.parametrize(
+    "kind", ["a copy", "lower layers", "given", "adapter off", "copied adapter", "copied model", "precomputed"]
+)
+def test_before_the_first_step_the_reference_says_what_the_model_says(tmp_path, kind):
+    """Under bf16 one of both in float32 would be noise, which BLUR-RMU's alpha multiplies by 800."""
+    loras = {"adapter off": fresh_lora, "copied adapter": trained_lora}
+    biased = lambda: get_peft_model(with_biases(), LoraConfig(target_modules=["q_proj"], r=2, bias="all"))  # noqa: E731
+    model = no_dropout(loras.get(kind, biased if kind == "copied model" else tiny_llama)())
+    config = {"max_steps": 1, "bf16": True, "retain_objective": "kl", "precompute_ref_logps": kind == "precomputed"}
+    if kind == "lower layers":
+        layer = {"layer": 0}
+        config |= {"forget_objective": "rmu", "forget_objective_kwargs": layer, "retain_objective_kwargs": layer}
+        config |= {"retain_objective": "activation_match"}
+    given = {"ref_model": tiny_llama()} if kind == "given" else {}
+    (log,) = training_logs(train(settings(tmp_path, **config), FORGET, RETAIN, model=model, **given))
+    assert log["loss/retain"] == 0 and log["grad/retain_norm"] < 1e-6
+    if kind != "lower layers":
+        assert log["loss/forget"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6)
 
 
 # ---- during training ----

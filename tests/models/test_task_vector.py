@@ -145,17 +145,21 @@ ADAPTERS = {
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     ),
     "embedding": (tiny_llama, {"target_modules": ["embed_tokens", "k_proj"]}),
+    "head, along with which PEFT saves both ends": (
+        tiny_llama,
+        {"target_modules": ["lm_head", "q_proj"], "save_embedding_layers": True},
+    ),
     "transposed": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
 
 
-def adapter(make, folder, **kwargs) -> str:
+def adapter(make, folder, save_embedding_layers=False, **kwargs) -> str:
     model = get_peft_model(make(), LoraConfig(**{"r": 4, "lora_alpha": 8, **kwargs}))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return str(folder)
 
 
@@ -192,6 +196,10 @@ def test_adapters_that_do_not_fit(tmp_path):
     wide = adapter(lambda: tiny_llama(layers=3), tmp_path / "deep", target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"is not of target "):
         task_vector(target, wide, tmp_path / "out")
+    head = {"target_modules": ["lm_head"], "save_embedding_layers": True}
+    another = adapter(lambda: tiny_llama(seed=5), tmp_path / "head", **head)
+    with pytest.raises(ValueError, match=r"is not of target .*weight', which it brings along, is another one"):
+        task_vector(target, another, tmp_path / "out")
     other = adapter(gpt2, tmp_path / "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     with pytest.raises(ValueError, match=r"is not of target "):
         task_vector(target, other, tmp_path / "out")
@@ -200,7 +208,7 @@ def test_adapters_that_do_not_fit(tmp_path):
     (tmp_path / "deep" / "adapter_model.safetensors").rename(tmp_path / "deep" / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors"):
         task_vector(target, wide, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["deep", "gpt2", "t"]
+    assert sorted(os.listdir(tmp_path)) == ["deep", "gpt2", "head", "t"]
 
 
 # --- what does not go -------------------------------------------------------------------------------------------------

@@ -568,7 +568,7 @@ def test_processing_class_that_is_no_tokenizer(attempt, out):
 
 def test_peft_config_beside_a_peft_model(attempt, out):
     model = get_peft_model(tiny_llama(), LORA)
-    words = ["`PeftModel`", "`peft_config`", "merge_and_unload"]
+    words = ["`PeftModel`", "`peft_config`", "merge_and_save"]
     refuse(ValueError, words, out, lambda: attempt(model=model, peft_config=LORA))
 
 

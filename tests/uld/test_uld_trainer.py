@@ -20,7 +20,7 @@ from blur_trainer.evaluation.tofu.attacks import gradient_norms
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.models.truncation import decoder_layers, lora_assistant, quarter, shortened, truncated_view
-from blur_trainer.objectives.answers import Uniform
+from blur_trainer.objectives.answers import NLL, GradAscent, Uniform
 from blur_trainer.objectives.losses import uniform_loss
 from blur_trainer.saving.merging import merge_and_save
 from blur_trainer.toy.memorize import memorize
@@ -372,6 +372,9 @@ REFUSED = [
     ({"args": {"forget_objective": "npo"}}, ValueError, "accepted: nll"),
     ({"ref_model": tiny_llama(1)}, ValueError, "no objective reads it"),
     ({"forget": []}, ValueError, "empty"),
+    ({"forget_objective": GradAscent()}, ValueError, "`forget_objective=GradAscent.*descends `NLL"),
+    ({"retain_objective": NLL()}, ValueError, "`retain_objective=NLL.*descends `Uniform"),
+    ({"lora": LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")}, ValueError, "'pissa'.*shares with"),
 ]
 
 
@@ -389,8 +392,16 @@ def test_another_trainers_arguments_are_refused_both_ways(folder, tmp_path):
 
 
 def test_an_adapter_on_the_target_and_an_unknown_model_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="merge_and_unload"):
+    with pytest.raises(TypeError, match="merge_and_save"):
         make(get_peft_model(tiny_llama(0, layers=4), LORA), tmp_path)
+    with pytest.raises(ValueError, match=r"shares with the target .*q_proj.*bias"):
+        make(
+            tiny_llama(layers=4, attention_bias=True), tmp_path, lora=LoraConfig(target_modules=["q_proj"], bias="all")
+        )
+    injected = tiny_llama(0, layers=4)
+    injected.add_adapter(LORA)
+    with pytest.raises(ValueError, match="merge_and_save"):
+        make(injected, tmp_path)
     with pytest.raises(OSError, match="Cannot load model"):
         make(str(tmp_path / "nowhere"), tmp_path)
 

@@ -1,0 +1,67 @@
+"""Loads the trainer's model and settles everything that belongs to it alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, PeftModel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from blur_trainer.objectives.base import Objective
+from blur_trainer.trainers import setup
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.given_back import Freezing
+from blur_trainer.trainers.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ModelMixin(_Base):
+    """Gives a trainer its model, as it is to be trained."""
+
+    objectives: dict[str, Objective]
+    freezing: Freezing
+    #: which parameters are trained, for the model card
+    trained: str
+    #: the model, if it got its adapter here
+    adapted: PeftModel | None = None
+
+    def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+        """The model to train."""
+        loaded = setup.load_model(model, args, peft_config)
+        self.adapted = loaded if peft_config is not None and isinstance(loaded, PeftModel) else None
+        return loaded
+
+    def choose_trainable(self, model: PreTrainedModel | PeftModel, args: UnlearningConfig) -> None:
+        """Freezes what is not to be trained."""
+        self.freezing = Freezing(model, args, self.objectives)
+        self.trained = self.freezing.chosen
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Around a training. A model that an engine has sharded stays with the engine, and so do its flags."""
+        self.freezing.freeze(self.model)
+        try:
+            yield
+        finally:
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self.freezing.release(self.model)  # with `model_init` it is another one than before
+
+    def _settle_model(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: UnlearningConfig,
+        processing_class: PreTrainedTokenizerBase | None,
+        ref_model: PreTrainedModel | None,
+        optimizer: Optimizer | None,
+    ) -> PreTrainedTokenizerBase | None:
+        """Freezes what is not to be trained, and checks what belongs to the model. Returns its tokenizer."""
+        self.choose_trainable(model, args)
+        tokenizer = load_tokenizer(processing_class, model, args)
+        setup.check_models(model, tokenizer, ref_model, args)
+        setup.check_training(model, self.objectives, optimizer)
+        return tokenizer
