@@ -268,6 +268,14 @@ def test_compare_averages_goes_on_and_finishes_what_failed(main, launched, tmp_p
     assert (out / "figures" / "plane.png").is_file()
 
 
+def test_compare_notes_no_token(examples, monkeypatch, tmp_path):
+    for words in (["--hub_token", "hf_x"], ["--model_init_kwargs", '{"token": "hf_x"}']):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path / "out"), *words])
+        with pytest.raises(ValueError, match="A token among the arguments would be written down"):
+            examples["compare"].main()
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_failed_process_said_last(examples, tmp_path, capsys):
     command = [sys.executable, "-c", "import sys; print(*range(9), sep='\\n'); sys.exit(3)"]
     assert not examples["compare"].finished(tmp_path / "npo-0", command)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from blur_trainer.evaluation.base import Evaluation
 from blur_trainer.report import results as results_module
 from blur_trainer.report.html import write_report
 from blur_trainer.report.results import Results
-from blur_trainer.report.seeds import mean_and_spread
+from blur_trainer.report.seeds import mean_and_spread, write_means
 from blur_trainer.report.tables import format_table
 
 COLUMNS = [
@@ -172,6 +173,27 @@ def test_a_failed_save_leaves_the_previous_file(results, tmp_path, monkeypatch, 
     results.save(tmp_path, {"gamma": 0.3})  # and the next one is not in its way
     assert load(tmp_path)["settings"]["gamma"] == 0.3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_no_token_is_saved(results, tmp_path):
+    saved = results.save(tmp_path, {"model_init_kwargs": {"token": "hf_secret", "dtype": "auto"}})
+    assert saved["settings"]["model_init_kwargs"] == {"token": "<TOKEN>", "dtype": "auto"}
+    assert "hf_secret" not in (tmp_path / "metrics.json").read_text()
+
+
+def test_means_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_means(tmp_path / "out", {"rows": []})
+    before = (tmp_path / "out" / "metrics.json").read_text()
+
+    def fail(path, text, **kwargs):
+        path.write_bytes(text.encode()[:5])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", fail)
+        write_means(tmp_path / "out", {"rows": [{"name": "x"}]})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.json"]
+    assert (tmp_path / "out" / "metrics.json").read_text() == before and json.loads(before) == {"rows": []}
 
 
 def test_any_text_survives(results, tmp_path):
