@@ -52,7 +52,7 @@ def _load(name: str, kwargs: dict[str, Any], with_info: bool) -> tuple[Any, dict
     options = {"device_map": None, "use_safetensors": True, "trust_remote_code": False, **kwargs}
     try:
         architecture: Any = AutoModelForCausalLM
-        loaded = create_model_from_path(name, architecture, **options)
+        loaded: Any = create_model_from_path(name, architecture, **options)
     except OSError as error:
         raise cannot_load(name, error) from error
     except SafetensorError as error:
