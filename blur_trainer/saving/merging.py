@@ -109,11 +109,10 @@ def _untie(adapted: PeftModel) -> bool:
     wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    plain = [end.original_module if isinstance(end, AuxiliaryTrainingWrapper) else end for end in plain]
-    adapted_end = any(isinstance(end, wrapped) for end in ends)
-    if not adapted_end or plain[1] is None or plain[0].weight is not plain[1].weight:
+    embedding, head = (end.original_module if isinstance(end, AuxiliaryTrainingWrapper) else end for end in plain)
+    if not any(isinstance(end, wrapped) for end in ends) or head is None or embedding.weight is not head.weight:
         return False
-    plain[1].weight = nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     _say_tied(model, False)
     return True
 
