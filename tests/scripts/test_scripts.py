@@ -1,6 +1,7 @@
 """What the examples share: one look at the command line, the methods compared, what is attacked, what is left."""
 
 import ast
+import logging
 import re
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_a_run_that_ended_is_known_only_where_one_resumes(tmp_path):
         begin(script, args, model_args)
     script, args, model_args, _ = arguments("--resume_from_checkpoint", "True")
     assert begin(script, args, model_args) == tmp_path and is_finished(args, tmp_path)
+    assert logging.getLogger("blur_trainer.trainers.datasets").isEnabledFor(logging.INFO)  # the first examples
 
 
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
