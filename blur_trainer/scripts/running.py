@@ -1,5 +1,6 @@
 """One run from its folder to its end: what is refused, and how it goes on after an interrupt."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainingArguments
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig
 
 from blur_trainer.saving.output_dir import check_output_dir
@@ -26,7 +27,10 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
     """
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        disable_progress_bar()
+    # What is trained is shown: the first example of each role, and which weights move.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("blur_trainer").setLevel(logging.INFO)
     if script.robustness and model_args.dtype == "float16":
         raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:

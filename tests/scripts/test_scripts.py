@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_a_run_that_ended_is_known_only_where_one_resumes(tmp_path):
         begin(script, args, model_args)
     script, args, model_args, _ = arguments("--resume_from_checkpoint", "True")
     assert begin(script, args, model_args) == tmp_path and is_finished(args, tmp_path)
+    assert logging.getLogger("blur_trainer.trainers.datasets").isEnabledFor(logging.INFO)  # the first examples
 
 
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
