@@ -150,5 +150,5 @@ def _weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
         step, columns = max(1, flat.numel() // _SAMPLE), (1, *partition_shape(parameter))[-1]
         while math.gcd(step, columns) > 1:  # so that it goes through all columns
             step += 1
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().data)
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
