@@ -79,8 +79,12 @@ class TrialMixin(_Base):
 
     def _given_model(self, model: Any, model_init: Any) -> Any:
         """`model`, or the first one of `model_init`."""
-        if (model is None) == (model_init is None):
-            raise ValueError("Pass either `model` or `model_init`, which makes it for each training anew.")
+        if model is None and model_init is None:
+            raise TypeError(
+                "`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `NoneType`. Or pass `model_init`."
+            )
+        if model is not None and model_init is not None:
+            raise ValueError("Pass either `model` or `model_init`, which makes it for each training anew, not both.")
         self.model_init, self._first_model = model_init, None
         return model if model_init is None else super().call_model_init()
 

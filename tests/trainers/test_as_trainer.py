@@ -212,6 +212,16 @@ def test_a_short_window_is_a_step_of_its_own(tmp_path):
     assert distance(weights(got.model), weights(want.model)) == 0
 
 
+def test_a_stream_that_is_not_found_again_is_said(tmp_path, caplog):
+    stream = Dataset.from_list(FORGET[:4]).to_iterable_dataset()  # two batches
+    args = settings(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    train(args, stream, RETAIN)
+    args.max_steps = 4
+    with caplog.at_level("WARNING", logger="blur_trainer"):
+        BLURTrainer(tiny_llama(), args, stream, RETAIN).train(resume_from_checkpoint=True)
+    assert any("begins it anew" in record.getMessage() for record in caplog.records)
+
+
 # ---- schedule-free optimizers ----
 
 
