@@ -32,8 +32,8 @@ Window = list[dict[str, Any]]
 logger = get_logger(__name__)
 _STREAM_BEGINS_ANEW = (
     "The stream of examples is shorter than what the interrupted training had read: Trainer does not know how many "
-    "times it was gone through, and the resumed training begins it anew. It reads other examples than an uninterrupted one, "
-    "unless that had just come to the stream's end."
+    "times it was gone through, and the resumed training begins it anew. It reads other examples than an "
+    "uninterrupted one, unless that had just come to the stream's end."
 )
 
 

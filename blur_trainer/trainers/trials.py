@@ -81,7 +81,8 @@ class TrialMixin(_Base):
         """`model`, or the first one of `model_init`."""
         if model is None and model_init is None:
             raise TypeError(
-                "`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `NoneType`. Or pass `model_init`."
+                "`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `NoneType`. Or pass "
+                "`model_init`."
             )
         if model is not None and model_init is not None:
             raise ValueError("Pass either `model` or `model_init`, which makes it for each training anew, not both.")

@@ -148,5 +148,5 @@ def test_settings_changed_between_trainings_are_heard_or_refused(tmp_path):
 def test_a_model_and_what_makes_it_are_not_both_given(tmp_path):
     with pytest.raises(ValueError, match="either `model` or `model_init`"):
         BLURTrainer(tiny_llama(), settings(tmp_path), FORGET, RETAIN, model_init=tiny_llama)
-    with pytest.raises(TypeError, match="got `NoneType`. Or pass `model_init`"):
+    with pytest.raises(TypeError, match=r"got `NoneType`\. Or pass `model_init`"):
         BLURTrainer(None, settings(tmp_path), FORGET, RETAIN)
