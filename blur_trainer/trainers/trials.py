@@ -42,10 +42,12 @@ _READ_IN_TIME = {"max_skipped_steps", "offload_forget_gradient", "weight", "top_
 
 
 class Settings:
-    """The settings that a training began with."""
+    """This package's settings that a training began with. A subclass's own are read by whoever wrote it."""
 
     def __init__(self, args: UnlearningConfig):
-        own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - _READ_IN_TIME
+        classes = [cls for cls in type(args).__mro__ if cls.__module__.startswith("blur_trainer.")]
+        names = {f.name for cls in classes for f in fields(cls)}
+        own = names - {f.name for f in fields(TrainingArguments)} - _READ_IN_TIME
         self.own = {name: copy.deepcopy(getattr(args, name)) for name in own}
         self.pairs: tuple[Any, ...] | None = pairs_of(args)
 
