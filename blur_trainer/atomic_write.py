@@ -14,6 +14,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     `.NAME.partial` may be left beside it until the next call. Only one process at a time may write a file.
     """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a link that somebody left there would be followed
     try:
         write(partial)
         flush(partial)
@@ -30,7 +31,7 @@ def atomic_write_folder(path: Path, write: Callable[[Path], object]) -> None:
     `path` must not exist; its parents are made. The rest of a killed call is removed first, as it may be large.
     """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_tree(partial)
     partial.mkdir(parents=True)
     try:
         write(partial)
@@ -38,7 +39,14 @@ def atomic_write_folder(path: Path, write: Callable[[Path], object]) -> None:
         os.rename(partial, path)
         flush(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder, if it is there. Of a link the link, not what it points to."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_tree(folder: Path) -> None:

@@ -33,10 +33,10 @@ def synchronize() -> None:
 
 def watched(read: Any) -> Any:
     def compare(self: Any) -> Any:
-        early = read(self)
+        early = list(read(self))
         kept = [None if g is None else g.clone() for g in early]
         synchronize()
-        late = read(self)
+        late = list(read(self))
         worst = max(float((a - b).abs().max()) for a, b in zip(kept, late, strict=True))
         scale = max(float(b.abs().max()) for b in late)
         gib = sum(g.numel() * g.element_size() for g in late) / 2**30

@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from memory import LARGE, llama
 from stepping import Steps, rows
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from transformers.utils import logging
 
@@ -91,9 +92,28 @@ def measure(variant: str, config: LlamaConfig, options: argparse.Namespace) -> d
         if not variant.startswith("stock"):
             found = estimate_memory(config, trainer.args, dtype="bfloat16", device=options.device)
             estimate = found.total / 2**20
+        if options.profile:
+            options.profile.mkdir(parents=True, exist_ok=True)
+            name = variant.replace(", ", "-").replace(" ", "_")
+            (options.profile / f"{name}.txt").write_text(profiled(trainer, steps))
         loss = all(p.isfinite().all().item() for p in trainer.model.parameters())
     low, middle, high = statistics.quantiles([1e3 * value for value in seconds], n=4, method="inclusive")
     return {"ms": middle, "quartiles": [low, high], "peak_mib": peak, "estimate_mib": estimate, "finite": loss}
+
+
+def profiled(trainer: Trainer, steps: Steps, count: int = 3) -> str:
+    """Where the time of `count` steps goes: the phases of the backend, then kernels and what the host waits for."""
+    backend = getattr(trainer, "_backend", None)
+    for name in ("take", "gramian", "write", "_put", "backward"):
+        if backend is not None:
+            setattr(backend, name, record_function(f"## {name}")(getattr(backend, name)))
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * torch.cuda.is_available())]
+    with profile(activities=activities) as seen:
+        for _ in range(count):
+            steps()
+    averages = seen.key_averages()
+    order = ("self_device_time_total", "cpu_time_total") if torch.cuda.is_available() else ("self_cpu_time_total",)
+    return "\n".join(averages.table(sort_by=key, row_limit=40, max_name_column_width=60) for key in order)
 
 
 def line(variant: str, row: dict[str, Any], base: dict[str, Any] | None) -> str:
@@ -119,6 +139,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, short texts, two steps")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="a folder for a profile of each variant")
     options = parser.parse_args()
     config = LARGE["1B"]
     if options.tiny:

@@ -7,12 +7,13 @@ Sharding engines override how a gradient is read, emptied and written (`_read`, 
 shares of an inner product are summed (`_reduce`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +26,7 @@ Gradients = list[Tensor | None]
 
 
 class GradientBackend:
-    """Gradients of one process, or of DDP after its all-reduce (equal on all ranks, so nothing is reduced here).
+    """Gradients of one process, or of DDP after its all-reduce.
 
     Memory: one gradient copy more than training with one loss. With `offload_forget_gradient` that copy is in the CPU's
     memory and returns to the device tensor by tensor. Time: one pass over the gradients for the inner products and one
@@ -67,10 +68,9 @@ class GradientBackend:
 
     def take(self, role: str) -> None:
         """Ends a pass: moves its gradient to the slot `role` and empties the engine's gradient."""
-        gradients = self._read()
-        if role == "forget" and self.offload_forget_gradient:
-            gradients = [None if g is None else _to_host(g) for g in gradients]
-        self.slots[role] = gradients
+        to_host = role == "forget" and self.offload_forget_gradient
+        # one tensor at a time: copies that `_read` makes are never on the device all at once
+        self.slots[role] = [_to_host(g) if to_host and g is not None else g for g in self._read()]
         self._empty()
 
     def gramian(self) -> Tensor:
@@ -107,9 +107,11 @@ class GradientBackend:
 
     # ---- where an engine keeps its gradient ----
 
-    def _read(self) -> Gradients:
-        """Returns this process's share of the finished gradient, in tensors that the next pass does not change."""
-        return [p.grad.clone() if self._grads_are_views and p.grad is not None else p.grad for p in self.parameters]
+    def _read(self) -> Iterator[Tensor | None]:
+        """Goes through this process's share of the finished gradient, in tensors that the next pass does not change."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            yield gradient.clone() if self._grads_are_views and gradient is not None else gradient
 
     def _empty(self) -> None:
         for parameter in self.parameters:
@@ -120,8 +122,14 @@ class GradientBackend:
             parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
 
     def _reduce(self, products: Tensor) -> Tensor:
-        """Inner products `(3,)` of this process's share -> those of the whole gradient."""
-        return products
+        """Inner products `(3,)` of this process's share -> those of the whole gradient, the same on every process.
+
+        Here each process has the whole gradient. The numbers of process 0 count: elsewhere the last bit may differ,
+        which would let the weights drift apart, or one process skip a step that the others make.
+        """
+        if self.accelerator.num_processes == 1:
+            return products
+        return broadcast(products.to(self.accelerator.device)).cpu()
 
     def _loss_scale(self) -> float:
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler and self.skips_overflow else 1.0
@@ -142,7 +150,8 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
     """`(<f,f>, <f,r>, <r,r>)` over all tensors at once, `(3,)` float64 on the CPU.
 
     Products are float32 per chunk, sums are float64: on a CPU a float32 sum over millions of terms is wrong in the
-    fifth digit. Each chunk is read from memory once for all three products, on the retain gradient's device.
+    fifth digit. It works chunk by chunk on the retain gradient's device. Only the product of two gradients is widened
+    to float32 on an accelerator (H100, 1.2 billion bfloat16: 40 ms with three widened products, 16 with one).
     """
     products: list[list[Tensor]] = [[], [], []]
     for pair in zip(forget, retain, strict=True):
@@ -150,9 +159,12 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
         size = _CHUNK if home is None or home.type == "cpu" else _CHUNK_ON_ACCELERATOR
         for f, r in zip_longest(*(() if g is None else g.flatten().split(size) for g in pair)):
             f = f if f is None else f.to(home, non_blocking=True)
-            for index, (x, y) in enumerate(((f, f), (f, r), (r, r))):
-                if x is not None and y is not None:
-                    products[index].append(_dot(x, y))
+            if f is not None:
+                products[0].append(_square(f))
+            if r is not None:
+                products[2].append(_square(r))
+            if f is not None and r is not None:
+                products[1].append(torch.dot(_widened(f), _widened(r)))
     flat = [product for part in products for product in part]
     if not flat:
         return torch.zeros(3, dtype=torch.float64)
@@ -161,8 +173,15 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
     return torch.stack([part.sum() for part in numbers.split([len(part) for part in products])])
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.dot(x, y) if x.dtype == torch.float64 else torch.dot(x.float(), y.float())
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _square(x: Tensor) -> Tensor:
+    """`<x, x>`. An accelerator's norm accumulates in float32 while it reads bfloat16 as it is."""
+    if x.is_cpu:
+        return torch.dot(_widened(x), _widened(x))
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
 
 
 def _to_host(gradient: Tensor) -> Tensor:

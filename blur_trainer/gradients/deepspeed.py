@@ -5,6 +5,7 @@ DeepSpeed's optimizers (`averaged_gradients`, `all_grad_tensors`, `single_partit
 does. The DeepSpeed version is bounded, and tests/gradients/test_parity.py checks every stage.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import deepspeed.ops
 import torch
 from accelerate import Accelerator
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -139,9 +141,9 @@ class _Sharded(DeepSpeedBackend):
 class Partitions(_Sharded):
     """ZeRO 1 and 2: the flat partitions of `averaged_gradients`, one list of tensors per parameter group."""
 
-    def _read(self) -> Gradients:
+    def _read(self) -> Iterator[Tensor]:
         self._sizes = [len(self.optimizer.averaged_gradients[i]) for i in self._groups]
-        return [g.clone() for i in self._groups for g in self.optimizer.averaged_gradients[i]]
+        yield from (g.clone() for i in self._groups for g in self.optimizer.averaged_gradients[i])
 
     def _empty(self) -> None:
         for i in self._groups:
@@ -162,8 +164,9 @@ class Partitions(_Sharded):
 class OffloadedPartitions(_Sharded):
     """ZeRO 1 and 2 with the optimizer on the CPU: its fp32 partitions hold the gradients, in place."""
 
-    def _read(self) -> Gradients:
-        return [partition.grad.clone() for partition in self.optimizer.single_partition_of_fp32_groups]
+    def _read(self) -> Iterator[Tensor]:
+        get_accelerator().synchronize()  # DeepSpeed fills these by copies that the host does not wait for
+        yield from (partition.grad.clone() for partition in self.optimizer.single_partition_of_fp32_groups)
 
     def _empty(self) -> None:
         for partition in self.optimizer.single_partition_of_fp32_groups:
@@ -185,15 +188,26 @@ class OffloadedPartitions(_Sharded):
 
 
 class Stage3(_Sharded):
-    """ZeRO 3, also with optimizer or parameters on the CPU. Uses DeepSpeed's documented local gradients."""
+    """ZeRO 3, also with optimizer or parameters on the CPU. Uses DeepSpeed's documented local gradients.
 
-    def _read(self) -> Gradients:
-        return [safe_get_local_grad(p).clone() for p in self.parameters]
+    These are float32 copies on the device, whatever DeepSpeed itself holds. So each is moved to where its original is
+    (the CPU, with the optimizer there) or back to its type, before the next one is read.
+    """
+
+    def _read(self) -> Iterator[Tensor]:
+        yield from (self._kept(safe_get_local_grad(p)) for p in self.parameters)
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        if self._on_cpu:
+            return gradient.to("cpu", copy=True)
+        return gradient.to(self.engine.get_data_types()[1], copy=True)  # exact: it comes from this type
 
     def _empty(self) -> None:
         if len(self.slots) < len(ROLES):  # after both passes `_put` overwrites every partition and `write` empties it
-            for parameter in self.parameters:
-                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+            sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]  # type: ignore[attr-defined]
+            zeros = torch.zeros(max(sizes), device="cpu" if self._on_cpu else self.accelerator.device)
+            for parameter, size in zip(self.parameters, sizes, strict=True):
+                safe_set_local_grad(parameter, zeros.narrow(0, 0, size))
         self.optimizer.zero_grad()
 
     def _put(self, gradients: Gradients) -> None:
@@ -201,12 +215,16 @@ class Stage3(_Sharded):
             gradient, gradients[index] = gradients[index], None
             safe_set_local_grad(parameter, gradient)
 
+    @property
+    def _on_cpu(self) -> bool:
+        return bool(self.optimizer.offload_optimizer)
+
 
 class BF16Masters(DeepSpeedBackend):
     """ZeRO 1 in bf16 with fp32 accumulation: every rank has the whole reduced gradient, flat per parameter group."""
 
-    def _read(self) -> Gradients:
-        return [flat.clone() for flat in self.optimizer.fp32_groups_gradients_flat]
+    def _read(self) -> Iterator[Tensor]:
+        yield from (flat.clone() for flat in self.optimizer.fp32_groups_gradients_flat)
 
     def _empty(self) -> None:
         self.optimizer.zero_grad()

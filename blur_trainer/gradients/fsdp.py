@@ -1,5 +1,7 @@
 """The backend for FSDP2. `.grad` is a `DTensor`; each process keeps its own shard of both gradients."""
 
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -30,8 +32,8 @@ class FSDPBackend(GradientBackend):
                     "dimension) is supported, not hybrid sharding."
                 )
 
-    def _read(self) -> Gradients:
-        return [p.grad.to_local() if isinstance(p.grad, DTensor) else None for p in self.parameters]
+    def _read(self) -> Iterator[Tensor | None]:
+        yield from (p.grad.to_local() if isinstance(p.grad, DTensor) else None for p in self.parameters)
 
     def _put(self, gradients: Gradients) -> None:
         for index, parameter in enumerate(self.parameters):

@@ -6,12 +6,13 @@ unchanged. NaN and inf pass through; the caller skips such a step. A rule with `
 never to read `G[1,1]`, which a training with one gradient buffer does not have.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from blur_trainer.checks import check_fields
 
 
 class Rule(Protocol):
@@ -43,9 +44,7 @@ class Sum:
     needs_retain_norm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("forget_weight", "retain_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"Sum: `{name}` must be finite, got {getattr(self, name)}.")
+        check_fields(self, dict.fromkeys(("forget_weight", "retain_weight"), "(-inf, inf)"), owner="Sum")
 
     def __call__(self, gramian: Tensor) -> Tensor:
         return gramian.new_tensor([self.forget_weight, self.retain_weight])
@@ -76,11 +75,7 @@ class BLUR:
     clamp: bool = False
 
     def __post_init__(self) -> None:
-        if self.lower_level not in ("forget", "retain"):
-            raise ValueError(f"BLUR: `lower_level` must be 'forget' or 'retain', got {self.lower_level!r}.")
-        for name in ("gamma", "alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"BLUR: `{name}` must be finite and >= 0, got {getattr(self, name)}.")
+        check_fields(self, {"gamma": "[0, inf)", "alpha": "[0, inf)"}, owner="BLUR")
 
     @property
     def needs_retain_norm(self) -> bool:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from blur_trainer.checks import check_fields, check_value
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import hidden_size
 from blur_trainer.models.reference import Reference
-from blur_trainer.objectives.base import Batch, Objective, positive
+from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.control_vectors import control_vector, load_vectors, save_vectors
 from blur_trainer.objectives.losses import activation_loss
 
@@ -28,10 +29,7 @@ class ActivationObjective(Objective):
     masked: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
-            raise ValueError(
-                f"{type(self).__name__}: `layer` must be the number of a layer, from 0, got {self.layer!r}."
-            )
+        check_fields(self, {"layer": "[0, inf)"}, owner=type(self).__name__)
 
     @property
     def top_layer(self) -> int:
@@ -83,7 +81,7 @@ class RMU(ActivationObjective):
                 if topic not in self.coefficient:
                     raise ValueError(f"RMU: `coefficient` has {sorted(self.coefficient)}, and not {topic!r}.")
         for value in self.coefficients:
-            positive("RMU", "coefficient", value)
+            check_value("coefficient", value, (float,), "(0, inf)", owner="RMU")
 
     @property
     def coefficients(self) -> list[float]:

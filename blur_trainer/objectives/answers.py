@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from blur_trainer.checks import check_fields
 from blur_trainer.models.forward import answer_logps, forward
 from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
-from blur_trainer.objectives.base import Batch, Objective, positive
+from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.losses import (
     dpo_loss,
     grad_ascent_loss,
@@ -69,7 +70,7 @@ class NPO(Objective):
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("NPO", "beta", self.beta)
+        check_fields(self, {"beta": "(0, inf)"}, owner="NPO")
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         ref_logps = reference_logps(batch, reference)
@@ -85,7 +86,7 @@ class SimNPO(Objective):
     per: ClassVar[Literal["token", "example"]] = "example"
 
     def __post_init__(self) -> None:
-        positive("SimNPO", "beta", self.beta)
+        check_fields(self, {"beta": "(0, inf)", "delta": "(-inf, inf)"}, owner="SimNPO")
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         logps = answer_logps(model, batch)
@@ -102,7 +103,7 @@ class DPO(Objective):
     needs_refusal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("DPO", "beta", self.beta)
+        check_fields(self, {"beta": "(0, inf)"}, owner="DPO")
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         refusal = batch["refusal"]

@@ -1,6 +1,5 @@
 """The base of all objectives. They turn a model and a batch into a scalar that can be summed over micro-batches."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +59,3 @@ class Objective:
         """The scalar to descend. Default of `num_items`: the batch's own count."""
         total = self.losses(model, batch, reference).sum()
         return total / (self.num_items(batch) if num_items is None else num_items)
-
-
-def positive(owner: str, name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{owner}: `{name}` must be a positive number, got {value!r}.")

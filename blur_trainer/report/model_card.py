@@ -18,7 +18,19 @@ logger = logging.getLogger(__name__)
 
 MARKER = "<!-- Written by blur_trainer. Remove this line to keep your own changes from being overwritten. -->"
 KEYS = frozenset(
-    {"title", "method", "about", "base_model", "forget", "retain", "hyperparameters", "metrics", "versions", "tags"}
+    {
+        "title",
+        "method",
+        "about",
+        "ending",
+        "base_model",
+        "forget",
+        "retain",
+        "hyperparameters",
+        "metrics",
+        "versions",
+        "tags",
+    }
 )
 # an absolute path within a longer text: /a/b, ~/a, C:\a, file:///a, but not the slashes of a URL, a fraction, a hub id
 PATH = re.compile(r"""(?<![\w:/.~<])(?:file://)?(?:~?/|[A-Za-z]:[\\/])[^\s"'`,;:()\[\]{}]+""")
@@ -34,6 +46,7 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
 
             * "method" (`str`): the preset or combination, e.g. "BLUR-NPO".
             * "about" (`str`): what the method is, in a sentence or two, and how to use the model if that is unusual.
+            * "ending" (`str`): how the training ended, if it did not run to its end, e.g. "Interrupted at step 3 of 8".
             * "title" (`str`): heading of the card, by default the method and the base model.
             * "base_model" (`str`): the model that was unlearned. A hub id goes into the metadata. Of a local path only
               the last part is shown.
@@ -116,6 +129,7 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         title=info.get("title") or f"{info['method']}{f' of {shown}' if shown else ''}",
         method=info["method"],
         about=info.get("about"),
+        ending=info.get("ending"),
         base=shown,
         published=published,
         sets=[(role, info.get(role) or {}) for role in ("forget", "retain")],

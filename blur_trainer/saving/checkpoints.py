@@ -1,16 +1,15 @@
 """Checkpoints with a manifest: a checkpoint counts only when all of it is on disk.
 
-`checkpoint-N/blur_checkpoint.json` is `{"files": null}` while the folder is written. When all processes have finished
-and the data is on disk, it lists every file with its size. Only then older checkpoints are deleted. A folder without
-that file comes from a plain `Trainer` or an earlier blur_trainer. It counts if its `trainer_state.json` can be read.
+Its manifest (`saving.manifest`) is open while the folder is written. When all processes have finished and the data is
+on disk, it is closed: it lists every file with its checksum, and what the training is made of. Only then older
+checkpoints are deleted. A folder without a manifest comes from a plain `Trainer`. It counts if its
+`trainer_state.json` can be read.
 """
 
-import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from blur_trainer.atomic_write import atomic_write, flush_tree
+from blur_trainer.atomic_write import remove_tree
 from blur_trainer.saving import output_dir as saving
+from blur_trainer.saving.manifest import check_files, close_manifest, open_manifest, read_manifest
+from blur_trainer.saving.run_record import check_run
 
 logger = logging.getLogger(__name__)
-MANIFEST_NAME = "blur_checkpoint.json"
-_BEGUN = ".training"  # a file in output_dir during training; if it is there at the start, a training was killed
 _PREVIOUS, _REMOVED = ".previous-", ".removed-"  # prefixes of folders being replaced or deleted
+Record = Mapping[str, Any]
 
 
 def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
@@ -39,70 +39,55 @@ def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _read(path: Path) -> tuple[int, dict[str, int] | None] | None:
-    """The step of a complete checkpoint, and its files if it has a manifest. None if writing was interrupted."""
-    try:
-        step = int(json.loads((path / saving.STATE_NAME).read_text())["global_step"])
-        if not (path / MANIFEST_NAME).exists():
-            return step, None
-        files = json.loads((path / MANIFEST_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or malformed
-        return None
-    return (step, files) if isinstance(files, dict) else None
-
-
 def last_complete_checkpoint(output_dir: str) -> str:
     """The newest complete checkpoint."""
-    complete = [path for path in _checkpoints(output_dir).values() if _read(path)]
+    complete = [path for path in _checkpoints(output_dir).values() if read_manifest(path)]
     if not complete:
         raise ValueError(f"No complete checkpoint in output_dir {output_dir!r} to resume from.")
     return str(complete[-1])
 
 
-def _resumable_step(path: Path) -> int:
-    """The step to continue from. Raises if the folder does not hold the whole training state."""
-    read = _read(path)
-    if read is None:
+def _resumable_step(path: Path, record: Record) -> int:
+    """The step to continue from. Raises if the folder does not hold the whole state of this very training."""
+    manifest = read_manifest(path)
+    if manifest is None:
         raise ValueError(
             f"{str(path)!r} is not a complete checkpoint: it is not there, or its writing was interrupted. Pass "
             "`resume_from_checkpoint=True` for the newest complete one in output_dir."
         )
-    step, files = read
-    damaged = [n for n, size in (files or {}).items() if not (path / n).is_file() or (path / n).stat().st_size != size]
-    if damaged:
-        raise ValueError(
-            f"{str(path)!r} has been changed since it was saved: {damaged[0]!r} is missing or has another size. Put it "
-            "back, or move the folder away and resume from an older checkpoint."
-        )
-    if not any(path.glob("rng_state*.pth")):  # every engine writes them, except under save_only_model
-        raise ValueError(
+    if not any(path.glob("rng_state*.pth")) and "rng_state" not in "".join(manifest.files or ()):
+        raise ValueError(  # every engine writes random states, except under save_only_model
             f"{str(path)!r} holds a model but no optimizer state (`save_only_model=True`): training cannot be resumed "
             "from it. Pass it as `model` with a new output_dir to start a new training from its weights."
         )
-    return step
+    check_run(path, manifest.run, record)
+    check_files(path, manifest.files or {})
+    return manifest.step
 
 
-def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str | None:
+def resume_point(output_dir: str, given: str | bool | None, fresh: bool, broke_off: bool, record: Record) -> str | None:
     """Where training starts. Raises if training would overwrite anything. Called on the writing process.
 
-    Leftovers of an interrupted save are deleted if they are newer than the checkpoint to resume from. `fresh`: the
-    trainer has not trained yet, so files in the folder belong to another run.
+    Leftovers of an interrupted save are deleted if they are newer than the checkpoint to resume from.
+
+    Args:
+        output_dir, given: of the trainer, and its `resume_from_checkpoint`.
+        fresh: the trainer has not trained yet, so files in the folder belong to another run.
+        broke_off: an earlier training in the folder did not end.
+        record: what this training is made of, see `saving.run_record`.
     """
     if not given:
         if fresh or _checkpoints(output_dir):
             saving.check_output_dir(output_dir)
-        saving.check_writable(output_dir)
-        (Path(output_dir) / _BEGUN).touch()
         return None
-    saving.check_writable(output_dir)
     _recover(Path(output_dir))
     path: Path | None = Path(str(given))
     if str(given).lower() == "true":  # from a command line it is a string
-        killed_early = (Path(output_dir) / _BEGUN).exists() and not any(map(_read, _checkpoints(output_dir).values()))
+        killed_early = broke_off and not any(map(read_manifest, _checkpoints(output_dir).values()))
         path = None if killed_early else Path(last_complete_checkpoint(output_dir))
-    step = 0 if path is None else _resumable_step(path)
+    step = 0 if path is None else _resumable_step(path, record)
     newer = {number: folder for number, folder in _checkpoints(output_dir).items() if number > step}
-    complete = [folder.name for folder in newer.values() if _read(folder)]
+    complete = [folder.name for folder in newer.values() if read_manifest(folder)]
     if complete:
         raise ValueError(
             f"Resuming from step {step} would overwrite newer checkpoints in output_dir {output_dir!r} "
@@ -120,21 +105,21 @@ def resume_point(output_dir: str, given: str | bool | None, fresh: bool) -> str 
 def _remove(path: Path) -> None:
     """Deletes a folder. It is renamed first, so that a kill leaves no partial folder that looks like a checkpoint."""
     doomed = path.with_name(_REMOVED + path.name)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
 
 
 def _recover(output_dir: Path) -> None:
     """Finishes interrupted deletions and interrupted replacements of a checkpoint by one of the same step."""
     for path in output_dir.glob(f"{_REMOVED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     for previous in output_dir.glob(f"{_PREVIOUS}*"):
         path = output_dir / previous.name.removeprefix(_PREVIOUS)
-        if _read(path):
-            shutil.rmtree(previous, ignore_errors=True)
+        if read_manifest(path):
+            remove_tree(previous)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
             os.rename(previous, path)
 
 
@@ -143,30 +128,16 @@ def _begin(path: Path, needed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     saving.check_space(path.parent, needed)
     if path.exists():
-        if _read(path):
-            shutil.rmtree(path.with_name(_PREVIOUS + path.name), ignore_errors=True)
+        if read_manifest(path):
+            remove_tree(path.with_name(_PREVIOUS + path.name))
             os.rename(path, path.with_name(_PREVIOUS + path.name))
         else:
             _remove(path)
     try:
         path.mkdir()
-        _write_manifest(path, None)
+        open_manifest(path)
     except OSError as error:
         raise saving.failed(path, error) from error
-
-
-def _write_manifest(path: Path, files: dict[str, int] | None) -> None:
-    atomic_write(path / MANIFEST_NAME, lambda file: file.write_text(json.dumps({"files": files}, indent=1)))
-
-
-def _finish(path: Path) -> int:
-    """Closes the manifest when everything in the folder is on disk. Returns the bytes in the folder."""
-    files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-    del files[MANIFEST_NAME]
-    flush_tree(path)
-    _write_manifest(path, files)
-    shutil.rmtree(path.with_name(_PREVIOUS + path.name), ignore_errors=True)
-    return sum(files.values())
 
 
 def _rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
@@ -182,20 +153,31 @@ def _rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
 class CheckpointCallback(TrainerCallback):
     """Opens and closes the manifest of each checkpoint, and deletes old checkpoints only after that.
 
-    Trainer would delete before the other ranks have finished writing. So this class holds its `save_total_limit`.
+    Trainer would delete before the other ranks have finished writing. So it does not see `save_total_limit` when it
+    would.
     """
 
     def __init__(self) -> None:
+        #: what the training is made of; written into each checkpoint
+        self.record: Record | None = None
         self._writing: Path | None = None
-        self._limit: int | None = None
-        self._args: TrainingArguments | None = None
+        self._hidden: tuple[TrainingArguments, int | None] | None = None
         self._size = 0  # bytes of the last checkpoint
         self._parts: tuple[nn.Module | None, Any] = (None, None)
+
+    def _hide_limit(self, args: TrainingArguments) -> None:
+        self._show_limit()
+        self._hidden, args.save_total_limit = (args, args.save_total_limit), None
+
+    def _show_limit(self) -> None:
+        if self._hidden is not None:
+            args, limit = self._hidden
+            args.save_total_limit, self._hidden = limit, None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._args, self._limit, args.save_total_limit = args, args.save_total_limit, None
+        self._show_limit()  # `auto_find_batch_size` begins anew
         self._size, self._parts = 0, (kwargs["model"], kwargs["optimizer"])
         if state.global_step >= state.max_steps:  # a finished training is continued
             control.should_training_stop = True
@@ -209,27 +191,37 @@ class CheckpointCallback(TrainerCallback):
         saving.agreed(lambda: _begin(path, needed), writes)
         self._writing = path
 
+    def model_written(self, args: TrainingArguments) -> None:
+        """Called after the model, before Trainer writes the rest and would delete older checkpoints."""
+        self._hide_limit(args)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._show_limit()
         PartialState().wait_for_everyone()
         if self._writing is not None and args.should_save:
-            self._size = _finish(self._writing)
-            _rotate(self._writing.parent, self._limit, state.best_model_checkpoint)
+            self._size = close_manifest(self._writing, self.record)
+            _rotate(self._writing.parent, args.save_total_limit, state.best_model_checkpoint)
         self._writing = None
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "train_runtime" in (logs or {}):  # the last log, after which Trainer deletes all but the best
+            self._hide_limit(args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._show_limit()
         best = state.best_model_checkpoint
-        if args.should_save:
-            (Path(str(args.output_dir)) / _BEGUN).unlink(missing_ok=True)
-        if args.should_save and self._limit == 1 and best is not None:  # as in Trainer, only the best one stays
+        if args.should_save and args.save_total_limit == 1 and best is not None:  # as in Trainer, only the best stays
             for path in _checkpoints(Path(best).parent).values():
                 if not os.path.samefile(path, best):
                     _remove(path)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Context of a training. Explains what to do after a failed save, and restores `save_total_limit`."""
+        """Context of a training. Explains what to do after a failed save, and leaves `args` as they were."""
         try:
             yield
         except saving.WRITE_ERRORS as error:
@@ -237,6 +229,5 @@ class CheckpointCallback(TrainerCallback):
                 raise
             raise saving.failed(self._writing, error) from error
         finally:
-            if self._args is not None:
-                self._args.save_total_limit = self._limit
-            self._args, self._writing, self._parts = None, None, (None, None)
+            self._show_limit()
+            self._writing, self._parts = None, (None, None)

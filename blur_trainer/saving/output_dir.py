@@ -20,7 +20,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from blur_trainer.atomic_write import flush, flush_tree
+from blur_trainer.atomic_write import flush, flush_tree, remove_tree
 
 T = TypeVar("T")
 # torch, safetensors and Python raise these when the disk is full
@@ -117,7 +117,7 @@ def staged(output_dir: str, writes: bool) -> Iterator[str]:
     """
     staging = Path(output_dir) / ".saving"
     if writes:
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed save
+        remove_tree(staging)  # left by a killed save
     try:
         yield str(staging)
         if writes and staging.exists():
@@ -126,7 +126,7 @@ def staged(output_dir: str, writes: bool) -> Iterator[str]:
         raise failed(Path(output_dir), error) from error
     finally:
         if writes:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_tree(staging)
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 from trl import ModelConfig, TrlParser
 
+from blur_trainer.checks import check_fields
 from blur_trainer.recipes import recipe
 
 Parsed = tuple[Any, Any, ModelConfig, bool]  # script, trainer, model; whether models are tiny
+COUNTS = dict.fromkeys(("max_documents", "max_rows", "limit"), "[1, inf)")  # of the scripts' own arguments
 OLD_NAMES = ("`torch.distributed", "`is_gradient_checkpointing`")  # DeepSpeed and PEFT call them, at every step
 
 
@@ -28,6 +30,9 @@ def parse(
         defaults: those of the trainer, told the benchmark's arguments and whether models are tiny.
         recipe_of: benchmark and name of the recipe, told the benchmark's and the model's arguments; `None` for none.
         arguments: the words; `None` for those of this process.
+
+    Raises:
+        ValueError, TypeError: a setting is out of its range, or a recipe does not fit. No model was made until then.
 
     Returns:
         The three dataclasses, and whether models are tiny: no model was named.
@@ -50,4 +55,6 @@ def parse(
     all_three: Any = (script_class, config_class(script), ModelConfig)
     parser: Any = TrlParser(all_three)
     parser.set_defaults(**defaults(script, tiny) | given)
-    return *parser.parse_args_and_config(arguments), tiny
+    script, args, model_args = parser.parse_args_and_config(arguments)
+    check_fields(script, COUNTS)
+    return script, args, model_args, tiny

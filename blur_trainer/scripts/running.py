@@ -1,5 +1,6 @@
 """One run from its folder to its end: what is refused, and how it goes on after an interrupt."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from trl import ModelConfig
 
 from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers.callbacks import ProgressBarCallback
+from blur_trainer.trainers.ending import TrainingInterrupted
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 
@@ -42,15 +44,18 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
     Train, or go on where an interrupt left it, with one bar of this name. The model is in `output_dir` then.
 
     Raises:
-        SystemExit: on Ctrl+C or SIGTERM, after the checkpoint of the step.
+        TrainingInterrupted: on Ctrl+C or SIGTERM, after the checkpoint of the step: exit code 130 or 143.
     """
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBarCallback(label))
     args = trainer.args
     begun = args.resume_from_checkpoint and any(Path(str(args.output_dir)).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
-    if trainer.interrupt.interrupted:
-        raise SystemExit("Interrupted. Go on with --resume_from_checkpoint True and the same arguments.")
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
+    except TrainingInterrupted as error:
+        remedy = "Go on with --resume_from_checkpoint True and the same arguments."
+        PartialState().print(f"{error.where}. {remedy}", file=sys.stderr)
+        raise TrainingInterrupted(error.where, remedy, error.signal) from None
     trainer.save_model()
     trainer.save_state()
     return trainer

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
@@ -77,7 +76,7 @@ def memorize(
     disable_tqdm: bool = False,
 ) -> LlamaForCausalLM:
     """
-    Train `model` in place until it knows `dataset` by heart, with the plain [`~transformers.Trainer`].
+    Train `model` in place until it knows `dataset` by heart, with the plain [`~transformers.Trainer`], on the CPU.
 
     Args:
         model ([`~transformers.LlamaForCausalLM`]):
@@ -125,7 +124,9 @@ def memorize(
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                dataloader_pin_memory=torch.cuda.is_available(),
+                # on GPUs each process would take the first one, wrapped in `DataParallel`, and stay there
+                use_cpu=True,
+                dataloader_pin_memory=False,
             ),
             train_dataset=dataset.select_columns(["input_ids", "labels"]),
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),

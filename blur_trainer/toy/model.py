@@ -105,6 +105,6 @@ def tiny_llama(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; GPUs need no waking
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).float()

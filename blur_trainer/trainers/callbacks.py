@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from blur_trainer.atomic_write import atomic_write
@@ -20,19 +20,24 @@ logger = logging.getLogger(__name__)
 class InterruptCallback(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    The processes share the flag after each step, so all stop after the same one. `interrupted` tells afterwards.
+    The processes share the signal after each step, so all stop after the same one. `interrupted` and `number` tell
+    afterwards.
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.number = 0  # of the signal
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def interrupted(self) -> bool:
+        return self.number > 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._previous:  # another attempt with a smaller batch (`auto_find_batch_size`): remember what came
             return
-        self.interrupted = False
+        self.number = 0
         if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._remember)
@@ -40,14 +45,13 @@ class InterruptCallback(TrainerCallback):
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.number = number
         logger.warning("%s: finishing this step, then saving a checkpoint.", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         process = PartialState()
         if process.num_processes > 1:
-            flag = torch.tensor(float(self.interrupted), device=process.device)
-            self.interrupted = bool(reduce(flag, "sum") > 0)
+            self.number = int(gather(torch.tensor([self.number], device=process.device)).max())
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

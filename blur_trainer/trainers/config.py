@@ -1,7 +1,6 @@
 """The arguments of the unlearning trainers. Builds objectives and rule from the names on a command line."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -12,10 +11,9 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
+from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
-#: what may be set per topic
-_TOPIC_SETTINGS = ("alpha", "coefficient", "max_length")
 #: rule -> config fields that are its arguments
 _RULE_FIELDS = {
     "blur": ("lower_level", "gamma", "alpha", "clamp"),
@@ -133,19 +131,16 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs", "topics"):
             setattr(self, name, _parse_dict(name, getattr(self, name)))
+        check_settings(self)
         self.remove_unused_columns = False  # batches are nested; the collator selects the columns
         prepare_cpu_engine(self)
         super().__post_init__()
         join_cpu_processes(self)
-        if self.max_skipped_steps < 1:
-            raise ValueError(f"`max_skipped_steps` must be at least 1, got {self.max_skipped_steps}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 (one token to predict from), got {self.max_length}.")
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` has no meaning here: objectives define their own losses.")
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
-        _check_topics(self.topics)
+        check_topics(self.topics)
         # Build everything once, so that a typo raises before any model is loaded.
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 
@@ -193,15 +188,3 @@ def _parse_dict(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a dict or a JSON object, got {type(value).__name__}.")
     return value
-
-
-def _check_topics(topics: Any) -> None:
-    """Raises `ValueError` for settings that no topic can have; before any data is there."""
-    for topic, settings in (topics or {}).items():
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"`topics[{topic!r}]` must be a dict such as {{'alpha': 800}}, got {settings!r}.")
-        if unknown := sorted(set(settings) - set(_TOPIC_SETTINGS)):
-            raise ValueError(f"`topics[{topic!r}]` takes no {unknown}; accepted: {', '.join(_TOPIC_SETTINGS)}.")
-        for name, value in settings.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"`topics[{topic!r}][{name!r}]` must be a number, got {value!r}.")

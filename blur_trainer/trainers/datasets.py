@@ -15,6 +15,7 @@ from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.effect import check_batches
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
 
 Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -94,6 +95,7 @@ def pair(forget: Any, retain: Any, args: UnlearningConfig) -> torch.utils.data.D
     """Pairs forget and retain examples. The result is a stream if one input is. Topics take turns."""
     if isinstance(forget, dict):
         return alternate(forget, retain, args)
+    check_batches(args, forget)
     seed = args.seed if args.data_seed is None else args.data_seed
     grouped = args.train_sampling_strategy == "group_by_length"
     if isinstance(forget, datasets.Dataset) and not isinstance(retain, datasets.IterableDataset):

@@ -2,36 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import Trainer
 from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.atomic_write import atomic_write
-from blur_trainer.objectives.base import Objective
 from blur_trainer.report.model_card import write_model_card
 from blur_trainer.report.results import package_versions
 from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import CheckpointCallback
 from blur_trainer.trainers.card import sets_info, settings_info
-from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.running import RunningMixin
 from blur_trainer.trainers.schedule_free import to_averaged_point
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class SavingMixin(_Base):
+class SavingMixin(RunningMixin):
     """Gives a `Trainer` saves that a kill cannot harm, and a model card."""
 
-    args: UnlearningConfig
-    objectives: dict[str, Objective]
-    rule: Any
-    trained: str
-    checkpoints: CheckpointCallback
     #: on the model card: what the method is, where objectives and rule do not say it all
     about: str | None = None
 
@@ -45,12 +32,17 @@ class SavingMixin(_Base):
         return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model."""
+        """As `Trainer.save_model`, with a model card. After a kill the folder holds the old or the new model.
+
+        Raises `FloatingPointError` if training has ruined the weights, and writes nothing then.
+        """
+        self.check_weights()
         if _internal_call and output_dir:  # into a checkpoint folder, which is complete when its manifest is closed
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             if self.args.should_save:
                 self._save_objectives(output_dir)
-            return self._write_model(output_dir, resumable=True)
+            self._write_model(output_dir, resumable=True)
+            return self.checkpoints.model_written(self.args)
         output_dir = output_dir or self.output_dir
         with saving.staged(output_dir, writes=self.args.should_save) as staging, whole_state(self.accelerator):
             self._write_model(staging, resumable=False)
@@ -80,6 +72,8 @@ class SavingMixin(_Base):
 
     def create_model_card(self, output_dir: str | None = None, **info: Any) -> None:  # type: ignore[override]
         """Writes `README.md`. `info` overrides the content of the card, e.g. `metrics`."""
+        if self.nothing_trained:
+            return  # `train` has raised: the card would say "after unlearning"
         if self.is_world_process_zero():
             write_model_card(output_dir or self.output_dir, {**self._card_info(), **info})
 
@@ -89,6 +83,7 @@ class SavingMixin(_Base):
         return {
             "method": self.method,
             "about": self.about,
+            "ending": self.interrupted_at,
             "base_model": get_config_model_id(model.config) or None,
             **sets_info(self.train_dataset),
             "hyperparameters": {"trainer": type(self).__name__, **settings},

@@ -53,13 +53,18 @@ def two_slot_step(step: Step) -> Tensor:
         backend.take(role)
     gramian = backend.gramian()
     weights = step.rule(gramian)
-    finite = bool(gramian.isfinite().all() and weights.isfinite().all())
+    finite = bool(gramian.isfinite().all() and _norm_bound(gramian, weights).isfinite())
     # A loss scaler skips the step itself and lowers its scale. So it must see NaN, even if only the norm is inf.
     if finite or backend.skips_overflow:
         backend.write(weights if finite else weights * torch.nan)
     else:
         backend.discard()
     return record(step, losses, gramian, weights, finite)
+
+
+def _norm_bound(gramian: Tensor, weights: Tensor) -> Tensor:
+    """Squared bound on the combination's norm, in float32: not finite where the combination, or clipping it, is not."""
+    return (weights.abs() * gramian.diagonal().clamp(min=0).sqrt()).sum().square().float()
 
 
 def objective_pass(step: Step, role: str, weight: float = 1.0) -> Tensor:

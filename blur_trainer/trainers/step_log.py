@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +20,9 @@ class StepLog:
     finite step's.
     """
 
-    def __init__(self, accelerator: Accelerator, max_skipped_steps: int):
+    def __init__(self, accelerator: Accelerator, max_skipped_steps: int, check_weights: Callable[[], None]):
         self.accelerator = accelerator
+        self.check_weights = check_weights  # raises if the weights are ruined
         self.max_skipped_steps = max_skipped_steps
         self.steps = self.skipped = 0
         self.weights: Tensor | None = None
@@ -58,6 +59,7 @@ class StepLog:
                 logger.warning(f"The {role} gradient is exactly 0: its objective is saturated, {rest}.")
 
     def record_skip(self, gramian: Tensor, step: int) -> None:
+        self.check_weights()  # otherwise no later step would have a finite gradient either
         self.steps += 1
         self.skipped += 1
         self._skipped_in_a_row += 1

@@ -75,7 +75,7 @@ class TrialMixin(_Base):
     _models: tuple[PeftConfig | None, PreTrainedModel | None]  # `peft_config` and `ref_model` as given
     _precompute: PrecomputeCallback
     _settings: Settings
-    _tokenized: tuple[Any, Any]
+    _tokenized: list[Any]  # forget and retain
     _topic_rules: list[Rule]
     _window: list[dict[str, Any]]
 
@@ -143,7 +143,7 @@ class TrialMixin(_Base):
         self._settings = Settings(args)
         self._precompute.accelerator, self._precompute.reference = self.accelerator, self.reference
         self._backend, self._window = None, []
-        self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
+        self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)  # type: ignore[attr-defined]
 
     def check_trial(self, trial: Any) -> None:
         """Raises if the folder of the trial's checkpoints holds another run. `output_dir` is checked by itself."""

@@ -16,12 +16,12 @@ from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.base import Objective
 from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import CheckpointCallback, resume_point
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.arguments import check_unknown
-from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback
+from blur_trainer.trainers.callbacks import PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
+from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
@@ -99,6 +99,8 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         self._choice = MethodChoice(rule, forget_objective, retain_objective, topics, retain_dataset is not None)
         args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
         self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+        own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
+        check_effect(args, self._topic_rules or [self.rule], own_optimizer, "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
         given = self._given_model(model, model_init)
         model = self._load_model(given, args, peft_config)
@@ -109,7 +111,6 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
-        self.interrupt, self.checkpoints = InterruptCallback(), CheckpointCallback()
         self.reference = make_reference(model, ref_model, self.objectives, args, (given, args.model_init_kwargs))
         self._first_model = None if model_init is None else model
         super().__init__(
@@ -123,7 +124,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=[PairingCallback(), self.interrupt, self.checkpoints, *(callbacks or [])],
+            callbacks=[PairingCallback(), *self.make_frame(args), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -132,7 +133,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         self._settings = Settings(args)
         self._settle_engine(ref_model)
         self._backend, self._window = None, []
-        self.step_log = StepLog(self.accelerator, args.max_skipped_steps)
+        self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
 
     def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
         """The model to train."""
@@ -161,17 +162,18 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints."""
-        given, fresh = resume_from_checkpoint, self.state.global_step == 0
-        start = saving.agreed(lambda: resume_point(self.output_dir, given, fresh), self.args.should_save)
+        """As `Trainer.train`. Overwrites nothing in `output_dir`. Resuming ignores incomplete checkpoints.
+
+        After SIGINT or SIGTERM it saves a checkpoint and raises [`TrainingInterrupted`]. It raises if no weight has
+        changed, or if the weights are ruined.
+        """
         saving.agreed(lambda: self.check_trial(trial), self.args.should_save)
-        self._precompute.resumed_from = start
-        if start is not None:
-            self._load_objectives(start)
-        try:
-            with self.checkpoints.guard():
+        with self.running(resume_from_checkpoint) as start:
+            self._precompute.resumed_from = start
+            if start is not None:
+                self._load_objectives(start)
+            try:
                 output = super().train(start, trial, *args, **kwargs)
-        finally:
-            self.interrupt.restore()
-            to_averaged_point(self.optimizer)  # also after an exception: the model is there to be measured
+            finally:
+                to_averaged_point(self.optimizer)  # also after an exception: the model is there to be measured
         return output._replace(training_loss=output.metrics["train_loss"])  # without skipped steps

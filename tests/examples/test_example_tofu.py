@@ -169,8 +169,9 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, first, wher
 
     with monkeypatch.context() as patch:
         patch.setattr(bt.UnlearningTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="--resume_from_checkpoint True"):
+        with pytest.raises(SystemExit, match="--resume_from_checkpoint True") as raised:
             main(*arguments)
+    assert raised.value.code == 130
     assert (tmp_path / "run" / where / "checkpoint-1").is_dir() and not (tmp_path / "run" / "metrics.json").exists()
     monkeypatch.setattr("blur_trainer.scripts.output.write_report", str)  # takes as long as the training
     main(*arguments, "--resume_from_checkpoint", "True")

@@ -240,8 +240,9 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, quick, wher
 
     with monkeypatch.context() as patch:
         patch.setattr(bt.UnlearningTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="--resume_from_checkpoint True"):
+        with pytest.raises(SystemExit, match="--resume_from_checkpoint True") as raised:
             main(*arguments)
+    assert raised.value.code == 130
     checkpoint = tmp_path / "run" / where / "checkpoint-1"
     assert load_file(checkpoint / "control_vectors.safetensors")["vectors"].shape == (2, 128)
     monkeypatch.setattr("blur_trainer.scripts.output.write_report", str)

@@ -22,6 +22,7 @@ class Engine:
     """The part of `Accelerator` that the backend talks to; notes each `no_sync`."""
 
     distributed_type = DistributedType.NO
+    num_processes = 1
     parallelism_config = None
     gradient_state = SimpleNamespace(plugin_kwargs={})
 

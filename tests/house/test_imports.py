@@ -19,23 +19,24 @@ ARROWS: dict[str, set[str]] = {
     "constants": set(),
     "atomic_write": set(),
     "choices": set(),
+    "checks": set(),
     "metrics": set(),
     "recipes": set(),
     "toy": {"choices", "atomic_write"},
-    "gradients": {"constants"},
+    "gradients": {"constants", "checks"},
     "data": {"constants", "choices", "toy"},
-    "models": {"constants", "atomic_write"},
-    "objectives": {"models", "atomic_write"},
-    "evaluation": {"constants", "atomic_write", "choices", "metrics", "data", "models"},
+    "models": {"constants", "checks", "atomic_write"},
+    "objectives": {"checks", "models", "atomic_write"},
+    "evaluation": {"constants", "checks", "atomic_write", "choices", "metrics", "data", "models"},
     "report": {"constants", "atomic_write", "evaluation"},  # the contract of an evaluation, whose numbers it shows
     "saving": {"atomic_write", "models"},
     "trainers": {
-        *("constants", "atomic_write", "gradients", "data", "models", "objectives"),
+        *("constants", "checks", "atomic_write", "gradients", "data", "models", "objectives"),
         *("evaluation", "report", "saving"),
     },
     "uld": {"constants", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
-    "scripts": {"toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
+    "scripts": {"checks", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
 }
 FREE = {"__init__", "_version"}  # public names and a number
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "globals"}

@@ -91,16 +91,16 @@ def test_each_row_goes_to_the_vector_of_its_topic():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"layer": -1}, "`layer` must be the number of a layer"),
-        ({"layer": "7"}, "`layer` must be the number of a layer"),
-        ({"coefficient": 0}, "`coefficient` must be a positive number"),
+        ({"layer": -1}, "`layer` must be a number of at least 0, got -1"),
+        ({"layer": "7"}, "`layer` must be a whole number, got '7'"),
+        ({"coefficient": 0}, "`coefficient` must be a number above 0"),
         ({"coefficient": {"a": 1.0}}, r"`coefficient` has \['a'\], and not 'forget'"),
         ({"topics": ("a", "a")}, "different names"),
         ({"topics": ()}, "at least one"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         RMU(**kwargs)
 
 

@@ -140,7 +140,7 @@ def test_killed_while_a_model_replaces_an_older_one(told, request_):
 def test_sigterm_saves_and_stops(told, request_):
     """Sent to one process of two, it stops both after the same step."""
     found, processes = told[request_], 1 if request_ == "terminate" else 2
-    assert found["codes"] == [3] * processes and 1 <= found["complete"] < STEPS
+    assert found["codes"] == [128 + signal.SIGTERM] * processes and 1 <= found["complete"] < STEPS
     assert found["resumed"] == [0] * processes and found["equal"]
 
 

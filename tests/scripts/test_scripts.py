@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from blur_trainer.scripts import muse, tofu, wmdp
 from blur_trainer.scripts.attacks import relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import settings_of, write_output
-from blur_trainer.scripts.running import begin, is_finished
+from blur_trainer.scripts.running import begin, is_finished, train_and_save
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
+from blur_trainer.trainers.ending import TrainingInterrupted
 
 BENCHMARKS = {"muse": muse, "tofu": tofu, "wmdp": wmdp}
 EXAMPLES = Path(bt.__file__).parents[1] / "examples"
@@ -83,6 +85,28 @@ def test_a_run_that_ended_is_known_only_where_one_resumes(tmp_path):
         begin(script, args, model_args)
     script, args, model_args, _ = arguments("--resume_from_checkpoint", "True")
     assert begin(script, args, model_args) == tmp_path and is_finished(args, tmp_path)
+
+
+def test_an_interrupted_training_ends_the_script_with_the_signal_s_code(tmp_path, capsys):
+    class Interrupted:
+        """A trainer whose training a signal ends: nothing of it is to be saved or evaluated."""
+
+        args = muse.parse(["--output_dir", str(tmp_path)])[1]
+
+        def remove_callback(self, callback):
+            pass
+
+        add_callback = remove_callback
+
+        def train(self, resume_from_checkpoint):
+            raise TrainingInterrupted("Interrupted at step 3 of 8", "In Python so.", signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted) as raised:
+        train_and_save(Interrupted(), "NPO")
+    assert raised.value.code == 143
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == str(raised.value)
+    assert told == "Interrupted at step 3 of 8. Go on with --resume_from_checkpoint True and the same arguments."
 
 
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):

@@ -50,11 +50,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
 from blur_trainer.saving.output_dir import staged
 from blur_trainer.trainers.blur import BLURTrainer
+from blur_trainer.trainers.ending import TrainingInterrupted
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 tqdm.set_lock(threading.RLock())  # the default one is shared by all forks: a killed child would keep it
 tqdm.monitor_interval = 0  # no thread that holds it while we fork
-INTERRUPTED = 3  # the exit code after SIGTERM
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # and "open" for writing
 
 
@@ -77,9 +77,10 @@ def run(folder: Path, begins: Callable[[], None] = lambda: None, **config: Any) 
     begun = folder.exists() and any(folder.iterdir())
     trainer = make(folder, **config)
     begins()
-    trainer.train(resume_from_checkpoint=True if begun else None)
-    if trainer.interrupt.interrupted:
-        return INTERRUPTED
+    try:
+        trainer.train(resume_from_checkpoint=True if begun else None)
+    except TrainingInterrupted as interrupted:
+        return interrupted.code
     trainer.save_model()
     return 0
 

@@ -189,6 +189,25 @@ def test_same_seed_same_weights(tokenizer):
     assert not torch.equal(run(1), run(2))
 
 
+def test_no_gpu_is_taken(tokenizer, monkeypatch):
+    """With several GPUs, each process of a launch would take the first one, and NCCL would find it taken twice."""
+
+    class Seen(Exception):
+        pass
+
+    def trainer(args, **others):
+        raise Seen(args.use_cpu, args.n_gpu, args.dataloader_pin_memory)
+
+    forks = []
+    fork = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (forks.append(devices), fork(devices))[1])
+    monkeypatch.setattr(memorizing, "Trainer", trainer)
+    with pytest.raises(Seen) as seen:
+        memorize(tiny_llama(tokenizer, hidden_size=32, num_layers=1), tokenizer, tokenize(tokenizer))
+    assert seen.value.args == (True, 0, False)
+    assert forks == [[]]
+
+
 def test_labels_masked_out_are_not_learnt(tokenizer):
     """Trained on answers alone, the model knows the answer and not the question."""
     model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)

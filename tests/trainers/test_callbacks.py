@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.callbacks import InterruptCallback, PairingCallback, ProgressBarCallback, ReportCallback
+from blur_trainer.trainers.ending import TrainingInterrupted
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -43,7 +44,7 @@ folder.mkdir()
 args = settings(folder / "run", **CONFIG)
 trainer = BLURTrainer(tiny_llama(dropout=0.2), args, FORGET, RETAIN, callbacks=[AtStep(2, wait)])
 trainer.train()
-print("ended", trainer.state.global_step, trainer.interrupt.interrupted)
+print("ended")
 """
 
 
@@ -111,8 +112,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_process_cleanly_with_a_checkpoint(killed, number):
     child = killed[number]
-    assert child.code == 0, child.err[-2000:]
-    assert "ended 3 True" in child.out
+    assert child.code == 128 + number, child.err[-2000:]
+    assert "ended" not in child.out and "Interrupted at step 3 of 4" in child.err
     assert "Traceback" not in child.err
     assert f"{number.name}: finishing this step, then saving a checkpoint." in child.err
     assert [path.name for path in child.run.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -154,6 +155,13 @@ def start(folder, *callbacks, **config) -> BLURTrainer:
     return BLURTrainer(tiny_llama(), settings(folder, **(CONFIG | config)), FORGET, RETAIN, callbacks=list(callbacks))
 
 
+def interrupted(trainer):
+    """A training that a signal ends."""
+    with pytest.raises(TrainingInterrupted) as raised:
+        trainer.train()
+    return raised.value
+
+
 def test_handlers_are_ours_during_training_only(tmp_path, own_handlers):
     seen = []
     trainer = start(tmp_path / "run", AtStep(1, lambda: seen.append(handlers())))
@@ -181,7 +189,7 @@ def test_handlers_come_back_when_training_never_begins(tmp_path, own_handlers):
 
 
 def test_handlers_come_back_after_an_interruption(tmp_path, own_handlers):
-    start(tmp_path / "run", AtStep(1, interrupt_self)).train()
+    interrupted(start(tmp_path / "run", AtStep(1, interrupt_self)))
     assert handlers() == own_handlers
 
 
@@ -194,7 +202,7 @@ def test_the_step_is_finished_and_no_other_begun(tmp_path, number, own_handlers)
             begun.append(state.global_step)
 
     trainer = start(tmp_path / "run", Count(), AtStep(1, lambda: interrupt_self(number)))
-    trainer.train()
+    assert interrupted(trainer).code == 128 + number
     assert trainer.interrupt.interrupted
     assert (trainer.state.global_step, begun) == (2, [0, 1])
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
@@ -220,7 +228,7 @@ def test_terminated_twice_still_saves(tmp_path, own_handlers):
         interrupt_self(signal.SIGTERM)
         interrupt_self(signal.SIGTERM)
 
-    start(tmp_path / "run", AtStep(1, twice)).train()
+    interrupted(start(tmp_path / "run", AtStep(1, twice)))
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
@@ -228,11 +236,15 @@ def test_an_interrupted_trainer_can_go_on_itself(tmp_path, own_handlers):
     whole = start(tmp_path / "whole")
     whole.train()
     trainer = start(tmp_path / "run", AtStep(1, interrupt_self))
-    trainer.train()
+    interrupted(trainer)
+    trainer.save_model()
+    assert "**Interrupted at step 2 of 4**" in (tmp_path / "run" / "README.md").read_text()
     trainer.remove_callback(AtStep)
     trainer.train(resume_from_checkpoint=True)
     assert not trainer.interrupt.interrupted
     assert distance(weights(whole.model), weights(trainer.model)) <= 1e-7
+    trainer.save_model()
+    assert "Interrupted" not in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_training_in_another_thread(tmp_path, own_handlers):
@@ -350,7 +362,7 @@ def test_no_report_of_a_training_that_failed(tmp_path):
 
 
 def test_an_interrupted_run_has_a_report_and_can_be_continued(tmp_path, own_handlers):
-    start(tmp_path / "run", ReportCallback(), AtStep(1, interrupt_self)).train()
+    interrupted(start(tmp_path / "run", ReportCallback(), AtStep(1, interrupt_self)))
     first = (tmp_path / "run" / "report.html").read_text()
     resumed = start(tmp_path / "run", ReportCallback())
     resumed.train(resume_from_checkpoint=True)

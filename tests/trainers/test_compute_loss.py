@@ -156,7 +156,7 @@ def test_parameters_unfrozen_during_training_are_combined_too(buffer, tmp_path):
     def trained(frozen, held, seen):
         model = tiny_llama()
         model.model.layers[1].requires_grad_(not frozen)
-        own = torch.optim.SGD([p for p in model.parameters() if held or p.requires_grad], lr=0.0)
+        own = torch.optim.SGD([p for p in model.parameters() if held or p.requires_grad], lr=1e-7)
         args = settings(tmp_path, max_steps=2, max_grad_norm=0.0, single_gradient_buffer=buffer)
         schedule = LambdaLR(own, lambda _: 1.0)
         objects = {"rule": Sum(0.5, 0.25), "callbacks": [seen], "optimizers": (own, schedule)}
@@ -165,7 +165,7 @@ def test_parameters_unfrozen_during_training_are_combined_too(buffer, tmp_path):
     late, early = Unfreeze(), Unfreeze()
     trained(True, True, late), trained(False, True, early)
     assert len(late.gradients[0]) < len(early.gradients[0])
-    assert distance(late.gradients[1], early.gradients[1]) < 1e-6
+    assert distance(late.gradients[1], early.gradients[1]) < 1e-5
     with pytest.raises(ValueError, match=r"layers\.1.*unfrozen.*add_param_group"):
         trained(True, False, Unfreeze())
 

@@ -355,7 +355,10 @@ def scaled(tmp_path, monkeypatch):
             tell()
         else:
             trainer.add_callback(TellAccelerate(tell))
-        trainer.train()
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            assert "all of them were skipped" in str(error)
         monkeypatch.undo()
         return trainer
 
@@ -392,6 +395,7 @@ def test_an_overflow_lowers_the_scale_and_moves_nothing(rule, scale, autocast, s
     assert trainer.accelerator.scaler.get_scale() == scale / 2**skipped
     taken = {int(entry["step"]) for entry in trainer.optimizer.state_dict()["state"].values()}
     assert taken == {STEPS - skipped}
+    assert trainer.nothing_trained == (skipped == STEPS)
     if skipped == STEPS:
         assert distance(weights(tiny_llama()), weights(trainer.model)) == 0
 

@@ -1,0 +1,49 @@
+"""Refuses settings with which a training would change no weight, before it begins."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+
+from blur_trainer.gradients.rules import BLUR, Rule, Sum
+from blur_trainer.trainers.config import UnlearningConfig
+
+#: rule -> the arguments that are the weights of both gradients
+_WEIGHTS: dict[type, tuple[str, str]] = {BLUR: ("gamma", "alpha"), Sum: ("forget_weight", "retain_weight")}
+
+
+def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: bool, retain: bool) -> None:
+    """Raises `ValueError` if no step would change a weight. (`trainers.ranges`: if there is no step.)
+
+    Args:
+        args: of the trainer.
+        rules: all that it uses, one per topic.
+        own_optimizer: the user's, which has its own learning rate.
+        retain: whether there is a retain set.
+    """
+    idle = [f"the rule {rule} gives no gradient a weight" for rule in rules if _weightless(rule, retain)]
+    if args.learning_rate == 0 and not own_optimizer:
+        idle.append("`learning_rate` is 0")
+    if idle:
+        raise ValueError(f"Nothing would be trained: {idle[0]}. Pass a positive number.")
+
+
+def _weightless(rule: Rule, retain: bool) -> bool:
+    names: tuple[str, ...] = _WEIGHTS.get(type(rule), ())
+    if isinstance(rule, Sum) and not retain:
+        names = names[:1]
+    return bool(names) and all(getattr(rule, name) == 0 for name in names)
+
+
+def check_batches(args: UnlearningConfig, forget: Any) -> None:
+    """Raises `ValueError` if `dataloader_drop_last` drops all batches. A stream's length is not known."""
+    if not args.dataloader_drop_last or not isinstance(forget, datasets.Dataset):
+        return
+    config: Any = args.accelerator_config
+    processes = 1 if config.split_batches else args.world_size
+    if len(forget) // args.train_batch_size // processes == 0:
+        raise ValueError(
+            f"Nothing would be trained: `dataloader_drop_last=True` drops the last batch, and {len(forget)} forget "
+            f"examples are less than one batch of {args.train_batch_size} on each of {processes} process(es); lower "
+            "`per_device_train_batch_size`, or leave it off."
+        )
