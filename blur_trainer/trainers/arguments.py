@@ -29,8 +29,8 @@ def check_unknown(trainer: type, unknown: Mapping[str, Any]) -> None:
     for name in unknown:
         if name in _REFUSED:
             raise TypeError(f"{trainer.__name__} takes no `{name}`: {_REFUSED[name]}.")
-        classes: Any = trainer.__mro__
-        known = [p for cls in classes for p in inspect.signature(cls.__init__).parameters if p != "self"]
+        makers = [vars(cls)["__init__"] for cls in trainer.__mro__ if "__init__" in vars(cls)]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters} - {*_REFUSED, "self"}
         close = "".join(f" Did you mean `{match}`?" for match in difflib.get_close_matches(name, known, n=1))
         raise TypeError(f"{trainer.__name__} takes no `{name}`.{close}")
 

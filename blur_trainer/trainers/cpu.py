@@ -1,7 +1,11 @@
 """Makes DDP, FSDP2 and DeepSpeed launches work with several CPU processes.
 
 Without an accelerator, accelerate counts several CPU processes as one or ignores their engine. This module corrects
-that, so that a launch can be tried on a machine without a GPU.
+that, so that a launch can be tried on a machine without a GPU. On a machine with one, nothing here acts.
+
+accelerate has no setting for it: `ACCELERATE_USE_CPU` gives DDP alone, and sharding is bound to `MULTI_GPU`. So
+`join_cpu_processes` sets five attributes of its shared state, after `TrainingArguments` has made the process group, to
+what that group says. No other module does; whoever makes an `Accelerator` later in the process finds them so.
 """
 
 import os

@@ -128,7 +128,8 @@ class PrecomputeCallback(TrainerCallback):
         keeps: bool = False,
     ):
         self.accelerator, self.collator, self.dataset = accelerator, collator, dataset
-        self.reference, self.ref_model, self.wrapped_model = reference, ref_model, wrapped_model
+        self.reference, self.wrapped_model = reference, wrapped_model
+        self.ref_model: torch.nn.Module | None = ref_model
         self.keeps = keeps
         self.resumed_from: str | None = None
 

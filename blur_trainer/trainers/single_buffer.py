@@ -9,7 +9,7 @@ This is exact under DDP. Its last reduction averages `w_f g_f`, which is equal o
 share of `w_r g_r`. `||g_r||`, for the log, follows from the norm of the combination.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -133,5 +133,16 @@ def _inner_product(step: Step) -> Tensor:
         for batch in step.window:
             with step.autocast():
                 loss = partial(step.loss, role="retain", batch=batch["retain"], count=step.counts["retain"])
-                total += directional_derivative(model, tangents, loss)
+                total += _derivative(model, tangents, loss)
     return step.accelerator.reduce(total, "sum").cpu().double()
+
+
+def _derivative(model: Any, tangents: Mapping[str, Tensor], loss: Callable[[Any], Tensor]) -> Tensor:
+    try:
+        return directional_derivative(model, tangents, loss)
+    except NotImplementedError as error:  # the model has one: `check_forward_mode`
+        raise NotImplementedError(
+            "`single_gradient_buffer=True` needs forward-mode differentiation of the retain loss, and the retain "
+            "objective, or a `compute_loss` of your own, has an operation without it: leave the option off. "
+            f"({str(error).splitlines()[0]})"
+        ) from error

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.references import PrecomputeCallback
 from blur_trainer.trainers.schedule_free import to_averaged_point, to_training_point
 from blur_trainer.trainers.single_buffer import one_buffer_step
 from blur_trainer.trainers.step import Step, two_slot_step
@@ -27,6 +29,12 @@ else:
     _Base = object
 
 Window = list[dict[str, Any]]
+logger = get_logger(__name__)
+_STREAM_BEGINS_ANEW = (
+    "The stream of examples is shorter than what the interrupted training had read: Trainer does not know how many "
+    "times it was gone through, and the resumed training begins it anew. It reads other examples than an "
+    "uninterrupted one, unless that had just come to the stream's end."
+)
 
 
 class StepMixin(_Base):
@@ -39,6 +47,7 @@ class StepMixin(_Base):
     step_log: StepLog
     _topic_rules: list[Rule]
     _backend: GradientBackend | None
+    _precompute: PrecomputeCallback
     _window: Window
 
     def get_batch_samples(  # type: ignore[override]
@@ -50,6 +59,8 @@ class StepMixin(_Base):
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
+            if self.step_log.steps == 0 and self._precompute.resumed_from is not None:
+                logger.warning_once(_STREAM_BEGINS_ANEW)
             return batches, None
         counts = self._count_items(batches)
         # Trainer steps after `num_batches`. So where a stream ends in mid-window, the rest of it is empty.

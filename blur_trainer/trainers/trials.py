@@ -41,10 +41,12 @@ _READ_IN_TIME = {"max_skipped_steps", "offload_forget_gradient", "weight", "top_
 
 
 class Settings:
-    """The settings that a training began with."""
+    """This package's settings that a training began with. A subclass's own are read by whoever wrote it."""
 
     def __init__(self, args: UnlearningConfig):
-        own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - _READ_IN_TIME
+        classes = [cls for cls in type(args).__mro__ if cls.__module__.startswith("blur_trainer.")]
+        names = {f.name for cls in classes for f in fields(cls)}
+        own = names - {f.name for f in fields(TrainingArguments)} - _READ_IN_TIME
         self.own = {name: copy.deepcopy(getattr(args, name)) for name in own}
         self.pairs: tuple[Any, ...] | None = pairs_of(args)
 
@@ -72,14 +74,19 @@ class TrialMixin(_Base):
     _models: tuple[PeftConfig | None, PreTrainedModel | None]  # `peft_config` and `ref_model` as given
     _precompute: PrecomputeCallback
     _settings: Settings
-    _tokenized: tuple[Any, Any]
+    _tokenized: list[Any]  # forget and retain
     _topic_rules: list[Rule]
     _window: list[dict[str, Any]]
 
     def _given_model(self, model: Any, model_init: Any) -> Any:
         """`model`, or the first one of `model_init`."""
-        if (model is None) == (model_init is None):
-            raise ValueError("Pass either `model` or `model_init`, which makes it for each training anew.")
+        if model is None and model_init is None:
+            raise TypeError(
+                "`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `NoneType`. Or pass "
+                "`model_init`."
+            )
+        if model is not None and model_init is not None:
+            raise ValueError("Pass either `model` or `model_init`, which makes it for each training anew, not both.")
         self.model_init, self._first_model = model_init, None
         return model if model_init is None else super().call_model_init()
 

@@ -123,6 +123,7 @@ class ULDTrainer(UnlearningTrainer):
         )
 
     def _load_model(self, model: Any, args: Any, peft_config: Any) -> PeftModel:
+        self._composed = None  # of an earlier training's (`model_init`)
         self.assistant = Assistant(model, args.num_assistant_layers, peft_config, self._whole, args)
         return self.assistant.model
 

@@ -30,7 +30,7 @@ CASES = {
     "blur": {"rule": BLUR(gamma=0.5)},
     "accumulation": {"rule": Sum(), "batch_size": 1, "accumulation": 2},
     "precomputed": {"rule": BLUR(), "precompute_ref_logps": True},
-    "own_loss": {"rule": BLUR(), "forget_objective": GradAscent(), "trainer": OwnLoss},
+    "own_loss": {"rule": Sum(), "forget_objective": GradAscent(), "trainer": OwnLoss},
     "bucket_view": {"rule": Sum(), "bucket_view": True},
     "simnpo": {"rule": Sum(), "forget_objective": SimNPO()},
     # accumulated, so that a step's topic is that of both processes and of the whole window

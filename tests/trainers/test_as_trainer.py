@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, SFTConfig
 
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
+from blur_trainer.trainers.ending import TrainingInterrupted
 
 FORGET, RETAIN = examples(10, seed=1), examples(7, seed=2)
 
@@ -212,6 +213,16 @@ def test_a_short_window_is_a_step_of_its_own(tmp_path):
     assert distance(weights(got.model), weights(want.model)) == 0
 
 
+def test_a_stream_that_is_not_found_again_is_said(tmp_path, caplog):
+    stream = Dataset.from_list(FORGET[:4]).to_iterable_dataset()  # two batches
+    args = settings(tmp_path, max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    train(args, stream, RETAIN)
+    args.max_steps = 4
+    with caplog.at_level("WARNING", logger="blur_trainer"):
+        BLURTrainer(tiny_llama(), args, stream, RETAIN).train(resume_from_checkpoint=True)
+    assert any("begins it anew" in record.getMessage() for record in caplog.records)
+
+
 # ---- schedule-free optimizers ----
 
 
@@ -254,7 +265,10 @@ def test_a_signal_saves_and_the_handlers_are_given_back(jit, tmp_path):
                 signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    trainer = train(settings(tmp_path, max_steps=4, enable_jit_checkpoint=jit), FORGET, RETAIN, callbacks=[Stop()])
+    args = settings(tmp_path, max_steps=4, enable_jit_checkpoint=jit)
+    trainer = BLURTrainer(tiny_llama(), args, FORGET, RETAIN, callbacks=[Stop()])
+    with pytest.raises(TrainingInterrupted):
+        trainer.train()
     assert trainer.state.global_step == 2 and (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -69,6 +69,26 @@ def test_a_loss_of_ones_own(buffer, tmp_path):
     assert distance(weights(got.model), weights(want.model)) < 1e-6
 
 
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_an_operation_without_forward_mode_is_refused_with_one_buffer(tmp_path):
+    class Own(BLURTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return Opaque.apply(super().compute_loss(*args, **kwargs))
+
+    make(Own, tmp_path / "a", BLUR()).train()
+    with pytest.raises(NotImplementedError, match=r"`single_gradient_buffer=True`.*`compute_loss` of your own.*leave"):
+        make(Own, tmp_path / "b", BLUR(), single_gradient_buffer=True).train()
+
+
 def test_what_it_answers(tmp_path):
     trainer = make(BLURTrainer, tmp_path, BLUR(gamma=0.5), eval_strategy="no")
     model, pair = trainer.model, next(iter(trainer.get_train_dataloader()))

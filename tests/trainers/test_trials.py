@@ -33,16 +33,17 @@ def short_of_memory(most, after=0):
 # ---- attempts with smaller batches ----
 
 
-@pytest.mark.parametrize("after", [0, 4], ids=["at once", "in the third step"])
-def test_a_smaller_batch_begins_anew(after, tmp_path):
+@pytest.mark.parametrize(("after", "ref_seed"), [(0, None), (4, 1)], ids=["at once", "in the third step"])
+def test_a_smaller_batch_begins_anew(after, ref_seed, tmp_path):
     """As if that batch had been given: reference, log, signals, checkpoints. (Weights hardly move before.)"""
-    config = {"learning_rate": 1e-7, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    config = {"learning_rate": 1e-7, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
     config |= {"save_total_limit": 1, "precompute_ref_logps": True, "max_steps": 4}
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def trained(model, size, **more):
         args = settings(tmp_path / str(size), per_device_train_batch_size=size, **config, **more)
-        trainer = BLURTrainer(model, args, FORGET, RETAIN, ref_model=tiny_llama(1))
+        ref_model = None if ref_seed is None else tiny_llama(ref_seed)  # else the model itself runs out of memory
+        trainer = BLURTrainer(model, args, FORGET, RETAIN, ref_model=ref_model)
         trainer.train()
         return trainer
 
@@ -50,7 +51,7 @@ def test_a_smaller_batch_begins_anew(after, tmp_path):
     assert got.state.train_batch_size == 7
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     for a, b in zip(training_logs(got), training_logs(want), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     assert distance(weights(got.model), weights(want.model)) < 1e-5
     assert [p.name for p in (tmp_path / "8").glob("checkpoint-*")] == ["checkpoint-4"]
     assert got.args.save_total_limit == 1
@@ -146,6 +147,7 @@ def test_settings_changed_between_trainings_are_heard_or_refused(tmp_path):
 
 
 def test_a_model_and_what_makes_it_are_not_both_given(tmp_path):
-    for model, model_init in ((None, None), (tiny_llama(), tiny_llama)):
-        with pytest.raises(ValueError, match="either `model` or `model_init`"):
-            BLURTrainer(model, settings(tmp_path), FORGET, RETAIN, model_init=model_init)
+    with pytest.raises(ValueError, match="either `model` or `model_init`"):
+        BLURTrainer(tiny_llama(), settings(tmp_path), FORGET, RETAIN, model_init=tiny_llama)
+    with pytest.raises(TypeError, match=r"got `NoneType`\. Or pass `model_init`"):
+        BLURTrainer(None, settings(tmp_path), FORGET, RETAIN)
