@@ -38,6 +38,7 @@ _HOMES = {
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
     "trainers.callbacks": ["ProgressBarCallback", "ReportCallback"],
     "trainers.config": ["UnlearningConfig"],
+    "trainers.ending": ["TrainingInterrupted"],
     "trainers.grad_diff": ["GradDiffConfig", "GradDiffTrainer"],
     "trainers.unlearning": ["UnlearningTrainer"],
     "uld.augment": ["paraphrases", "perturbed_answers"],
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
     from blur_trainer.trainers.callbacks import ProgressBarCallback, ReportCallback
     from blur_trainer.trainers.config import UnlearningConfig
+    from blur_trainer.trainers.ending import TrainingInterrupted
     from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
     from blur_trainer.trainers.unlearning import UnlearningTrainer
     from blur_trainer.uld.augment import paraphrases, perturbed_answers

@@ -10,13 +10,15 @@ import blur_trainer as bt
 TASKS = {
     "Make a model forget": [
         *("BLURTrainer", "BLURConfig", "GradDiffTrainer", "GradDiffConfig", "UnlearningTrainer", "UnlearningConfig"),
-        *("ULDTrainer", "ULDConfig", "task_vector"),
+        *("ULDTrainer", "ULDConfig", "task_vector", "TrainingInterrupted"),
     ],
     "Choose what to descend on the forget set": ["NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU"],
     "Choose what to descend on the retain set": ["NLL", "KL", "ActivationMatch", "Uniform"],
     "Choose how the two gradients meet": ["BLUR", "Sum", "PCGrad", "MGDA"],
     "Load data": ["load_muse", "load_tofu", "load_wmdp", "load_wmdp_questions", "tokenize_dataset"],
-    "Measure": ["MUSEEvaluation", "TOFUEvaluation", "RetainReference", "WMDPEvaluation", "LMEval"],
+    "Measure": [
+        *("MUSEEvaluation", "TOFUEvaluation", "RetainReference", "aggregate_log", "WMDPEvaluation", "LMEval"),
+    ],
     "Attack": ["robustness", "relearn", "quantized", "prefixed"],
     "Show": [
         *("Results", "format_table", "write_report", "mean_and_spread"),

@@ -4,16 +4,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import datasets
+from accelerate.logging import get_logger
 
 from blur_trainer.gradients.rules import BLUR, Rule, Sum
 from blur_trainer.trainers.config import UnlearningConfig
 
+logger = get_logger(__name__)
 #: rule -> the arguments that are the weights of both gradients
 _WEIGHTS: dict[type, tuple[str, str]] = {BLUR: ("gamma", "alpha"), Sum: ("forget_weight", "retain_weight")}
 
 
 def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: bool, retain: bool) -> None:
-    """Raises `ValueError` if no step would change a weight. (`trainers.ranges`: if there is no step.)
+    """Raises `ValueError` if no step could change a weight. (`trainers.ranges`: if there is no step.)
+
+    A learning rate of 0 only gives a warning: gradients and losses can be looked at without training.
 
     Args:
         args: of the trainer.
@@ -23,7 +27,7 @@ def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: b
     """
     idle = [f"the rule {rule} gives no gradient a weight" for rule in rules if _weightless(rule, retain)]
     if args.learning_rate == 0 and not own_optimizer:
-        idle.append("`learning_rate` is 0")
+        logger.warning("`learning_rate` is 0: losses and gradients will be logged, and no weight will change.")
     if idle:
         raise ValueError(f"Nothing would be trained: {idle[0]}. Pass a positive number.")
 

@@ -39,7 +39,9 @@ class TrainingInterrupted(SystemExit):
 
 def nothing_trained(steps: int, skipped: int, learning_rate: float, model: nn.Module) -> str:
     """The message where no step has changed a weight."""
-    if 0 < steps <= skipped:
+    if learning_rate == 0:
+        why = "because `learning_rate` is 0."
+    elif 0 < steps <= skipped:
         why = "all of them were skipped, as their gradient was not finite; see the warnings above."
     else:
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})

@@ -159,7 +159,7 @@ class PrecomputeCallback(TrainerCallback):
             return self.reference
         if self.ref_model is not None:  # kept until it has answered: out of memory, it is asked again
             reference = shard_reference(self.accelerator, FrozenModel(self.ref_model))
-            self.ref_model = reference.model  # type: ignore[assignment]
+            self.ref_model = reference.model
             return reference
         return CurrentModel(self.wrapped_model())
 

@@ -117,7 +117,10 @@ class RunningMixin(_Base):
         self.nothing_trained = not self.health.finished and not self.health.moved(model)
         if self.nothing_trained:
             steps = state.global_step - self.health.first_step
-            raise RuntimeError(ending.nothing_trained(steps, self.step_log.skipped, self.args.learning_rate, model))
+            message = ending.nothing_trained(steps, self.step_log.skipped, self.args.learning_rate, model)
+            if self.args.learning_rate > 0:
+                raise RuntimeError(message)
+            logger.warning(message)  # as asked: see `trainers.effect`
         best = state.best_global_step if self.args.load_best_model_at_end else None
         vocabulary = self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
         for line in ending.last_words(state, self.objectives, vocabulary, best):

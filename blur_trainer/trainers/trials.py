@@ -6,7 +6,7 @@ Each begins with what a new trainer would have: a fresh model, its reference, it
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ class Settings:
     """This package's settings that a training began with. A subclass's own are read by whoever wrote it."""
 
     def __init__(self, args: UnlearningConfig):
-        classes = [cls for cls in type(args).__mro__ if cls.__module__.startswith("blur_trainer.")]
-        names = {f.name for cls in classes for f in fields(cls)}
+        classes: list[Any] = [cls for cls in type(args).__mro__ if cls.__module__.startswith("blur_trainer.")]
+        names = {f.name for cls in classes if is_dataclass(cls) for f in fields(cls)}
         own = names - {f.name for f in fields(TrainingArguments)} - _READ_IN_TIME
         self.own = {name: copy.deepcopy(getattr(args, name)) for name in own}
         self.pairs: tuple[Any, ...] | None = pairs_of(args)
@@ -138,7 +138,7 @@ class TrialMixin(_Base):
         if changed:
             self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
         if self._settings.pairs != pairs_of(args):
-            self.train_dataset = self._precompute.dataset = pair(*self._tokenized, args)
+            self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)
         self._settings = Settings(args)
         self._precompute.accelerator, self._precompute.reference = self.accelerator, self.reference
         self._backend, self._window = None, []

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -228,6 +229,8 @@ def keywords() -> set[str]:
         value = getattr(blur_trainer, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             known |= set(inspect.signature(value).parameters)
+    for other in (peft.LoraConfig, peft.PeftModel.from_pretrained):
+        known |= set(inspect.signature(other).parameters)
     return known
 
 

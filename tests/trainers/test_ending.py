@@ -40,8 +40,6 @@ def test_settings_that_train_nothing_are_refused_by_name(tmp_path):
             check_effect(args, [PCGrad(), rule or BLUR()], own_optimizer=False, retain=True)
         assert words in str(raised.value) and "\n" not in str(raised.value)
 
-    refused("`learning_rate` is 0", learning_rate=0.0)
-    refused("`learning_rate` is 0", learning_rate=0.0, warmup_steps=3)
     refused("BLUR(lower_level='forget', gamma=0.0, alpha=0.0", BLUR(gamma=0.0, alpha=0.0))
     refused("Sum(forget_weight=0.0, retain_weight=0.0) gives no gradient a weight", Sum(0.0, 0.0))
 
@@ -63,9 +61,8 @@ def test_settings_without_a_step_are_refused_when_they_are_made(config, tmp_path
 
 
 def test_the_trainer_refuses_them_before_it_makes_a_folder(tmp_path):
-    for config, rule in (({"learning_rate": 0.0}, None), ({}, Sum(0.0, 0.0))):
-        with pytest.raises(ValueError, match="Nothing would be trained"):
-            make(tmp_path / "run", rule, **config)
+    with pytest.raises(ValueError, match="Nothing would be trained"):
+        make(tmp_path / "run", Sum(0.0, 0.0))
     with pytest.raises(ValueError, match="drops the last batch, and 4 forget examples are less than one batch of 5 on"):
         make(tmp_path / "run", dataloader_drop_last=True, per_device_train_batch_size=5)
     assert not (tmp_path / "run").exists()
@@ -81,6 +78,7 @@ def test_settings_that_train_something_are_not(tmp_path):
         "steps instead of epochs": ({"num_train_epochs": 0, "max_steps": 1},),
         "a part of an epoch": ({"num_train_epochs": 0.1},),
         "own optimizer": ({"learning_rate": 0.0}, None, True),
+        "only a look": ({"learning_rate": 0.0},),
         "one weight": ({}, Sum(0.0, 1.0)),
         "the other": ({}, BLUR(gamma=0.0)),
         "a rule of one's own": ({}, lambda gramian: torch.zeros(2)),
@@ -88,6 +86,17 @@ def test_settings_that_train_something_are_not(tmp_path):
     every(cases, accepted)
     with pytest.raises(ValueError, match="gives no gradient a weight"):  # the retain weight has nothing to weigh
         accepted({}, Sum(0.0, 1.0), retain=False)
+
+
+def test_a_learning_rate_of_0_is_said_at_both_ends_and_makes_no_card(tmp_path, caplog):
+    """Gradients and losses can be looked at without training; nobody takes the model for an unlearned one."""
+    trainer = make(tmp_path, learning_rate=0.0)
+    assert "`learning_rate` is 0: losses and gradients will be logged" in caplog.text
+    caplog.clear()
+    trainer.train()
+    assert "Nothing was trained: none of" in caplog.text and "because `learning_rate` is 0." in caplog.text
+    trainer.save_model()
+    assert not (tmp_path / "README.md").exists()
 
 
 class Zero(TrainerCallback):
