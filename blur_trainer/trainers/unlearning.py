@@ -107,7 +107,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         self.trained = choose_trainable(model, args.train_layers, args.train_parameters, self.objectives)
         tokenizer = setup.load_tokenizer(processing_class, model)
         setup.check_models(model, tokenizer, ref_model)
-        *self._tokenized, eval_dataset = tokenize_all(
+        forget, retain, eval_dataset = tokenize_all(
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
@@ -118,7 +118,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
             model_init=model_init,
             args=args,
             data_collator=RowCollator(setup.pad_token_id(model, tokenizer), rows=data_collator),
-            train_dataset=pair(*self._tokenized, args),
+            train_dataset=pair(forget, retain, args),
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,
             processing_class=tokenizer,
@@ -130,7 +130,7 @@ class UnlearningTrainer(StepMixin, TrialMixin, EvaluationMixin, SavingMixin, Tra
         )
         # what a fresh model needs; without `model_init`, a `ref_model` may go when its numbers are precomputed
         self._models = (peft_config, None if model_init is None else ref_model)
-        self._settings = Settings(args)
+        self._tokenized, self._settings = (forget, retain), Settings(args)
         self._settle_engine(ref_model)
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
