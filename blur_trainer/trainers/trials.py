@@ -74,7 +74,7 @@ class TrialMixin(_Base):
     _models: tuple[PeftConfig | None, PreTrainedModel | None]  # `peft_config` and `ref_model` as given
     _precompute: PrecomputeCallback
     _settings: Settings
-    _tokenized: list[Any]  # forget and retain
+    _tokenized: tuple[Any, Any]  # forget and retain
     _topic_rules: list[Rule]
     _window: list[dict[str, Any]]
 
