@@ -200,7 +200,7 @@ def test_other_objectives_take_topics_too(tmp_path):
         ({"topics": {"chem": {"alpha": 1}}}, ValueError, r"settings of \['chem'\].*\['bio', 'cyber'\]"),
         ({"topics": {"bio": {"beta": 1}}}, ValueError, "accepted: alpha, coefficient, max_length"),
         ({"topics": {"bio": 3}}, ValueError, "must be a dict"),
-        ({"topics": {"bio": {"alpha": "x"}}}, ValueError, "must be a number"),
+        ({"topics": {"bio": {"alpha": "x"}}}, TypeError, "must be a number"),
         ({"rule": MGDA()}, ValueError, "an `alpha` for .* of the rules BLUR and Sum, not MGDA"),
         ({"objective": NPO()}, ValueError, "a `coefficient` for .* is RMU's"),
         ({"forget": examples(8)}, ValueError, "no topics: give a mapping"),

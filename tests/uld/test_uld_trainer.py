@@ -365,7 +365,7 @@ def test_a_shortened_configuration_leaves_the_given_one(folder):
 
 REFUSED = [
     ({"args": {"num_assistant_layers": 5}}, ValueError, "4 layers"),
-    ({"args": {"num_assistant_layers": 0}}, ValueError, "4 layers"),
+    ({"args": {"num_assistant_layers": 0}}, ValueError, "`num_assistant_layers` must be a number of at least 1"),
     ({"lora": "r=4"}, TypeError, "LoraConfig"),
     ({"args": {"top_logit_filter": 1.0}}, ValueError, "top_logit_filter"),
     ({"args": {"weight": float("nan")}}, ValueError, "weight"),
