@@ -4,7 +4,7 @@ Each objective makes one pass over the accumulation window, with the engine's ow
 `take` moves the finished gradient to its slot. After the last pass the trainer calls `gramian`, then `write` or
 `discard`.
 Sharding engines override how a gradient is read, emptied and written (`_read`, `_empty`, `_put`) and how the processes'
-shares of an inner product are summed (`_reduce`).
+shares of an inner product are summed (`shared`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +81,7 @@ class GradientBackend:
         """
         count = max(map(len, self.slots.values()))
         forget, retain = (self.slots.get(role, [None] * count) for role in ROLES)
-        entries = self._reduce(inner_products(forget, retain)) / self._loss_scale() ** 2
+        entries = self.shared(inner_products(forget, retain)) / self._loss_scale() ** 2
         return torch.stack([entries[0], entries[1], entries[1], entries[2]]).view(2, 2)
 
     def write(self, weights: Tensor) -> None:
@@ -121,7 +121,7 @@ class GradientBackend:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
 
-    def _reduce(self, products: Tensor) -> Tensor:
+    def shared(self, products: Tensor) -> Tensor:
         """Inner products `(3,)` of this process's share -> those of the whole gradient, the same on every process.
 
         Here each process has the whole gradient. The numbers of process 0 count: elsewhere the last bit may differ,

@@ -134,7 +134,7 @@ class DeepSpeedBackend(GradientBackend):
 
 
 class _Sharded(DeepSpeedBackend):
-    def _reduce(self, products: Tensor) -> Tensor:
+    def shared(self, products: Tensor) -> Tensor:
         return self.accelerator.reduce(products.to(self.accelerator.device), "sum").cpu()
 
 

@@ -44,5 +44,5 @@ class FSDPBackend(GradientBackend):
                 gradient.to_local().copy_(shard)  # type: ignore[attr-defined]
                 parameter.grad = gradient
 
-    def _reduce(self, products: Tensor) -> Tensor:
+    def shared(self, products: Tensor) -> Tensor:
         return self.accelerator.reduce(products.to(self.accelerator.device), "sum").cpu()

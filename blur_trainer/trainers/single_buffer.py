@@ -110,7 +110,7 @@ def _gradients(backend: GradientBackend) -> list[Tensor]:
 def _squared_norm(backend: GradientBackend) -> Tensor:
     """Squared norm of `.grad`, 0-d float64 on the CPU, equal on every process."""
     gradients = _gradients(backend)
-    return inner_products(gradients, [None] * len(gradients))[0]
+    return backend.shared(inner_products(gradients, [None] * len(gradients)))[0]
 
 
 def _retain_norm(combined: Tensor, gramian: Tensor, weights: Tensor) -> Tensor:

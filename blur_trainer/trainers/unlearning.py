@@ -139,6 +139,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
 
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:
         check_engine(self.accelerator, self.args)
+        if self.args.tf32 is False:  # accelerate switches it on for compiled models, whatever was asked
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
         check_forward_mode(self.model, self.args, self.accelerator.distributed_type)
         setup.choose_heads(self.args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):

@@ -351,10 +351,14 @@ def test_killed_while_an_unfinished_checkpoint_is_removed(tmp_path, monkeypatch)
     make(tmp_path, max_steps=2, save_total_limit=None).train()
     (tmp_path / "checkpoint-2" / "blur_checkpoint.json").write_text('{"files": null}')
 
-    def killed(path, **kwargs):
-        if Path(path).exists():
-            (Path(path) / "blur_checkpoint.json").unlink()
-            raise KeyboardInterrupt
+    remove = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        manifest = Path(path) / "blur_checkpoint.json"
+        if not manifest.exists():  # a temporary folder of something else
+            return remove(path, *args, **kwargs)
+        manifest.unlink()
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):

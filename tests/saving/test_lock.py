@@ -24,10 +24,13 @@ HOLDER = """
 import os, sys, time
 from blur_trainer.saving.lock import OutputLock
 OutputLock().acquire(sys.argv[1])
+there, here = os.pipe()
 if os.fork() == 0:
+    os.write(here, b"x")
     os.closerange(0, 3)
     time.sleep(60)
     os._exit(0)
+os.read(there, 1)
 print("held", flush=True)
 time.sleep(60)
 """

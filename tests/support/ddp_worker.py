@@ -4,10 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import torch
+from accelerate.utils import broadcast
 from safetensors.torch import save_file
 from support.models import examples, tiny_llama
 from torch.nn.functional import cross_entropy
 
+from blur_trainer.gradients import backend
 from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.answers import NPO, GradAscent, SimNPO
@@ -76,7 +79,19 @@ def main(name: str, output_dir: str) -> None:
     )
     if bucket_view:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    trainer.train()
+    rank = int(os.environ.get("RANK", "0"))
+    exact = backend.inner_products
+    # what other kernels on another card may do: each process finds other last digits
+    backend.inner_products = lambda *gradients: exact(*gradients) * (1 + 1e-9 * rank)
+    try:
+        trainer.train()
+    finally:
+        backend.inner_products = exact
+    if processes > 1:
+        flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        theirs = broadcast(flat.clone())
+        if not torch.equal(flat, theirs):
+            raise AssertionError(f"{name}: the weights of process {rank} are not those of process 0")
     if trainer.is_world_process_zero():
         weights = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
         save_file(weights, Path(output_dir) / f"{name}-{processes}.safetensors")

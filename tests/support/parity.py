@@ -273,6 +273,8 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
     args = UnlearningConfig(f"{folder}/{engine}-{feature}", **settings)
     trainer = UnlearningTrainer(objects.pop("model"), args, *data(features), **objects)
     trainer.remove_callback(PrinterCallback)
+    # after the training, what `train_layers` froze has its `requires_grad` back
+    trainer.trained_names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     return trainer
 
 
@@ -284,11 +286,11 @@ def train(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearnin
 
 def error(engine: str, feature: str, trainer: UnlearningTrainer) -> float:
     """`||w - w_ref|| / ||w_ref - w_start||` over all trainable weights; on the first process, which has read them."""
-    got = {
-        name.removeprefix("_orig_mod.").removeprefix("module."): whole(p, engine)
+    plain = {
+        name.replace("_orig_mod.", "").removeprefix("module."): p
         for name, p in trainer.model_wrapped.named_parameters()
-        if p.requires_grad
     }
+    got = {name: whole(p, engine) for name, p in plain.items() if name in trainer.trained_names}
     if not PartialState().is_main_process:
         return 0.0
     start, want = expected(feature)

@@ -112,7 +112,7 @@ def test_a_resumed_training_keeps_the_day_of_its_first_start(tmp_path, caplog):
     assert state["stateful_callbacks"]["TemplateDayCallback"]["args"] == {"day": "2001-02-03"}
     shutil.rmtree(tmp_path / "checkpoint-2")
     other = made(tmp_path, template=DATED, config={**config, "chat_template_date": "2001-02-04"})
-    with pytest.raises(ValueError, match="chat_template_date='2001-02-03'"):
+    with pytest.raises(ValueError, match="`chat_template_date` was 2001-02-03 and is 2001-02-04"):
         other.train(resume_from_checkpoint=True)
     second = made(tmp_path, template=DATED, config=config)
     assert second.args.chat_template_date == "2001-02-03"
