@@ -190,6 +190,7 @@ def of_target(out):
     return weights(AutoModelForCausalLM.from_pretrained(out / "target"))
 
 
+@pytest.mark.full
 def test_sequence_goes_on_with_what_the_last_stage_left(main, tmp_path, trainings):
     data = bt.load_muse("embedded")
     out = with_ignorant_models(tmp_path / "run", data)
@@ -224,6 +225,7 @@ def test_scale_begins_with_the_target_each_time(main, out, local, trainings, cap
     assert "BLUR-NPO" in printed.out and "Sum-NPO" not in printed.out
 
 
+@pytest.mark.full
 def test_the_baseline_begins_with_the_target_too(main, out, local, trainings, attacked_briefly, capfd):
     quick = [word for word in QUICK if word != "--no_baseline"]
     main("--data_dir", local, *quick, "--robustness", "--output_dir", out)
@@ -303,7 +305,10 @@ def wholes(tmp_path_factory, local):
     return whole
 
 
-@pytest.mark.parametrize("case", INTERRUPTED)
+# the protocol goes through all of it: stages, LoRA, a model of the last stage; what is left is of one baseline
+@pytest.mark.parametrize(
+    "case", [case if "LoRA" in case else pytest.param(case, marks=pytest.mark.full) for case in INTERRUPTED]
+)
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch):
     """SIGTERM in the second step of one of several trainings: those before it are not repeated, those after it run."""
     more, where = INTERRUPTED[case]

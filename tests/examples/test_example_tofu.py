@@ -140,6 +140,7 @@ def test_a_second_run_into_the_same_folder_is_refused(first, main):
 # ---- other data, prompts, and adapters ----
 
 
+@pytest.mark.full
 def test_lora_rules_and_another_protocol(main, tmp_path):
     lora = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 2, "--lora_alpha", 4]
     rules = ["--augment_forget", "rules", "--augment_retain", "rules"]

@@ -15,14 +15,14 @@ ALWAYS = {"blur", "accumulation", "clipping"}
 SHAPES = {"tied", "lora", "one-sided", "mgda", "bf16"}
 EVERY_RUN = {
     "ddp": ALWAYS | SHAPES | {"compiled", "NPO, kept logps", "rmu", "one buffer", "one buffer, sum"},
-    "fsdp2": ALWAYS | SHAPES | {"checkpointing", "fused head", "NPO", "rmu"},
+    "fsdp2": ALWAYS | SHAPES | {"checkpointing", "fused head"},
     "fsdp2_lean": {"sum", "lora"},
     "zero0": {"blur", "accumulation"},
     "zero1": {"accumulation", "bf16", "tied"},
     "zero2": ALWAYS | SHAPES | {"frozen", "fp16"},
-    "zero3": ALWAYS | SHAPES | {"frozen", "fp16", "checkpointing", "fused head", "NPO", "NPO, lora", "rmu"},
+    "zero3": ALWAYS | SHAPES | {"frozen", "fp16", "fused head", "NPO, lora", "rmu"},
     "zero1_offload": {"accumulation", "clipping"},
-    "zero2_offload": ALWAYS | {"tied", "lora", "bf16"},
+    "zero2_offload": ALWAYS | {"bf16"},
     "zero3_offload": {"accumulation", "bf16"},
     "zero3_offload_all": {"accumulation", "clipping", "NPO, kept logps"},
     "zero1_fp32_sums": {"bf16"},

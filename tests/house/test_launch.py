@@ -1,8 +1,7 @@
 """The README's launch lines from the repository root, on two CPU processes: `accelerate launch` and `deepspeed`.
 
-A launch costs half a minute of imports. Every run: each launcher with a line of the README, `accelerate` with
-run_muse.py, `deepspeed` with run_wmdp.py. `pytest -m full`: the other files that the repository ships; test_engines.py
-trains with zero2.json.
+A launch costs half a minute of imports. Every run: `deepspeed` with run_wmdp.py, as in the README. `pytest -m full`:
+`accelerate` with run_muse.py and every file that the repository ships; test_engines.py trains with zero2.json.
 
 Each launch trains two steps on prepared models, and is told by its checkpoint which engine it ran on.
 """
@@ -84,7 +83,6 @@ LINES = {
     },
 }
 TRACES = set().union(*LINES.values())
-EVERY_RUN = [line for line in LINES if "zero3" in line]
 SHORT = "--max_documents 2 --max_steps 2 --eval_strategy no --no_baseline --save_strategy steps --save_steps 2"
 
 
@@ -101,9 +99,8 @@ def command(line: str) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "line", [line if line in EVERY_RUN else pytest.param(line, marks=pytest.mark.full) for line in LINES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("line", LINES)
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launchers would take the accelerator, not two CPUs")
 def test_the_line_runs(line, tmp_path):
     """Every file once and whole, the table once, the folder's models not made again."""

@@ -54,12 +54,13 @@ def full(request_):
     return pytest.param(request_, marks=pytest.mark.full)
 
 
-KILLS = ("kills:4:0", "kills:2:0:2:fsdp2", "kills:2:1:2:zero3")
+KILLS = ("kills:4:0", "kills:2:1:2:zero3")
 ENGINES = ("fsdp2", "fsdp2_lean", "zero2", "zero3")
 MORE_KILLS = (
     "kills:12:2",
     "kills:3:1:2",
     "kills:5:3:2",
+    "kills:2:0:2:fsdp2",
     *(f"kills:3:{seed}:2:{engine}" for seed, engine in enumerate(ENGINES, 4)),
 )
 STOPPED = ("SIGTERM", "SIGKILL")  # to torchrun, to one of its processes
