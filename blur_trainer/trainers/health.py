@@ -58,7 +58,7 @@ class HealthCallback(TrainerCallback):
 
 def _largest(model: nn.Module) -> float:
     """The largest absolute value; NaN counts as infinite."""
-    largest = [torch.stack(torch.aminmax(shard)).abs().max().item() for shard in _shards(model)]
+    largest = _on_host([torch.stack(torch.aminmax(shard)).abs().max().double() for shard in _shards(model)]).tolist()
     return _over_shards(max((math.inf if math.isnan(value) else value for value in largest), default=0.0))
 
 
@@ -84,8 +84,15 @@ def _shards(model: nn.Module) -> Iterator[Tensor]:
 
 def _bits(model: nn.Module) -> Tensor:
     """The sum of each shard's bits as integers: exact in any order, so that no change can be lost to rounding."""
-    sums = [_sum_of_bits(shard.reshape(-1)).cpu() for shard in _shards(model)]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    return _on_host([_sum_of_bits(shard.reshape(-1)) for shard in _shards(model)])
+
+
+def _on_host(numbers: list[Tensor]) -> Tensor:
+    """0-d tensors as one on the CPU: the host waits once per device, not once per parameter."""
+    if not numbers:
+        return torch.zeros(0, dtype=torch.int64)
+    device = numbers[-1].device
+    return torch.stack([number.to(device, non_blocking=True) for number in numbers]).cpu()
 
 
 def _sum_of_bits(flat: Tensor) -> Tensor:
