@@ -14,7 +14,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.given_back import Freezing
-from blur_trainer.trainers.precision import describe
+from blur_trainer.trainers.precision import describe, warn_of_rounding
 from blur_trainer.trainers.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -70,4 +70,6 @@ class ModelMixin(_Base):
         setup.check_models(model, tokenizer, ref_model, args)
         setup.check_training(model, self.objectives, optimizer)
         logger.info(describe(model, args))
+        if optimizer is None:  # the user's has a learning rate of its own
+            warn_of_rounding(model, args)
         return tokenizer

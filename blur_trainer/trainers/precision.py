@@ -7,7 +7,7 @@
 | a model given by name: bfloat16 or float32, see below | float32 |
 
 The first two are TRL's defaults. So is float32 for weights that are trained: an update of 1e-5 is less than half of the
-last bfloat16 digit of every weight above .003, and AdamW on bfloat16 weights loses it (docs/gpu.md has the numbers).
+last bfloat16 digit of every weight above .004, and AdamW on bfloat16 weights loses it (docs/gpu.md has the numbers).
 Weights that stay frozen (below an adapter or an assistant) load in bfloat16. So do those of which the engine keeps
 float32 copies (DeepSpeed).
 `bf16`, `activation_checkpointing` and `model_init_kwargs={"dtype": ...}` overrule this.
@@ -23,12 +23,14 @@ import torch
 from accelerate.logging import get_logger
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blur_trainer.models.forward import causal_lm
 from blur_trainer.trainers.cpu import engine_requested
 
 logger = get_logger(__name__)
+_SAMPLE = 2**16  # weights of each tensor that are looked at
 
 if TYPE_CHECKING:
     _Base = TrainingArguments
@@ -116,6 +118,25 @@ def settle_checkpointing(model: nn.Module, args: Any) -> None:
     if not getattr(target, "supports_gradient_checkpointing", True):
         args.activation_checkpointing = args.gradient_checkpointing = False
         logger.warning(f"`{type(target).__name__}` has no activation checkpointing: all activations are kept.")
+
+
+def warn_of_rounding(model: nn.Module, args: TrainingArguments) -> None:
+    """Says so where most updates of Adam, about as large as the learning rate, are lost in the weights' last digit."""
+    if "adam" not in OptimizerNames(args.optim).value or any(
+        engine_requested(args, engine) for engine in ("fsdp", "deepspeed")
+    ):
+        return  # FSDP2 and DeepSpeed keep float32 copies of what is trained
+    low = [p.detach() for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    parts = [p.flatten()[:: max(1, p.numel() // _SAMPLE)].abs() for p in low]
+    # half a digit of w is at least a quarter of w times eps
+    lost = sum(int((part > 4 * args.learning_rate / torch.finfo(part.dtype).eps).sum()) for part in parts)
+    share = lost / max(1, sum(part.numel() for part in parts))
+    if share > 0.5 and args.learning_rate > 0:
+        logger.warning(
+            f"The trained weights are {', '.join(sorted({_name(p.dtype) for p in low}))}. For {share:.0%} of them an "
+            f"update of `learning_rate`={args.learning_rate:g} is less than half of the last digit, and is lost. Load "
+            "the model in float32 (the default for a name; `bf16=True` still computes in bfloat16), or raise the rate."
+        )
 
 
 def describe(model: nn.Module, args: TrainingArguments) -> str:

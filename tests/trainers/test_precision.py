@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -184,3 +185,27 @@ def test_what_is_loaded_beside_computes_as_the_trained_model_does(folder, tmp_pa
         other = copy.deepcopy(loaded)
         other.lm_head.weight.zero_()
         assert not other(ids).logits.any() and loaded(ids).logits.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "said"),
+    [
+        ("bfloat16", {"learning_rate": 1e-6}, True),
+        ("bfloat16", {"learning_rate": 1e-2}, False),
+        ("float32", {"learning_rate": 1e-6}, False),
+        ("bfloat16", {"learning_rate": 1e-6, "optim": "sgd"}, False),
+        ("bfloat16", {"learning_rate": 0.0}, False),
+    ],
+)
+def test_updates_that_rounding_loses_are_announced(tmp_path, caplog, dtype, more, said):
+    """The share is that of the weights which one step of Adam leaves as they were."""
+    rows = examples(2)
+    model = tiny_llama(0).to(getattr(torch, dtype))
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    trainer = BLURTrainer(model, settings(tmp_path, max_steps=1, lr_scheduler_type="constant", **more), rows, rows)
+    assert ("is lost" in caplog.text) is said
+    if said:
+        trainer.train()
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        share = int(re.search(r"For (\d+)% of them", caplog.text).group(1)) / 100
+        assert abs((before == after).double().mean() - share) < 0.02
