@@ -78,7 +78,8 @@ def _precision_asked_for(args: TrainingArguments) -> str | None:
     enabled = {kind: (config.get(kind) or {}).get("enabled", "auto") for kind in ("fp16", "bf16")}
     if enabled["fp16"] is True:
         return "fp16"
-    return "float32" if enabled["bf16"] is False else None
+    without_zero = config and (config.get("zero_optimization") or {}).get("stage", 0) == 0  # refused in bfloat16
+    return "float32" if enabled["bf16"] is False or without_zero else None
 
 
 def on_device(args: Any, device: str) -> Any:

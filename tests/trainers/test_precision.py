@@ -84,8 +84,11 @@ def test_what_was_launched_counts(gpu, monkeypatch, asked, expected):
     [
         ("fp16", {"fp16": {"enabled": True}}, False),
         ("float32", {"bf16": {"enabled": False}}, False),
-        ("open", {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, True),
-        ("silent", {}, True),
+        ("open", {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}, True),
+        ("ZeRO 0 has no bfloat16 here", {"zero_optimization": {"stage": 0}}, False),
+        ("ZeRO 0 by silence", {"train_batch_size": 1}, False),
+        ("silent", {"zero_optimization": {"stage": 3}}, True),
+        ("empty", {}, True),
     ],
 )
 def test_deepspeed_s_file_counts(gpu, monkeypatch, tmp_path, what, config, expected):
