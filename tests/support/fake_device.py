@@ -10,7 +10,7 @@ A tensor on it is a wrapper around a CPU tensor that says its device is `meta`, 
 gradients are computed in the calling thread. So `.item()`, `.cpu()`, `bool(x)` and `torch.tensor(..., device=...)` are
 told apart from the same calls on tensors of the CPU, and a mix of both devices is an error, as on a GPU.
 
-Counted are torch's operators after decomposition, without views. That is about the number of kernel launches, not quite:
+Counted are torch's operators after decomposition, without views. That is about the number of kernel launches, but
 attention is the plain formula here, one kernel on most GPUs; some operators launch several kernels.
 """
 
