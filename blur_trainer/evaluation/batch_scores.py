@@ -36,7 +36,7 @@ class Positions:
 
     def pieces(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The distributions of all positions as float32 `(N, V)` and the true tokens `(N,)`, some at a time."""
-        for part in self.flat.split(max(1, _ELEMENTS // logits.shape[-1]), dim=1):
+        for part in self.flat.to(logits.device).split(max(1, _ELEMENTS // logits.shape[-1]), dim=1):
             row, column, target = part
             yield logits[row, column].float(), target
 
