@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
+from blur_trainer.evaluation.batch_scores import BatchScores, ScoredRow
 from blur_trainer.evaluation.batching import buckets, check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import in_shares, is_sharded
 from blur_trainer.evaluation.token_scores import AnswerScores, score_row, scored_positions, to_numpy
@@ -179,8 +180,7 @@ class _Batch:
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
         if self.prompts is not None:
             owners = torch.tensor([q for q, _ in answers], device=self.model.device)
-            cache = copy.deepcopy(self.prompts[0])
-            cache.batch_select_indices(owners)
+            cache = _rows_of(self.prompts[0], owners)
             before = self.prompts[1][owners]
             inputs |= {
                 "attention_mask": torch.cat([before, mask], dim=-1),
@@ -189,10 +189,27 @@ class _Batch:
                 "past_key_values": cache,
                 "use_cache": True,
             }
-        logits = self.model(**inputs).logits[:, -input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
-        scores = []
-        for row, (question, number) in enumerate(rows):
-            ids, positions = question.input_ids[number], question.positions[number]
-            columns = [t - 1 - question.prefix for t in positions]  # position t - 1 predicts token t
-            scores.append(score_row(logits[row], columns, [ids[t] for t in positions], self.details and number == 0))
-        return to_numpy(scores)
+        wanted = [self._wanted(question, number) for question, number in rows]
+        read = BatchScores(wanted, input_ids.device) if input_ids.device.type != "cpu" else _row_by_row(wanted)
+        return read(self.model(**inputs).logits[:, -input_ids.shape[1] :])  # prompt tuning puts virtual tokens in front
+
+    def _wanted(self, question: _Question, number: int) -> ScoredRow:
+        ids, positions = question.input_ids[number], question.positions[number]
+        columns = [t - 1 - question.prefix for t in positions]  # position t - 1 predicts token t
+        return ScoredRow(columns, [ids[t] for t in positions], self.details and number == 0)
+
+
+def _row_by_row(rows: Sequence[ScoredRow]) -> Callable[[Tensor], list[AnswerScores]]:
+    def read(logits: Tensor) -> list[AnswerScores]:
+        pairs = zip(logits, rows, strict=True)
+        return to_numpy([score_row(row, want.columns, want.targets, want.detailed) for row, want in pairs])
+
+    return read
+
+
+def _rows_of(cache: Cache, rows: Tensor) -> Cache:
+    """Some rows of a cache as a new one. Nothing else is copied: the deep copy keeps the tensors of the original."""
+    kept = {id(tensor): tensor for layer in cache.layers for tensor in (layer.keys, layer.values)}
+    selected = copy.deepcopy(cache, kept)
+    selected.batch_select_indices(rows)
+    return selected

@@ -77,10 +77,12 @@ def buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
 def pad(rows: list[list[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, T). The mask follows the lengths, so a real pad token is attended to."""
     width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
+    both = torch.zeros(2, len(rows), width, dtype=torch.long)
+    input_ids, attention_mask = both
+    input_ids.fill_(pad_token_id)
     for index, row in enumerate(rows):
         span = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         input_ids[index, span] = torch.tensor(row)
         attention_mask[index, span] = 1
-    return input_ids.to(device), attention_mask.to(device)
+    input_ids, attention_mask = both.to(device)  # one copy
+    return input_ids, attention_mask

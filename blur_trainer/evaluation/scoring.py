@@ -11,10 +11,10 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from blur_trainer.evaluation.batch_scores import Positions, ScoredRow, batch_logps
 from blur_trainer.evaluation.batching import (
     buckets,
     check_context,
@@ -25,6 +25,8 @@ from blur_trainer.evaluation.batching import (
     pad,
 )
 from blur_trainer.evaluation.distributed import gathering_in_generate, in_shares, is_sharded
+from blur_trainer.evaluation.stopping import StopStrings
+from blur_trainer.evaluation.token_scores import scored_positions
 from blur_trainer.models.forward import evaluating
 
 
@@ -71,8 +73,13 @@ def token_logps(
 
     def run(indices: list[int]) -> list[np.ndarray]:
         input_ids, attention_mask = pad([rows[i][0] for i in indices], pad_token_id, "right", model.device)
+        labels = [rows[i][1] for i in indices]
+        on_accelerator = input_ids.device.type != "cpu"
+        positions = Positions([_scored_row(row) for row in labels], input_ids.device) if on_accelerator else None
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        scored = [_label_logps(logits[row], rows[i][1]) for row, i in enumerate(indices)]
+        if positions is not None:
+            return batch_logps(logits, positions)
+        scored = [_label_logps(*pair) for pair in zip(logits, labels, strict=True)]
         parts = torch.cat(scored).cpu().split([len(part) for part in scored])
         return [part.numpy().copy() for part in parts]
 
@@ -133,7 +140,7 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stops, width)] if stops else []),
+            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
             synced_gpus=synced,
         )
         return [_decode(tokenizer, row, config.eos_token_id, stops) for row in output[:, width:].tolist()]
@@ -173,18 +180,6 @@ def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
     )
 
 
-class _Stops(StoppingCriteria):
-    """Marks the rows whose decoded continuation contains one of the strings. Works on text, for every tokenizer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], width: int) -> None:
-        self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, width
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.width :].tolist(), skip_special_tokens=True)
-        done = [any(stop in text for stop in self.stop_strings) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int] | None, stops: Sequence[str]) -> str:
     ends = [ids.index(eos) for eos in eos_ids or [] if eos in ids]
     text = tokenizer.batch_decode([ids[: min(ends, default=len(ids))]], skip_special_tokens=True)[0]
@@ -193,9 +188,14 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[in
     return text
 
 
+def _scored_row(labels: list[int]) -> ScoredRow:
+    positions = scored_positions(labels)
+    return ScoredRow([t - 1 for t in positions], [labels[t] for t in positions])
+
+
 def _label_logps(logits: Tensor, labels: list[int]) -> Tensor:
     """Float32 log-probabilities (number of scored labels,) from one example's logits (T, V)."""
-    positions = [t for t in range(1, len(labels)) if labels[t] != -100]
+    positions = scored_positions(labels)
     index = torch.tensor(positions, dtype=torch.long, device=logits.device)
     targets = torch.tensor([labels[t] for t in positions], dtype=torch.long, device=logits.device)
     rows = logits[index - 1].float()

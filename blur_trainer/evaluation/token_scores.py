@@ -48,7 +48,8 @@ def score_row(logits: Tensor, positions: Sequence[int], targets: Sequence[int], 
     """
     Scores one row: float32 on the model's device, (2, T), or (5, T) with details. See [`to_numpy`].
 
-    It works row by row, because one row of logits fits into the processor's cache. Only scored positions are
+    It works row by row, because one row of logits fits into the processor's cache; for accelerators there is
+    [`BatchScores`]. Only scored positions are
     normalized, always in float32.
 
     Args:
@@ -63,10 +64,18 @@ def score_row(logits: Tensor, positions: Sequence[int], targets: Sequence[int], 
     else:
         rows = logits[torch.tensor(positions, device=logits.device)].float()
     tokens = torch.tensor(targets, device=logits.device)
-    logps = -torch.nn.functional.cross_entropy(rows, tokens, reduction="none")
-    logps = logps.masked_fill(logps == -torch.inf, REJECTED)  # NaN stays, so that a diverged model is noticed
-    columns = [tokens, logps, *(_distribution(rows) if detailed else ())]
+    columns = [tokens, rejected(label_logps(rows, tokens)), *(distribution(rows) if detailed else ())]
     return torch.stack([column.float() for column in columns])  # float32 holds token ids below 2^24 exactly
+
+
+def label_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (T,) of tokens (T,), from float32 logits (T, V)."""
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def rejected(logps: Tensor) -> Tensor:
+    """A finite number for a token of probability 0. NaN stays, so that a diverged model is noticed."""
+    return logps.masked_fill(logps == -torch.inf, REJECTED)
 
 
 def to_numpy(rows: Sequence[Tensor]) -> list[AnswerScores]:
@@ -88,7 +97,7 @@ def to_numpy(rows: Sequence[Tensor]) -> list[AnswerScores]:
     return found
 
 
-def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Most likely token, mean and variance of log p under p, each (T,), from logits (T, V)."""
     logps = logits.log_softmax(-1)
     p = logps.exp()

@@ -154,17 +154,25 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
     to float32 on an accelerator (H100, 1.2 billion bfloat16: 40 ms with three widened products, 16 with one).
     """
     products: list[list[Tensor]] = [[], [], []]
+    resident: tuple[list[Tensor], list[Tensor]] = ([], [])  # on an accelerator: norms of all tensors in few kernels
     for pair in zip(forget, retain, strict=True):
         home = next((g.device for g in reversed(pair) if g is not None), None)
-        size = _CHUNK if home is None or home.type == "cpu" else _CHUNK_ON_ACCELERATOR
+        on_host = home is None or home.type == "cpu"
+        for mine, gradient in zip(resident, pair, strict=True):
+            if not on_host and gradient is not None and gradient.device == home:
+                mine.append(gradient)
+        moved = pair[0] is not None and pair[0].device != home  # an offloaded slot
+        size = _CHUNK if on_host else _CHUNK_ON_ACCELERATOR
         for f, r in zip_longest(*(() if g is None else g.flatten().split(size) for g in pair)):
             f = f if f is None else f.to(home, non_blocking=True)
-            if f is not None:
+            if f is not None and (on_host or moved):
                 products[0].append(_square(f))
-            if r is not None:
+            if r is not None and on_host:
                 products[2].append(_square(r))
             if f is not None and r is not None:
                 products[1].append(torch.dot(_widened(f), _widened(r)))
+    products[0] += _squares(resident[0])
+    products[2] += _squares(resident[1])
     flat = [product for part in products for product in part]
     if not flat:
         return torch.zeros(3, dtype=torch.float64)
@@ -175,6 +183,19 @@ def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | No
 
 def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _squares(tensors: list[Tensor]) -> list[Tensor]:
+    """`<x, x>` of each, on an accelerator: some kernels for all of them, where one each would keep the host busy."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    squares: list[Tensor] = []
+    for (_, dtype), group in groups.items():
+        norms = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+        torch._foreach_mul_(norms, norms)
+        squares += norms
+    return squares
 
 
 def _square(x: Tensor) -> Tensor:

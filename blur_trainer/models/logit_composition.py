@@ -43,19 +43,19 @@ def filtered(composed: Tensor, target: Tensor, top_logit_filter: float) -> Tenso
     if top_logit_filter == 0:
         return composed
     rejected = ~passing(target, top_logit_filter)
+    # `log_softmax` is one kernel on an accelerator, `logsumexp` is nine: a token at a time, launches are what costs
+    before, after = (logits.masked_fill(rejected, -math.inf) for logits in (target, composed))
     # a constant per position restores the total probability of the passing tokens
-    before, after = (
-        logits.masked_fill(rejected, -math.inf).logsumexp(-1, keepdim=True) for logits in (target, composed)
-    )
-    return torch.where(rejected, target, composed + (before - after))
+    total = target.amax(-1, keepdim=True) - before.log_softmax(-1).amax(-1, keepdim=True)
+    return torch.where(rejected, target, after.log_softmax(-1) + total)
 
 
 def passing(target: Tensor, top_logit_filter: float) -> Tensor:
     """Which tokens pass the filter, `(..., V)` bool. Needs `top_logit_filter > 0`."""
     highest = target.topk(max(1, int(top_logit_filter * target.shape[-1])), dim=-1, sorted=False).values
     highest = highest.to(torch.promote_types(highest.dtype, torch.float32))  # half precision would round the threshold
-    threshold = torch.minimum(highest.amax(-1) + math.log(top_logit_filter), highest.amin(-1))
-    return target >= threshold.unsqueeze(-1)
+    lowest, highest = highest.aminmax(dim=-1, keepdim=True)
+    return target >= torch.minimum(highest + math.log(top_logit_filter), lowest)
 
 
 def uld(target: Tensor, assistant: Tensor, base: Tensor | None, weight: float) -> Tensor:
@@ -145,7 +145,8 @@ class ULDLogitsProcessor(LogitsProcessor):
     are as good as logits. Put it before processors that change the distribution (temperature, top-k, penalties).
 
     The assistant has a cache. If every row continues the text of the last call, one token is read. Otherwise (beams
-    changed places, a new text) everything is read again: slower, but the same result.
+    changed places, a new text) everything is read again: slower, but the same result. To compare, the host waits for
+    the device once per token; a [`LogitDifferenceModel`] does not.
 
     Args:
         assistant ([`~peft.PeftModel`]):
@@ -164,6 +165,7 @@ class ULDLogitsProcessor(LogitsProcessor):
             raise ValueError("assistant is in train mode, its dropout on: call assistant.eval() first.")
         self.assistant, self.weight, self.top_logit_filter = assistant, weight, top_logit_filter
         self.attention_mask = attention_mask
+        self._padded = attention_mask is not None and not bool(attention_mask.all())
         self._seen: Tensor | None = None
 
     @torch.no_grad()
@@ -173,11 +175,10 @@ class ULDLogitsProcessor(LogitsProcessor):
         seen = self._seen
         if seen is None or seen.shape[1] >= input_ids.shape[1] or not torch.equal(seen, input_ids[:, : seen.shape[1]]):
             self._cache = DynamicCache(config=self.assistant.config)
-        past, mask = self._cache.get_seq_length(), self._mask(input_ids)
+        past = self._cache.get_seq_length()
         logits = self.assistant(
             input_ids=input_ids[:, past:],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, past:],
+            **self._places(input_ids, past),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -185,14 +186,18 @@ class ULDLogitsProcessor(LogitsProcessor):
         self._seen = input_ids
         return logit_difference(scores, logits.to(scores), self.weight, self.top_logit_filter).log_softmax(-1)
 
-    def _mask(self, input_ids: Tensor) -> Tensor:
+    def _places(self, input_ids: Tensor, past: int) -> dict[str, Tensor]:
+        """Mask and positions where the prompts are padded. Otherwise none: a model waits for the device to read one."""
+        if self.attention_mask is None:
+            return {}
+        (rows, width), given = input_ids.shape, self.attention_mask
+        if rows % given.shape[0] or width < given.shape[1]:
+            raise ValueError(
+                f"attention_mask is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}: give the mask of "
+                "these prompts, a new processor for each batch."
+            )
+        if not self._padded:
+            return {}
         mask = torch.ones_like(input_ids)
-        if self.attention_mask is not None:
-            (rows, width), given = input_ids.shape, self.attention_mask.to(input_ids)
-            if rows % given.shape[0] or width < given.shape[1]:
-                raise ValueError(
-                    f"attention_mask is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}: give the mask of "
-                    "these prompts, a new processor for each batch."
-                )
-            mask[:, : given.shape[1]] = given.repeat_interleave(rows // given.shape[0], 0)
-        return mask
+        mask[:, : given.shape[1]] = given.to(input_ids).repeat_interleave(rows // given.shape[0], 0)
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]}

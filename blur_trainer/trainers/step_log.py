@@ -84,9 +84,11 @@ class StepLog:
         steps, skipped = self.steps - self._logged[0], self.skipped - self._logged[1]
         self._logged = (self.steps, self.skipped)
         means = {"loss": of_finite(loss, steps, skipped)}
-        for key, values in self._values.items():
-            mean = torch.stack([value.float() for value in values]).mean()
-            means[key] = (self.accelerator.reduce(mean, "mean") if key.startswith("loss/") else mean).item()
+        found = {key: torch.stack(values).float().mean() for key, values in self._values.items()}
+        for key in found:
+            if key.startswith("loss/"):
+                found[key] = self.accelerator.reduce(found[key], "mean")
+        means |= _read(found)
         if skipped:
             means["grad/skipped"] = float(skipped)
         self._values.clear()
@@ -95,6 +97,14 @@ class StepLog:
     def train_loss(self, loss: float) -> float:
         """Trainer's `train_loss`, the mean over all steps, corrected likewise."""
         return of_finite(loss, self.steps, self.skipped)
+
+
+def _read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as numbers. The host waits for the device once, not once per number."""
+    there = [key for key, number in numbers.items() if not number.is_cpu]
+    together = torch.stack([numbers[key] for key in there]).tolist() if there else []
+    read = dict(zip(there, together, strict=True))
+    return {key: read[key] if key in read else number.item() for key, number in numbers.items()}
 
 
 def of_finite(mean: float, steps: int, skipped: int) -> float:

@@ -1,9 +1,12 @@
 """Answers scored after a shared prompt against one sequence at a time."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from support.fake_device import DEVICE, FakeDevice
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -21,7 +24,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from blur_trainer.evaluation import answer_scoring
 from blur_trainer.evaluation.answer_scoring import can_share_prompts, score_variants
+from blur_trainer.evaluation.batch_scores import BatchScores, ScoredRow
 from blur_trainer.evaluation.token_scores import REJECTED, score_row, to_numpy
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
 from blur_trainer.models.truncation import lora_assistant
@@ -274,3 +279,52 @@ def test_no_questions_no_scores():
     assert score_variants(build("llama"), [], pad_token_id=0) == []
     with pytest.raises(ValueError, match="`batch_size`"):
         score_variants(build("llama"), [], pad_token_id=0, batch_size=0)
+
+
+# --- on an accelerator ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_an_accelerator_scores_a_batch_at_once_and_the_same(name):
+    model, questions = build(name), make_questions()[:4]
+    expected = score_variants(model, questions, pad_token_id=0, batch_size=5, details=True)
+    with FakeDevice() as fake:
+        scores = score_variants(model.to(DEVICE), questions, pad_token_id=0, batch_size=5, details=True)
+    for row, truth in zip(chain(*scores), chain(*expected), strict=True):
+        for field in ("tokens", "logps", "predicted", "means", "variances"):
+            a, b = getattr(row, field), getattr(truth, field)
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == b.dtype and a == pytest.approx(b, rel=1e-5, abs=1e-5))
+    waits = sum(n for key, n in fake.waits.items() if key.startswith("blur_trainer/"))
+    assert waits == (3 if name == "llama" else 2)  # one per pass: one answer; nine after shared prompts, or ten
+
+
+def test_rejected_tokens_and_nan_on_an_accelerator():
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    logits[0, :, :4], logits[1] = -torch.inf, torch.nan
+    rows = [ScoredRow([0, 2], [1, 7], True), ScoredRow([1], [3])]
+    first, second = BatchScores(rows, torch.device("cpu"))(logits)
+    (truth,) = to_numpy([score_row(logits[0], [0, 2], [1, 7], True)])
+    assert first.logps[0] == REJECTED and first.logps.tolist() == truth.logps.tolist()
+    assert first.means.tolist() == truth.means.tolist() and first.variances.tolist() == truth.variances.tolist()
+    assert np.isnan(second.logps).all() and second.means is None
+
+
+@pytest.mark.parametrize("name", ["llama", "difference"])
+@torch.no_grad()
+def test_rows_of_a_cache_are_copied_and_nothing_else(name):
+    model, rows = build(name), torch.tensor([2, 0, 2])
+    ids = torch.randint(2, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
+    with FakeDevice() as fake:
+        cache = model.to(DEVICE)(input_ids=ids.to(DEVICE), use_cache=True).past_key_values
+        before = [(layer.keys, layer.values) for layer in cache.layers]
+        fake.bytes.clear()
+        selected = answer_scoring._rows_of(cache, rows.to(DEVICE))
+        copied = sum(fake.bytes.values()) - rows.numel() * rows.element_size()
+    assert type(selected) is type(cache)
+    assert copied == sum(x.inner.numel() * x.inner.element_size() for pair in before for x in pair)  # three of three
+    for layer, kept, new in zip(cache.layers, before, selected.layers, strict=True):
+        assert layer.keys is kept[0] and layer.values is kept[1]
+        assert torch.equal(new.keys.inner, kept[0].inner[rows]) and torch.equal(new.values.inner, kept[1].inner[rows])
+    if name == "difference":
+        assert selected.target.layers[0] is selected.layers[0] and selected.assistant.layers[0] is selected.layers[3]

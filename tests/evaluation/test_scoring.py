@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -6,10 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from support.fake_device import DEVICE, FakeDevice
 from support.scoring_helpers import SENTENCES, build_model, build_tokenizer
 from transformers import GenerationConfig
 
-from blur_trainer.evaluation import batching, scoring
+from blur_trainer.evaluation import batch_scores, batching, scoring
 from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.models.forward import evaluating
 
@@ -373,3 +375,61 @@ def test_only_scored_positions_are_normalized(model, monkeypatch):
     examples = make_examples()
     scoring.token_logps(model, examples, pad_token_id=1)
     assert sum(shape[0] for shape in shapes) == sum(sum(label != -100 for label in e["labels"][1:]) for e in examples)
+
+
+# --- stop strings, exactly --------------------------------------------------------------------------------------------
+
+
+def stopped(tokenizer, tokens, stops):
+    """Looks at the text after each token, from the beginning: the text up to the first string that it then has."""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            break
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+def test_stop_strings_end_a_row_at_the_token_that_completes_one(model, tokenizer, literal, device):
+    """Some strings begin before others and would be complete later: a look at the whole text would find them first."""
+    count, length = (12, LONGEST) if device == "cpu" else (4, 8)
+    rng = np.random.default_rng(0)
+    prompts = ["".join(rng.choice(list("abcdefgh. "), 1 + n % 7)) for n in range(count)]
+    full = literal(length, prompts=prompts)
+    characters = Counter(char for text in full for char in text if char != "\N{REPLACEMENT CHARACTER}")
+    some = [char for char, _ in characters.most_common()[len(characters) // 2 :: 9]]
+    stops = [*(text[2:8] for text in full[::4]), *(text[3:5] for text in full[::4]), *some]
+    rows = [literal.token_ids(prompt)[:length] for prompt in prompts]
+    rows = [row[: row.index(1)] if 1 in row else row for row in rows]
+    expected = [stopped(tokenizer, row, stops) for row in rows]
+    assert {*expected} & {*full} and {*expected} - {*full}  # rows that stop, and rows that do not
+    settings = {"max_new_tokens": length, "batch_size": 7, "stop_strings": stops}
+    if device == "cpu":
+        assert generate(model, tokenizer, prompts, **settings) == expected
+        return
+    with FakeDevice() as fake:
+        assert generate(model.to(DEVICE), tokenizer, prompts, **settings) == expected
+    assert sum(n for key, n in fake.waits.items() if "stopping.py" in key) <= length
+    assert sum(n for key, n in fake.uploads.items() if "stopping.py" in key) in range(1, length)  # when a row ends
+
+
+# --- on an accelerator ------------------------------------------------------------------------------------------------
+
+
+def ours(counts):
+    return sum(number for key, number in counts.items() if key.startswith("blur_trainer/"))
+
+
+@pytest.mark.parametrize("elements", [None, 700])
+def test_an_accelerator_scores_a_batch_at_once_and_the_same(model, monkeypatch, elements):
+    expected = token_logps(model, make_examples(), pad_token_id=1)
+    if elements:  # two tokens at a time
+        monkeypatch.setattr(batch_scores, "_ELEMENTS", elements)
+    with FakeDevice() as fake:
+        rows = token_logps(model.to(DEVICE), make_examples(), pad_token_id=1)
+    assert [len(row) for row in rows] == [len(row) for row in expected]
+    for row, truth in zip(rows, expected, strict=True):
+        assert row.tolist() == pytest.approx(truth.tolist(), abs=1e-5)
+    assert ours(fake.waits) == 1 and ours(fake.uploads) == 2  # tokens with their mask; what to score

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from support.fake_device import DEVICE, FakeDevice
 from torch import nn
 
-from blur_trainer.gradients.backend import GradientBackend
+from blur_trainer.gradients.backend import GradientBackend, inner_products
 from blur_trainer.gradients.engines import check_engine, choose_backend
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
 
@@ -557,3 +558,24 @@ def test_on_a_gpu_the_slot_is_in_page_locked_memory():
     backend.gramian()
     backend.write(torch.tensor([0.3, 2.0]))
     assert all(p.grad.is_cuda for p in model.parameters())
+
+
+# ---- on an accelerator ----
+
+
+@pytest.mark.parametrize("slot", ["there", "on the host"])
+def test_inner_products_of_an_accelerator_take_few_kernels_and_are_the_same(slot):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 3), (4,), (0,), (2, 2), (5,)] * 4
+    forget, retain = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    forget[3], retain[4], forget[1], retain[1] = None, None, forget[1].double(), retain[1].double()
+    expected = inner_products(forget, retain)
+    with FakeDevice() as device:
+        there = [g if g is None or slot == "on the host" else g.to(DEVICE) for g in forget]
+        found = inner_products(there, [g if g is None else g.to(DEVICE) for g in retain])
+    assert found.is_cpu and found.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert sum(device.waits.values()) == 1
+    if slot == "there":
+        assert sum(n for key, n in device.operators.items() if key.startswith("blur_trainer")) < 2 * len(
+            shapes
+        )  # a product each, and norms of all at once

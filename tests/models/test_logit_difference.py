@@ -9,6 +9,7 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.fake_device import DEVICE, FakeDevice
 from support.logit_models import CLOSE, MODES, generate, learned, padded, prompts, tiny
 from support.models import VOCAB, collate, examples, tiny_llama
 from transformers import (
@@ -530,3 +531,23 @@ def test_no_fused_head(llama):
     batch = collate(examples(3))
     logits = logit_difference(forward(llama.target, batch), forward(llama.assistant, batch), WEIGHT, 0.0)
     torch.testing.assert_close(answer_logps(llama, batch), sequence_logps(logits, batch["labels"]))
+
+
+@torch.no_grad()
+def test_on_an_accelerator_a_token_waits_for_no_more_than_the_models_do():
+    llama = pair(tiny("Llama", layers=1), layers=1)
+    rows = prompts((6, 6))
+    batch = {"input_ids": torch.cat(rows), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    expected = generate(llama, batch, do_sample=False).sequences
+    with FakeDevice() as device:
+        there, batch = llama.to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        device.clear()
+        assert generate(there, batch, do_sample=False).sequences.tolist() == expected.tolist()
+        assert not [key for key in (*device.waits, *device.uploads) if key.startswith("blur_trainer")]
+        processor = ULDLogitsProcessor(llama.assistant, WEIGHT, FILTER, batch["attention_mask"])
+        device.clear()
+        found = generate(there.target, batch, do_sample=False, logits_processor=LogitsProcessorList([processor]))
+        assert found.sequences.tolist() == expected.tolist()
+    waits = {key.split(":")[0]: number for key, number in device.waits.items() if not key.startswith("tests")}
+    assert waits.pop("blur_trainer/models/logit_composition.py") == 7  # of eight tokens: does each continue its row?
+    assert list(waits) == ["transformers/generation/utils.py"]  # nothing reads a mask without padding

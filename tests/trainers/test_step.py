@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import reference
+from support.fake_device import DEVICE, FakeDevice
 from support.models import examples, tiny_llama
+from transformers import TrainerCallback
 
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.backend import GradientBackend
@@ -273,3 +275,42 @@ def test_a_backend_of_ones_own_is_asked_for_once(tmp_path):
     )
     Trainer(tiny_llama(), config, FORGET, RETAIN, forget_objective=GradAscent()).train()
     assert made == ["backend", *("forget", "retain") * 2]
+
+
+# ---- on an accelerator ----
+
+
+def of_package(counts):
+    return {key: number for key, number in counts.items() if key.startswith("blur_trainer/")}
+
+
+class Watch(TrainerCallback):
+    """Where the package waits: in each step up to the gradient, and in the log."""
+
+    def __init__(self, device):
+        self.device, self.steps, self.log = device, [], {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.device.waits.clear()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.steps.append(of_package(self.device.waits))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.log = of_package(self.device.waits)
+
+
+def test_a_step_waits_for_the_device_once_and_a_log_once(tmp_path):
+    with FakeDevice() as device:
+        watch = Watch(device)
+        config = UnlearningConfig(
+            str(tmp_path), max_steps=2, logging_steps=2, report_to="none", save_strategy="no", fused_lm_head=False
+        )
+        trainer = UnlearningTrainer(tiny_llama(layers=1), config, FORGET, RETAIN, rule=BLUR(), callbacks=[watch])
+        trainer.train()
+        assert trainer.model.device == DEVICE
+    assert len(watch.steps) == 2
+    for waits in (*watch.steps[1:], watch.log):  # before the first, all weights are looked at
+        assert list(waits.values()) == [1], waits
+    assert next(iter(watch.steps[1])).startswith("blur_trainer/gradients/backend.py")  # the Gramian's three numbers
