@@ -62,6 +62,7 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
         raise TrainingInterrupted(error.where, remedy, error.signal) from None
     trainer.save_model()
     trainer.save_state()
+    PartialState().wait_for_everyone()  # the main process writes, and all of them may load it next
     return trainer
 
 

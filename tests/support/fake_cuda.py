@@ -43,7 +43,7 @@ PROPERTIES = SimpleNamespace(
     name="Fake H100", major=9, minor=0, total_memory=80 * GB, multi_processor_count=132, uuid="0", gcnArchName=""
 )
 #: that may have operands in two places
-_APART = {"copy_", "__getitem__", "__setitem__", "index", "index_put_", "__set__", "data", "is_same_size", "equal_"}
+_APART = {"copy_", "__getitem__", "__setitem__", "index", "index_put_", "__set__", "data", "_has_compatible_shallow_copy_type"}
 _TENSORS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "gather")
 _OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
 _CALLED = {torch.Tensor.device.__get__: "device", torch.Tensor.is_cuda.__get__: "is_cuda", torch.Tensor.to: "to"}
@@ -81,6 +81,7 @@ class FakeCuda(TorchFunctionMode):
         special = _CALLED.get(func)
         if special is not None:
             return getattr(self, f"_{special}")(func, *args, **kwargs)
+        kwargs.pop("pin_memory", None)
         target, given = None, "device" in kwargs and kwargs["device"] is not None
         if given:
             target = self._gpu(kwargs["device"])
