@@ -239,8 +239,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             target if config.assistant is None else assistant or named_model(config, "assistant", beside, name, kwargs)
         )
         view = truncated_view(below.requires_grad_(False), config.num_assistant_layers)
-        # PEFT reads an adapter onto the first GPU, in whatever process; from the CPU it goes where the view's layers are
-        options = {"is_trainable": is_trainable, "subfolder": inside, "torch_device": "cpu"}
+        options = {"is_trainable": is_trainable, "subfolder": inside, "torch_device": "cpu"}  # else the first GPU
         adapter = PeftModel.from_pretrained(view, str(folder), **options)
         model = cls(config, target, adapter)
         model.generation_config = GenerationConfig.from_pretrained(str(folder))

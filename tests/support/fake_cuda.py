@@ -43,8 +43,14 @@ PROPERTIES = SimpleNamespace(
     name="Fake H100", major=9, minor=0, total_memory=80 * GB, multi_processor_count=132, uuid="0", gcnArchName=""
 )
 #: that may have operands in two places
-_APART = {"copy_", "__getitem__", "__setitem__", "index", "index_put_", "__set__", "data", "_has_compatible_shallow_copy_type"}
-_TENSORS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "gather")
+_APART = {
+    *("copy_", "__getitem__", "__setitem__", "index", "index_put_", "__set__", "data"),
+    "_has_compatible_shallow_copy_type",
+}
+_TENSORS = (
+    *("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"),
+    "gather",
+)
 _OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
 _CALLED = {torch.Tensor.device.__get__: "device", torch.Tensor.is_cuda.__get__: "is_cuda", torch.Tensor.to: "to"}
 _CALLED |= {torch.Tensor.cpu: "cpu", torch.Tensor.cuda: "cuda", torch.Tensor.backward: "backward"}
@@ -87,8 +93,6 @@ class FakeCuda(TorchFunctionMode):
             target = self._gpu(kwargs["device"])
             if target is not None:
                 kwargs["device"] = "cpu"
-        if "generator" in kwargs and kwargs["generator"] is not None and not isinstance(kwargs["generator"], torch.Generator):
-            kwargs["generator"] = None
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         self._check_mixed(func, inputs)
         found = func(*args, **kwargs)
@@ -306,27 +310,29 @@ class FakeCuda(TorchFunctionMode):
         return collective
 
     def _install_models(self) -> None:
-        fake = self
+        wrapper, fake = nn.parallel.DistributedDataParallel, self
+        make, run, make_parameter = wrapper.__init__, wrapper.forward, nn.Parameter.__new__
 
-        def ddp(model: Any, module: nn.Module, device_ids: Any = None, output_device: Any = None, *args: Any, _real: Any = nn.parallel.DistributedDataParallel.__init__, **kwargs: Any) -> None:
-            fake.note("ddp", [torch.device("cuda", i).index if isinstance(i, int) else i.index for i in device_ids or ()])
-            _real(model, module, None, None, *args, **kwargs)
+        def ddp(model: Any, module: nn.Module, device_ids: Any = (), output_device: Any = None, **kwargs: Any) -> None:
+            fake.note("ddp", [device if isinstance(device, int) else device.index for device in device_ids or ()])
+            make(model, module, **kwargs)
 
-        def forward(model: Any, *args: Any, _real: Any = nn.parallel.DistributedDataParallel.forward, **kwargs: Any) -> Any:
-            tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-            digest = hashlib.sha256(b"".join(put(t.detach().clone(), None).numpy().tobytes() for t in tensors if not t.is_floating_point()))
-            fake.note("forward", model.require_backward_grad_sync and torch.is_grad_enabled(), digest.hexdigest()[:12])
-            return _real(model, *args, **kwargs)
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = [value.detach().clone() for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+            content = b"".join(put(value.double(), None).numpy().tobytes() for value in tensors)
+            reduces = model.require_backward_grad_sync and torch.is_grad_enabled()
+            fake.note("forward", reduces, hashlib.sha256(content).hexdigest()[:12])
+            return run(model, *args, **kwargs)
 
-        def data_parallel(model: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def data_parallel(*args: Any, **kwargs: Any) -> None:
             fake.note("data_parallel")
             raise RuntimeError("a model was wrapped in nn.DataParallel")
 
-        def parameter(cls: Any, data: Any = None, requires_grad: bool = True, _real: Any = nn.Parameter.__new__) -> Any:
-            made = _real(cls, data, requires_grad)
+        def parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+            made = make_parameter(cls, data, requires_grad)
             return made if data is None or made.is_meta else put(made, home(data))
 
-        self._put(nn.parallel.DistributedDataParallel, __init__=ddp, forward=forward)
+        self._put(wrapper, __init__=ddp, forward=forward)
         self._put(nn.DataParallel, __init__=data_parallel)
         self._put(nn.Parameter, __new__=staticmethod(parameter))
 
