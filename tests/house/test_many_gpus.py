@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from support.example_runs import as_the_hub, with_ignorant_models
+from support.example_runs import prepared
 from support.fake_cuda import FakeCuda, home
 from support.models import examples, tiny_llama
 from support.processes import SUPPORT, torchrun
@@ -27,9 +27,8 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 import blur_trainer as bt
-from blur_trainer.data.subset import limit_rows
 from blur_trainer.evaluation.distributed import in_shares
-from blur_trainer.scripts import running, tiny
+from blur_trainer.scripts import running
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.toy import memorize as memorizing
 from blur_trainer.toy.model import tiny_llama as toy_llama
@@ -231,31 +230,6 @@ def test_the_trainer_without_a_launcher_says_what_to_do(tmp_path):
 
 
 # ---- the examples, launched ----
-
-
-def ignorant(folder, tokenizer, dataset, **_):
-    """What stands for a memorized model here: the right vocabulary, and nothing known."""
-    toy_llama(tokenizer, hidden_size=16, num_heads=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def prepared(name, folder, monkeypatch):
-    """The models that the example would make, and the arguments of a short run on data as small as it gets."""
-    short = ["--eval_strategy", "no", "--output_dir", str(folder / "run")]
-    monkeypatch.setattr(tiny, "memorized", ignorant)
-    if name == "run_muse":  # one text a stage: fewer than processes
-        news = as_the_hub(folder / "news")
-        with_ignorant_models(folder / "run", bt.load_muse("news", news))
-        return [*short, "--data_dir", str(news)]
-    short += ["--models_dir", str(folder / "models")]
-    if name == "run_wmdp":
-        script = importlib.import_module("blur_trainer.scripts.wmdp")
-        script.tiny_models(script.parse(short)[0], ["potions", "machines"])
-        return short
-    script = importlib.import_module("blur_trainer.scripts.tofu")
-    script.tiny_models(limit_rows(bt.load_tofu("embedded", "forget10"), 3), script.parse(short)[0])
-    return [*short, "--max_rows", "3"]
 
 
 RUNS = {
