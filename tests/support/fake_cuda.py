@@ -332,6 +332,15 @@ class FakeCuda(TorchFunctionMode):
             made = make_parameter(cls, data, requires_grad)
             return made if data is None or made.is_meta else put(made, home(data))
 
+        def load(*args: Any, map_location: Any = None, _real: Any = torch.load, **kwargs: Any) -> Any:
+            target = self._gpu(map_location) if isinstance(map_location, str | torch.device) else None
+            found = _real(*args, map_location=map_location if target is None else "cpu", **kwargs)
+            for value in tree_iter(found):
+                if target is not None and isinstance(value, Tensor):
+                    self.note("to", put(value, target).fake_home.index)
+            return found
+
+        self._put(torch, load=load)
         self._put(wrapper, __init__=ddp, forward=forward)
         self._put(nn.DataParallel, __init__=data_parallel)
         self._put(nn.Parameter, __new__=staticmethod(parameter))
