@@ -25,6 +25,7 @@ import blur_trainer as bt
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.seeds import write_means
 from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.scripts.running import check_launch
 
 BENCHMARKS = {  # script, methods, arguments of all runs; attacks are of one run's model and cannot be averaged
     "tofu": (run_tofu, ["blur-npo", "npo", "simnpo", "uld"], []),
@@ -49,7 +50,9 @@ def parse():
     if re.search(r'--hub_token|"(use_auth_)?token"', shlex.join(shared)):
         raise ValueError("A token among the arguments would be written down: `hf auth login` instead.")
     for method in options.methods:  # wrong arguments are found before anything is trained
-        script.parse(["--method", method, *shared])
+        _, args, *_ = script.parse(["--method", method, *shared])
+        if options.launcher == sys.executable:
+            check_launch(args, "pass --launcher 'accelerate launch'")
     return options, shared
 
 

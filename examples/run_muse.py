@@ -78,7 +78,7 @@ def main():
             if is_finished(args, stage_folder):
                 model = load(target if model_args.use_peft else stage_folder)
                 if model_args.use_peft:
-                    model = PeftModel.from_pretrained(model, stage_folder, is_trainable=True)
+                    model = PeftModel.from_pretrained(model, stage_folder, is_trainable=True, torch_device="cpu")
             else:
                 by_name = isinstance(first, str)
                 trainer = bt.BLURTrainer(

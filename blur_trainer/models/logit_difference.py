@@ -239,7 +239,8 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             target if config.assistant is None else assistant or named_model(config, "assistant", beside, name, kwargs)
         )
         view = truncated_view(below.requires_grad_(False), config.num_assistant_layers)
-        adapter = PeftModel.from_pretrained(view, str(folder), is_trainable=is_trainable, subfolder=inside)
+        options: Any = {"is_trainable": is_trainable, "subfolder": inside, "torch_device": "cpu"}  # not GPU 0
+        adapter = PeftModel.from_pretrained(view, str(folder), **options)
         model = cls(config, target, adapter)
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
         return model

@@ -80,7 +80,7 @@ def merge_and_save(
 
 def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
-        adapted: Any = PeftModel.from_pretrained(base, adapter)
+        adapted: Any = PeftModel.from_pretrained(base, adapter, torch_device="cpu")  # not the first GPU
     except (RuntimeError, ValueError) as error:  # PEFT's, of sizes or of names
         raise ValueError(
             f"The adapter in {adapter!r} does not fit its base: it was trained on a model of other sizes or layers. "

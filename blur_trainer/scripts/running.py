@@ -23,8 +23,10 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
     The output folder. It holds no other run, which would be overwritten. From now on one process shows bars.
 
     Raises:
-        ValueError: the folder holds a run and this one does not resume it, or attacks are asked of float16 weights.
+        ValueError: the folder holds a run and this one does not resume it, or attacks are asked of float16 weights, or
+            this is the only process and there are several GPUs.
     """
+    check_launch(args, f"start `accelerate launch {sys.argv[0]}` with the same arguments")
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
         disable_progress_bar()
@@ -36,6 +38,19 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
     if not args.resume_from_checkpoint:
         check_output_dir(str(args.output_dir))
     return Path(str(args.output_dir))
+
+
+def check_launch(args: TrainingArguments, all_gpus: str) -> None:
+    """
+    Raises `ValueError` if this one process sees several GPUs: Trainer would wrap the model in `nn.DataParallel`.
+
+    A `device_map` spreads the model over them instead. `all_gpus`: what to do for a process on each.
+    """
+    if args.n_gpu > 1 and "device_map" not in (getattr(args, "model_init_kwargs", None) or {}):
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible, and this is one process, which trains on one. To use all, {all_gpus}. To "
+            "use one, set CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def is_finished(args: TrainingArguments, folder: Path) -> bool:
@@ -62,6 +77,7 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
         raise TrainingInterrupted(error.where, remedy, error.signal) from None
     trainer.save_model()
     trainer.save_state()
+    PartialState().wait_for_everyone()  # the main process writes, and all of them may load it next
     return trainer
 
 

@@ -53,7 +53,7 @@ class _Progress(ProgressCallback):
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Inside, each process trains alone, without the launched engine. So the model is that of a single process."""
+    """Inside, this process trains alone, without the launched engine. So the model is that of a single process."""
     state = dict(PartialState().__dict__)
     one = {"local_rank": "-1", "rank": "0", "world_size": "1"}
     with patch_environment(**one, accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
@@ -144,15 +144,14 @@ def memorized(
     """
     Makes a [`tiny_llama`] that knows `dataset` by heart, saves it with its tokenizer in `folder`, and returns the path.
 
-    An existing folder is reused. An interrupted call leaves no folder. With several processes each trains alone, and
-    the main one writes.
+    An existing folder is reused. An interrupted call leaves no folder. With several processes the main one trains and
+    writes, and the others wait.
     """
-    folder = Path(folder)
-    if not folder.exists():
+    folder, process = Path(folder), PartialState()
+    # the main process alone looks for the folder: another one might see it just made, and not wait with the rest
+    if process.is_main_process and not folder.exists():
         desc = f"Making the {folder.name} model"
         model = memorize(tiny_llama(tokenizer, seed=seed), tokenizer, dataset, seed=seed, desc=desc)
-        process = PartialState()
-        if process.is_main_process:
-            atomic_write_folder(folder, lambda part: (model.save_pretrained(part), tokenizer.save_pretrained(part)))
-        process.wait_for_everyone()
+        atomic_write_folder(folder, lambda part: (model.save_pretrained(part), tokenizer.save_pretrained(part)))
+    process.wait_for_everyone()
     return str(folder)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from support.example_runs import FILES as WRITTEN
-from support.example_runs import as_the_hub, launch, load, with_ignorant_models
+from support.example_runs import as_the_hub, launch, load, prepared, with_ignorant_models
 from support.runs import distance, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -124,6 +124,20 @@ def test_the_line_runs(line, tmp_path):
     trained, target = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, out / "target"))
     assert distance(weights(trained), weights(target)) > 1e-4
     assert AutoTokenizer.from_pretrained(out)
+
+
+@pytest.mark.distributed
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the launchers would take the accelerator, not two CPUs")
+def test_the_assistant_is_trained_and_loaded_again(name, tmp_path, monkeypatch):
+    """ULD: one process writes the folder, and both load it right after the training."""
+    line = f"accelerate launch --config_file examples/accelerate/{name}.yaml examples/run_tofu.py"
+    more = [*prepared("run_tofu", tmp_path, monkeypatch), "--method", "uld", "--compare", "npo", "--max_steps", "2"]
+    done = launch(*command(line), *more, folder=ROOT)
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
+    assert [row["name"] for row in load(tmp_path / "run")["rows"]] == ["target", "ULD", "NPO", "retrain"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 @pytest.mark.distributed

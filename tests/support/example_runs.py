@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 
+import blur_trainer as bt
+from blur_trainer.data.subset import limit_rows
+from blur_trainer.scripts import tiny, tofu, wmdp
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
 from blur_trainer.toy.muse import muse_corpora, training_texts
 
@@ -60,3 +63,26 @@ def with_ignorant_models(folder, data):
         tiny_llama(tokenizer, hidden_size=16, num_layers=1, num_heads=2, seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
+
+
+def _ignorant(folder, tokenizer, dataset, **_):
+    """What stands for a memorized model: the right vocabulary, and nothing known."""
+    tiny_llama(tokenizer, hidden_size=16, num_heads=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def prepared(name, folder, monkeypatch):
+    """Models where the example `name` looks for its own, and the arguments of a run on data as small as it gets."""
+    short = ["--eval_strategy", "no", "--output_dir", str(folder / "run")]
+    if name == "run_muse":  # one text a stage: fewer than processes
+        news = as_the_hub(folder / "news")
+        with_ignorant_models(folder / "run", bt.load_muse("news", news))
+        return [*short, "--data_dir", str(news)]
+    monkeypatch.setattr(tiny, "memorized", _ignorant)
+    short += ["--models_dir", str(folder / "models")]
+    if name == "run_wmdp":
+        wmdp.tiny_models(wmdp.parse(short)[0], ["potions", "machines"])
+        return short
+    tofu.tiny_models(limit_rows(bt.load_tofu("embedded", "forget10"), 3), tofu.parse(short)[0])
+    return [*short, "--max_rows", "3"]
