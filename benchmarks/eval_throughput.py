@@ -66,7 +66,8 @@ class Work:
         rng, bounds = random.Random(0), PROMPTS[options.prompts]
         words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(2000)]
         self.tokenizer = train_tokenizer([" ".join(words)] * 2, 8192)
-        self.model = build_model(size, self.tokenizer).to(options.device).eval()
+        with torch.device(options.device):  # random weights of a large model take long on a CPU
+            self.model = build_model(size, self.tokenizer).eval()
         self.options = options
         ids = [self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in words]
         self.prompts = [" ".join(rng.choices(words, k=rng.randint(*bounds))) for _ in range(options.questions)]

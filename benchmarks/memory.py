@@ -21,8 +21,9 @@ from typing import Any
 import datasets
 import torch
 from measuring import machine, resident
-from memory_cases import CASES, HEADLINES, Case, llama, supported
-from rows import met, row, write_rows
+from memory_cases import CASES, HEADLINES, Case, supported
+from rows import row, write_rows
+from shapes import llama
 from stepping import rows
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
@@ -100,7 +101,7 @@ def compare(names: list[str], device: str, jobs: int = 1) -> tuple[bool, list[di
                 continue
             measured = future.result()
             found.append(ratio(name, measured, estimated, device))
-            off = not met(found[-1])
+            off = not found[-1]["met"]
             good &= not off
             numbers = f"{measured / 2**20:9.0f} {estimated / 2**20:9.0f} {measured / estimated:6.2f}"
             print(f"{name:42} {numbers}{'   OFF' if off else ''}", flush=True)
@@ -118,13 +119,13 @@ def headlines(device: str, names: list[str]) -> tuple[bool, list[dict[str, Any]]
         new = [row(f"{name}: {size}", (measured or estimated) / 1e9, "GB", most=case.limit)]
         if measured:
             new.append(ratio(name, measured, estimated, device))
-        good &= all(map(met, new))
+        good &= all(one["met"] for one in new)
         found += new
         shown = f"estimated {estimated / 1e9:.1f} GB, " + (
             f"measured {measured / 1e9:.1f} GB" if measured else "not measured"
         )
-        within = "" if met(new[-1]) else "   OFF"
-        print(f"{'met' if met(new[0]) else 'MISSED':6} {name}, {case.optim} <= {case.limit} GB: {shown}{within}")
+        within = "" if new[-1]["met"] else "   OFF"
+        print(f"{'met' if new[0]['met'] else 'MISSED':6} {name}, {case.optim} <= {case.limit} GB: {shown}{within}")
     return good, found
 
 

@@ -20,7 +20,7 @@ import time
 import torch
 from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
 from rows import row, write_rows
-from stepping import SIZES, Steps, build_model, rows
+from stepping import PINNED, SIZES, Steps, build_model, rows
 
 from blur_trainer import BLUR, BLURConfig, BLURTrainer, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
@@ -97,6 +97,7 @@ def make(variant: str, options: argparse.Namespace, folder: str) -> Straightforw
         disable_tqdm=True,
         train_layers=numbers,
         train_parameters="mlp.down_proj",
+        **PINNED,
     )
     trainer = BLURTrainer(
         build_model(options.size, options.device),

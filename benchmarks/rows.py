@@ -16,15 +16,14 @@ def row(
     spread: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """One number. `least` and `most` bound its aim, `spread` is its lower and upper quartile."""
-    bounds = {"least": least, "most": most, "spread": list(spread) if spread else None}
-    return {"what": what, "value": value, "unit": unit} | {key: v for key, v in bounds.items() if v is not None}
-
-
-def met(found: dict[str, Any]) -> bool | None:
-    """Whether a row is within its aim. `None`: it has none."""
-    if "least" not in found and "most" not in found:
-        return None
-    return bool(found.get("least", float("-inf")) <= found["value"] <= found.get("most", float("inf")))
+    found: dict[str, Any] = {"what": what, "value": value, "unit": unit}
+    bounds = {"least": least, "most": most}
+    found |= {name: bound for name, bound in bounds.items() if bound is not None}
+    if spread is not None:
+        found["spread"] = list(spread)
+    if len(bounds.keys() & found):  # NaN is within no aim
+        found["met"] = (least is None or value >= least) and (most is None or value <= most)
+    return found
 
 
 def write_rows(path: Path | None, rows: list[dict[str, Any]], **more: object) -> None:

@@ -173,7 +173,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model = build(options.vocabulary, options.hidden, *options.layers).to(options.device)
+    with torch.device(options.device):  # random weights of a large model take long on a CPU
+        model = build(options.vocabulary, options.hidden, *options.layers)
     parts = active(model.target), active(model.assistant)
     print(machine(options.device))
     print(

@@ -5,7 +5,8 @@ python benchmarks/what_fits.py
 
 from typing import Any
 
-from memory_cases import CHECKPOINTS, KNOWN, LENGTH, SHAPES, SLOT_ON_CPU, Case
+from memory_cases import CHECKPOINTS, KNOWN, LENGTH, SLOT_ON_CPU, Case
+from shapes import SHAPES
 
 from blur_trainer.memory.estimate import estimate_memory
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from measuring import machine
-from memory_cases import SHAPES
 from rows import row, write_rows
+from shapes import SHAPES, llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from blur_trainer.gradients.backend import add_scaled, inner_products
@@ -31,9 +31,9 @@ ROW = 2**12  # elements of one product in a batch of them: a float32 sum over so
 Products = Callable[[list[Tensor], list[Tensor]], Tensor]
 
 
-def shapes(size: str) -> list[torch.Size]:
+def shapes(config: LlamaConfig) -> list[torch.Size]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(SHAPES[size])
+        model = AutoModelForCausalLM.from_config(config)
     return [parameter.shape for parameter in model.parameters()]
 
 
@@ -93,10 +93,10 @@ def exact(forget: list[Tensor], retain: list[Tensor]) -> Tensor:
     )
 
 
-def compare(size: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, object]]:
+def compare(size: str, config: LlamaConfig, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, object]]:
     generator = torch.Generator(options.device).manual_seed(0)
     forget, retain, empty = (
-        [torch.empty(shape, dtype=dtype, device=options.device) for shape in shapes(size)] for _ in range(3)
+        [torch.empty(shape, dtype=dtype, device=options.device) for shape in shapes(config)] for _ in range(3)
     )
     for tensor in [*forget, *retain]:
         tensor.normal_(generator=generator)
@@ -129,14 +129,18 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["0.1B", "1B", "3B"])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, one round")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    sizes = {size: SHAPES[size] for size in options.sizes}
+    if options.tiny:
+        sizes, options.rounds = {"tiny": llama(64, 2)}, 1
     logging.set_verbosity_error()
     print(machine(options.device))
     rows: list[dict[str, object]] = []
     for dtype in options.dtypes:
-        for size in options.sizes:
-            new = compare(size, getattr(torch, dtype), options)
+        for size, config in sizes.items():
+            new = compare(size, config, getattr(torch, dtype), options)
             rows += new
             print("\n".join(f"{found['what']:60} {found['value']:10.3g} {found['unit']}" for found in new), flush=True)
             write_rows(options.json, rows)

@@ -24,9 +24,9 @@ import datasets
 import torch
 from datasets import Dataset
 from measuring import in_turns, machine, ratio
-from memory_cases import PLAIN, SHAPES, llama
-from rows import met, row, write_rows
-from stepping import Steps, rows
+from rows import row, write_rows
+from shapes import SHAPES, llama
+from stepping import PINNED, Steps, rows
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from transformers.utils import logging
@@ -64,7 +64,7 @@ def make(variant: str, config: LlamaConfig, options: argparse.Namespace, folder:
         "disable_tqdm": True,
         "learning_rate": 1e-6,
         "max_length": options.length,
-        **PLAIN,  # the same for the base, whatever the device's defaults are
+        **PINNED,  # the same for the base, whatever the device's defaults are
         **VARIANTS.get(variant, {}),
     }
     with torch.device(options.device):
@@ -141,7 +141,7 @@ class Results:
         self.rows += rows
         for one in rows:
             spread = "-".join(f"{value:.2f}" for value in one.get("spread", []))
-            missed = "   MISSED" if met(one) is False else ""
+            missed = "   MISSED" if not one.get("met", True) else ""
             print(f"{one['what']:50} {one['value']:9.2f} {one['unit']} {spread}{missed}", flush=True)
         write_rows(self.path, self.rows, failed=self.failed)
 
