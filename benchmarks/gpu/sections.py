@@ -10,8 +10,13 @@ TESTS = [
     *("tests/trainers/test_step.py", "tests/trainers/test_single_buffer.py", "tests/trainers/test_peft.py"),
 ]
 MEASURED = [
-    *("float32, log-probs precomputed", "float32, fused head", "float32, KL", "bfloat16, reference copied"),
-    *("autocast to bfloat16", "LoRA, bfloat16, checkpointing", "float32, forget gradient on the CPU"),
+    *("float32, log-probs precomputed", "float32, fused head", "float32, KL", "float32, accumulation 2"),
+    *(
+        "bfloat16, reference copied",
+        "autocast to bfloat16",
+        "LoRA, bfloat16, checkpointing",
+        "float32, forget gradient on the CPU",
+    ),
     *("float32, one gradient buffer", "bfloat16, BLUR-RMU, chosen matrices"),
 ]
 #: about a third of the cells: each engine and each feature at least once, what takes long left out
