@@ -18,6 +18,8 @@ ROOM = 0.9  # of a card: the rest is for the CUDA context, fragmentation and the
 WAYS: list[tuple[int, str, dict[str, Any], dict[str, Any]]] = [
     (1, "QLoRA, 4 bits", {}, {"bits": 4, "lora": True}),
     (1, "LoRA", {}, {"lora": True}),
+    (1, "all, Adam, float32 weights", KNOWN | {"bf16": True}, {"dtype": "float32"}),
+    (1, "the same, forget gradient on the CPU", KNOWN | SLOT_ON_CPU | {"bf16": True}, {"dtype": "float32"}),
     (1, "all, 8-bit Adam", KNOWN | {"optim": "adamw_8bit"}, {}),
     (1, "all, paged 8-bit Adam, forget gradient on the CPU", KNOWN | SLOT_ON_CPU | {"optim": "paged_adamw_8bit"}, {}),
     (1, "all, Adam, forget gradient on the CPU", KNOWN | SLOT_ON_CPU, {}),

@@ -107,11 +107,11 @@ def main():
         sets = {"forget set": [row for _, rows in stages for row in rows], f"{beside} set": data[f"raw_{beside}"]}
         anew = bt.MUSEEvaluation(bt.prefixed(data, f"{PREFIX}\n\n"), tokenizer, **how)
         found = bt.robustness(
-            load(out, quantization_config=None),  # as it would be given away: whole, and not in few bits
+            load(out, to_train=True),  # as it would be given away: whole, and not in few bits
             evaluation,
             relearning=relearning_sets(sets, tokenizer, args),
             prompted={"prefix": anew},
-            **({"learning_rate": args.learning_rate / 10, "retrained": load(retrained)} if tiny else {}),
+            **({"learning_rate": args.learning_rate / 10, "retrained": load(retrained, to_train=True)} if tiny else {}),
         )
         results.add_robustness(found)
 

@@ -99,9 +99,9 @@ def main():
         anew = bt.TOFUEvaluation(bt.prefixed(data, f"{PREFIX} "), tokenizer, **how)
         more = {"learning_rate": args.learning_rate / 10} if tiny or script.method == "uld" else {}
         if retrained and script.method != "uld":
-            more["retrained"] = load(retrained, quantization_config=None)
+            more["retrained"] = load(retrained, to_train=True)
         found = bt.robustness(
-            load(out, quantization_config=None),  # as it would be given away: whole, and not in few bits
+            load(out, to_train=True),  # as it would be given away: whole, and not in few bits
             evaluation,
             relearning=relearning_sets(sets, tokenizer, args),
             prompted={"prefix": anew},

@@ -85,10 +85,10 @@ def main():
     if script.robustness:
         sets = {"forget set": concatenate_datasets(list(topics.values())), "retain set": corpora["retain"]}
         found = bt.robustness(
-            load(out),
+            load(out, to_train=True),
             evaluation,
             relearning=relearning_sets(sets, tokenizer, args),
-            **({"learning_rate": args.learning_rate / 10, "retrained": load(retrained)} if tiny else {}),
+            **({"learning_rate": args.learning_rate / 10, "retrained": load(retrained, to_train=True)} if tiny else {}),
         )
         results.add_robustness(found)
 

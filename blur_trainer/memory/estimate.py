@@ -17,6 +17,7 @@ from blur_trainer.memory.reference import REFERENCES, reference_bytes
 from blur_trainer.memory.weights import Held, gradient_bytes, held, sharding_of
 from blur_trainer.models.forward import causal_lm
 from blur_trainer.trainers.loading import unsharded_loading
+from blur_trainer.trainers.precision import default_dtype, on_device
 from blur_trainer.trainers.trainable import choose_trainable
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ def estimate_memory(
             `train_layers`, `train_parameters` and engine.
         world_size: processes, one per GPU.
         peft_config: as for the trainer.
-        dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else its configuration's.
+        dtype: of the weights. Default: the model's own, else `model_init_kwargs`, else as the trainer loads a name.
         bits: 4 or 8 for a base quantized by bitsandbytes. Default: as the model's configuration says.
         sharding: `none`, `zero0` to `zero3`, `fsdp`, or `zero1_offload` to `zero3_offload`. Offload puts optimizer and
             gradients, under stage 3 also parameters, into the CPU's memory. Default: from `args`.
         reference: `none`, `precomputed`, `adapter off` or `frozen copy`. Default: what the trainer would choose. For
             objectives on activations a copy has the lower layers only. A `ref_model` that you pass is not counted.
-        device: `cpu` for a training there. Default: from `args.use_cpu`.
+        device: `cpu` for a training there, else a GPU with bfloat16, where `args` may leave `bf16` and
+            `activation_checkpointing` to the device. Default: from `args.use_cpu`.
 
     Raises:
         `ValueError`: for whatever the trainer would refuse, e.g. a layer that the model does not have.
@@ -97,12 +99,13 @@ def estimate_memory(
             "for a model of these layers with LoRA: a configuration with fewer `num_hidden_layers`, and `peft_config`."
         )
     config = load_config(model)
-    stored = _dtype(model, config, args, dtype)
+    device = device or ("cpu" if args.use_cpu else "cuda")
+    args = on_device(args, device)
+    stored = _dtype(model, config, args, dtype, device, frozen=peft_config is not None or bool(bits or _bits(config)))
     engine = sharding_of(args, sharding)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else stored
     if engine.master:  # DeepSpeed casts the weights themselves, and updates its float32 copy of them
         stored = compute
-    device = device or ("cpu" if args.use_cpu else "cuda")
     objectives = {"forget": args.build_forget_objective(), "retain": args.build_retain_objective()}
 
     def prepared(dtype: torch.dtype) -> PreTrainedModel | PeftModel:
@@ -158,11 +161,15 @@ def _highest(
     )
 
 
-def _dtype(model: Any, config: PreTrainedConfig, args: "UnlearningConfig", dtype: Any) -> torch.dtype:
+def _dtype(
+    model: Any, config: PreTrainedConfig, args: "UnlearningConfig", dtype: Any, device: str, frozen: bool
+) -> torch.dtype:
     if dtype is None and isinstance(model, nn.Module):
         dtype = causal_lm(model).dtype
     init: Any = args.model_init_kwargs or {}
-    dtype = dtype or init.get("dtype") or config.dtype or torch.float32
+    dtype = dtype or init.get("dtype") or default_dtype(args, frozen, device)
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
     found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"`dtype` must be a floating point dtype such as `bfloat16`, got {dtype!r}.")

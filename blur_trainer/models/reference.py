@@ -81,14 +81,23 @@ class FrozenModel(CurrentModel):
 
 @contextmanager
 def switched(model: PeftModel, adapter: str | None) -> Iterator[None]:
-    """Switches to another adapter, or to none (`None`). PEFT unfreezes what it switches, so refreeze it on exit."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    """Switches to another adapter, or to none (`None`).
+
+    PEFT freezes what it switches off, and unfreezes it afterwards. Here every flag stays what it was, inside too: by
+    what is trainable in its first forward pass FSDP2 decides for good in which dtype it hands over gradients.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def keep() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
     try:
         with use_adapter(model, adapter):
+            keep()
             yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        keep()
 
 
 class OtherAdapter(CurrentModel):

@@ -13,6 +13,7 @@ from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.hidden_tokens import HiddenTokens
+from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
@@ -26,7 +27,7 @@ _RULE_FIELDS = {
 
 
 @dataclass
-class UnlearningConfig(HiddenTokens, TrainingArguments):
+class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
@@ -62,7 +63,12 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
             of the first start, which checkpoints record and a resumed training keeps.
         dataset_num_proc: number of processes for tokenization.
         max_skipped_steps: stop with an error after so many steps in a row without a finite gradient.
-        model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name.
+        model_init_kwargs: keyword arguments of `from_pretrained` when the model is given by name. Without a `dtype`,
+            weights that are trained load in float32, frozen ones on a GPU with `bf16` in bfloat16.
+        bf16: forward passes under bfloat16 autocast. `None`: on GPUs that have it, unless another precision is asked
+            for (`fp16`, `accelerate launch`, DeepSpeed's file).
+        activation_checkpointing: keep the layers' inputs and compute the rest again in the backward pass. `None`: on
+            GPUs, except under FSDP, which has its own setting (`fsdp_config`), and where an architecture has none.
         push_report: upload `metrics.json` and `report.html` too, which hold prompts and answers of the forget set, when
             the model is pushed to the Hub.
     """
@@ -137,7 +143,10 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
         default=False, metadata={"help": "Push metrics.json and report.html too, which hold texts to be forgotten."}
     )
 
-    # Other defaults than TrainingArguments': a gentle learning rate, and frequent logs.
+    # Other defaults than TrainingArguments': by device, a gentle learning rate, and frequent logs.
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bfloat16 autocast. Default: on GPUs that have it, unless fp16 is asked for."}
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
 
@@ -147,6 +156,7 @@ class UnlearningConfig(HiddenTokens, TrainingArguments):
         check_settings(self)
         self.remove_unused_columns = False  # batches are nested; the collator selects the columns
         prepare_cpu_engine(self)
+        self.choose_by_device()
         super().__post_init__()
         join_cpu_processes(self)
         if self.label_smoothing_factor != 0:

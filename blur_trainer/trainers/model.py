@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
@@ -13,12 +14,15 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.given_back import Freezing
+from blur_trainer.trainers.precision import describe, warn_of_rounding
 from blur_trainer.trainers.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+logger = get_logger(__name__)
 
 
 class ModelMixin(_Base):
@@ -65,4 +69,7 @@ class ModelMixin(_Base):
         tokenizer = load_tokenizer(processing_class, model, args)
         setup.check_models(model, tokenizer, ref_model, args)
         setup.check_training(model, self.objectives, optimizer)
+        logger.info(describe(model, args))
+        if optimizer is None:  # the user's has a learning rate of its own
+            warn_of_rounding(model, args)
         return tokenizer

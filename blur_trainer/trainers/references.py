@@ -28,6 +28,7 @@ from blur_trainer.objectives.answers import reference_logps
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.precision import loading_arguments
 from blur_trainer.trainers.setup import reads_logps_only
 
 #: file in `output_dir` with the reference's log-probabilities; a resumed training cannot recompute them
@@ -39,11 +40,11 @@ def make_reference(
     ref_model: PreTrainedModel | None,
     objectives: Mapping[str, Objective],
     args: UnlearningConfig,
-    source: tuple[Any, Any] = (None, None),
+    source: Any = None,
 ) -> Reference | None:
     """The reference that training needs in memory, or `None`: see the table of `blur_trainer.models.reference`.
 
-    `source`: name and keyword arguments of the model's loading, if it was given by name.
+    `source`: what the model was loaded from, if it was given by name.
     """
     readers, num_layers = readers_of(objectives, args)
     if ref_model is not None and not any(o.needs_reference for o in objectives.values()):
@@ -68,15 +69,15 @@ def make_reference(
         # engines that shard or cast replace parameters, so frozen parameters can be shared only without them
         share = not any(engine_requested(args, engine) for engine in ("fsdp", "deepspeed"))
         return FrozenModel(frozen_lower(model, num_layers, share))
-    name, kwargs = source
-    if not isinstance(name, str):
+    if not isinstance(source, str):
         raise ValueError(
             "ZeRO-3 has partitioned the model while it was loaded, and such a model cannot be copied as a reference: "
             "give the model by name, or pass `ref_model`, or set `precompute_ref_logps=True`, or use `peft_config`."
         )
+    kwargs = loading_arguments(args, frozen=False)  # the dtype of the trained model
     if num_layers is not None:
-        return FrozenModel(load_lower(name, read_config(name, kwargs or {}), num_layers, kwargs or {}))
-    return FrozenModel(load_pretrained(name, kwargs or {}))
+        return FrozenModel(load_lower(source, read_config(source, kwargs), num_layers, kwargs))
+    return FrozenModel(load_pretrained(source, kwargs))
 
 
 def readers_of(objectives: Mapping[str, Objective], args: UnlearningConfig) -> tuple[list[Objective], int | None]:

@@ -18,6 +18,7 @@ from blur_trainer.trainers.adapters import add_adapter, check_peft_model
 from blur_trainer.trainers.arguments import check_defaults, check_settings
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.precision import loading_arguments, settle_checkpointing
 from blur_trainer.trainers.saveable import check_saveable
 from blur_trainer.trainers.trainable import check_optimizer, check_trainable
 
@@ -104,7 +105,7 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """The model to train: loaded if it is a name (safetensors only), wrapped if there is a `peft_config`."""
     if isinstance(model, str):
-        model = load_pretrained(model, args.model_init_kwargs or {})
+        model = load_pretrained(model, loading_arguments(args, frozen=peft_config is not None))
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(
             f"`model` must be a model name, a `PreTrainedModel` or a `PeftModel`, got `{type(model).__name__}`."
@@ -137,6 +138,7 @@ def check_models(
         check_causal_lm(ref_model, "`ref_model`")
     check_trainable(model, engine_requested(args, "deepspeed"))
     check_saveable(model)
+    settle_checkpointing(model, args)
     rows = vocabulary_size(model)
     if tokenizer is not None and len(tokenizer) > rows:
         raise ValueError(

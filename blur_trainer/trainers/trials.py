@@ -100,8 +100,7 @@ class TrialMixin(_Base):
         model = self._load_model(given, self.args, peft_config)  # type: ignore[attr-defined]
         self.choose_trainable(model, self.args)  # type: ignore[attr-defined]
         if ref_model is None:
-            source = (given, self.args.model_init_kwargs)
-            self.reference = make_reference(model, None, self.objectives, self.args, source)
+            self.reference = make_reference(model, None, self.objectives, self.args, given)
             if isinstance(self.reference, FrozenModel):
                 shard_reference(self.accelerator, self.reference)
         setup.choose_heads(self.args, model, self.reference)

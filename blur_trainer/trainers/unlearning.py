@@ -113,7 +113,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         )
         self._tokenized = (forget, retain)
         self.benchmarks = settle_benchmarks(benchmarks or {}, args)
-        self.reference = make_reference(model, ref_model, self.objectives, args, (given, args.model_init_kwargs))
+        self.reference = make_reference(model, ref_model, self.objectives, args, given)
         self._first_model = None if model_init is None else model
         super().__init__(
             model=model if model_init is None else None,

@@ -15,6 +15,7 @@ from blur_trainer.models.truncation import lora_assistant, quarter
 from blur_trainer.trainers.adapters import has_adapter
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.precision import loading_arguments
 
 
 class Assistant:
@@ -41,7 +42,7 @@ class Assistant:
         args: UnlearningConfig,
     ) -> None:
         self._check(target, lora, whole, args)
-        self._kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+        self._kwargs = loading_arguments(args, frozen=True)
         self._lora = lora
         self.name: str | None = target if isinstance(target, str) else None
         self.target: PreTrainedModel | None = None

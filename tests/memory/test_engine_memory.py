@@ -18,10 +18,16 @@ CELLS = [
 
 def estimate(config=None, *, processes=8, **kwargs):
     """Short examples, so that gradients outweigh activations; `config`: DeepSpeed's."""
-    args = BLURConfig("unused", use_cpu=True, report_to="none", max_length=2, per_device_train_batch_size=1)
+    args = BLURConfig(
+        "unused",
+        use_cpu=True,
+        report_to="none",
+        max_length=2,
+        per_device_train_batch_size=1,
+        bf16=kwargs.pop("bf16", False),
+    )
     if config is not None:
         args.hf_deepspeed_config = SimpleNamespace(config=config)
-    args.bf16 = kwargs.pop("bf16", False)
     return estimate_memory(tiny_llama(), args, processes, reference="none", **kwargs)
 
 

@@ -434,6 +434,7 @@ def test_activations_and_heads():
     )
 
     def activations(**kwargs):
+        kwargs = {"activation_checkpointing": False} | kwargs
         args = arguments(max_length=256, forget_objective="grad_ascent", **kwargs)
         return estimate(config, args=args, device="cuda", reference="none").activations
 

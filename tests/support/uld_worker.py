@@ -58,11 +58,11 @@ def refused(engine, target, folder):
     return ""
 
 
-def main(folder):
+def main(folder, engines):
     datasets.disable_progress_bars()
     freeze_imports()
     said = {}
-    for engine in ENGINES:
+    for engine in engines:
         said[engine] = refused(engine, folder / "target", folder / "refused")
         trainer = make(str(folder / "target"), folder / engine, 2, **copy.deepcopy(SETTINGS[engine]))
         trainer.train()
@@ -76,7 +76,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2].split(","))
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # gloo aborts an exit now and then, after everything is written
