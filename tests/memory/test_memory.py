@@ -521,9 +521,16 @@ def test_a_real_training_needs_what_is_estimated():
 
 @pytest.mark.full
 def test_the_page_has_the_table_of_the_command():
-    import memory
+    import what_fits
 
-    assert memory.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert what_fits.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_gpus_has_the_numbers_of_the_table():
+    """docs/gpu.md says what to set on which card; docs/scaling.md has the table that this comes from."""
+    scaling, gpu = ((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("scaling", "gpu"))
+    shown = re.findall(r"(\d+\.\d)(?!\*)", gpu.split("## What to set")[1].split("\n\n")[2])
+    assert len(shown) >= 9 and set(shown) <= set(re.findall(r" (\d+\.\d): ", scaling))
 
 
 def test_the_page_prints_what_its_examples_print(tmp_path):
