@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 from measuring import machine
+from rows import row
 from stepping import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -65,7 +66,8 @@ class Work:
         rng, bounds = random.Random(0), PROMPTS[options.prompts]
         words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(2000)]
         self.tokenizer = train_tokenizer([" ".join(words)] * 2, 8192)
-        self.model = build_model(size, self.tokenizer).to(options.device).eval()
+        with torch.device(options.device):  # random weights of a large model take long on a CPU
+            self.model = build_model(size, self.tokenizer).eval()
         self.options = options
         ids = [self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in words]
         self.prompts = [" ".join(rng.choices(words, k=rng.randint(*bounds))) for _ in range(options.questions)]
@@ -214,6 +216,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """For the table of `benchmarks/gpu/run.py`."""
+    size, found = result["size"], []
+    for key, what in OVERALL.items():
+        median, low, high = result[key]
+        aim = {"least": 4} if key == "scoring_and_generation" else {}
+        found.append(row(f"{size}: {what}", median, "times faster", spread=(low, high), **aim))
+    rates = result["questions_per_second"]
+    return found + [row(f"{size}: {way}", rates[way], "questions/s") for way in rates]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: 2M 15M 60M (CUDA: 60M 350M 1B)")
@@ -246,7 +259,8 @@ def main() -> None:
         results.append(measure(size, options))
         print(table(results[-1]), flush=True)
     if options.json:
-        report = {"machine": before, "settings": vars(options), "sizes": results}
+        rows = [found for result in results for found in rows_of(result)]
+        report = {"machine": before, "settings": vars(options), "sizes": results, "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
 
 

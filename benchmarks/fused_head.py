@@ -13,9 +13,11 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import machine, resident
+from rows import row, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -52,7 +54,8 @@ def one_pass(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], device: st
     return seconds, (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before
 
 
-def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> str:
+def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """A line of the table, and the rows behind it."""
     vocabulary, batch_size, tokens = shape
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -74,11 +77,12 @@ def compare(shape: tuple[int, int, int], options: argparse.Namespace) -> str:
             result = one_pass(model, batch, options.device)
             if round_ > 0:
                 results[fused].append(result)
-    cells = []
-    for pairs in results.values():
-        seconds, peaks = zip(*pairs, strict=True)
-        cells.append(f"{1e3 * statistics.median(seconds):.1f}, {statistics.median(peaks) / 2**20:.0f}")
-    return f"| {vocabulary}, {batch_size} × {tokens} | {' | '.join(cells)} |"
+    logits, fused = (tuple(map(statistics.median, zip(*pairs, strict=True))) for pairs in results.values())
+    cells = [f"{1e3 * seconds:.1f}, {peak / 2**20:.0f}" for seconds, peak in (logits, fused)]
+    name = f"vocabulary {vocabulary}, {batch_size} x {tokens}"
+    names = ("time", "memory")
+    ratios = [row(f"{name}: {n}", f / u, "of logits'") for n, u, f in zip(names, logits, fused, strict=True)]
+    return f"| {vocabulary}, {batch_size} × {tokens} | {' | '.join(cells)} |", ratios
 
 
 def main() -> None:
@@ -86,6 +90,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--hidden", type=int, default=320)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=shape, metavar="VOCABULARY,BATCH,TOKENS")
@@ -96,8 +101,12 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine(options.device))
     print("| vocabulary, tokens | logits: ms, MiB | fused: ms, MiB |\n|---|---|---|")
+    found: list[dict[str, Any]] = []
     for sizes in options.shapes:
-        print(compare(sizes, options), flush=True)
+        line, more = compare(sizes, options)
+        print(line, flush=True)
+        found += more
+        write_rows(options.json, found)
 
 
 if __name__ == "__main__":

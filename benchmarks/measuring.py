@@ -26,6 +26,7 @@ def step_options(
     parser.add_argument("--length", type=int, default=length, help="tokens per example")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--no-memory", action="store_true", help="times only: memory takes a process per variant")
     parser.add_argument("--memory-of", choices=variants, help=argparse.SUPPRESS)
     return parser

@@ -19,7 +19,8 @@ import time
 
 import torch
 from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
-from stepping import SIZES, Steps, build_model, rows
+from rows import row, write_rows
+from stepping import PINNED, SIZES, Steps, build_model, rows
 
 from blur_trainer import BLUR, BLURConfig, BLURTrainer, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
@@ -96,6 +97,7 @@ def make(variant: str, options: argparse.Namespace, folder: str) -> Straightforw
         disable_tqdm=True,
         train_layers=numbers,
         train_parameters="mlp.down_proj",
+        **PINNED,
     )
     trainer = BLURTrainer(
         build_model(options.size, options.device),
@@ -135,15 +137,20 @@ def report(options: argparse.Namespace) -> None:
     for variant in VARIANTS:
         peak = "-" if peaks[variant] is None else f"{peaks[variant]:.0f}"
         print(f"{variant:36} {1e3 * statistics.median(seconds[variant]):10.0f} {peak:>9}")
+    found = []
     for ours in (OURS, OURS_SUM):
         for other in (PLAIN, FROZEN):
             median, low, high = ratio(seconds, other, ours)
+            bound = {"least": 2.5} if other == PLAIN else {}
+            found.append(row(f"time, {other} / {ours}", median, spread=(low, high), **bound))
             aim = ("met    " if median >= 2.5 else "MISSED ") if other == PLAIN else "       "
             print(f"{aim} time, {other} / {ours}, >= 2.5: {median:.2f} ({low:.2f}-{high:.2f})")
             if None not in peaks.values():
                 share = peaks[ours] / peaks[other]
+                found.append(row(f"memory, {ours} / {other}", share, **({"most": 0.6} if other == PLAIN else {})))
                 aim = ("met    " if share <= 0.6 else "MISSED ") if other == PLAIN else "       "
                 print(f"{aim} memory, {ours} / {other}, <= 0.6: {share:.2f}", flush=True)
+    write_rows(options.json, found)
 
 
 def main() -> None:

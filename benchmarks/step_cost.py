@@ -18,7 +18,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
@@ -111,7 +110,6 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = step_options(__doc__, MEMORY_VARIANTS, rounds=15, batch_size=2, length=64)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: 2M 15M 60M (CUDA: 60M 350M 1B)")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     options = begin(parser)
     options.sizes = options.sizes or (["60M", "350M", "1B"] if options.device == "cuda" else ["2M", "15M", "60M"])
     return options
@@ -133,7 +131,7 @@ def main() -> None:
     print(f"At the end: {machine(options.device)}")
     if options.json:
         report = {"machine": before, "settings": vars(options), "sizes": results, "verdicts": verdicts(results)}
-        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from shapes import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.integrations.deepspeed import deepspeed_init
 
@@ -17,7 +18,6 @@ from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 
-VOCAB = 8192
 SIZES = {
     "2M": (96, 4),
     "15M": (320, 8),
@@ -33,6 +33,8 @@ BLUR_NPO, BLUR_NPO_LIVE = "BLUR-NPO, log-probs precomputed", "BLUR-NPO, frozen r
 NPO_NLL, ULD = "NPO + NLL, all parameters", "ULD, a quarter of the layers"
 VARIANTS = (STOCK, PASSES, GRAD_DIFF, BLUR_GA, ONE_BUFFER, BLUR_NPO, BLUR_NPO_LIVE)
 ROWS = 64
+#: off unless a benchmark sets it, whatever the default of the device is: so that numbers stay comparable
+PINNED = {"activation_checkpointing": False, "bf16": False}
 
 
 def build_model(size: str, device: str = "cpu") -> LlamaForCausalLM:
@@ -67,6 +69,7 @@ def build_trainer(variant: str, size: str, options: argparse.Namespace, folder: 
         "report_to": "none",
         "disable_tqdm": True,
         "learning_rate": 1e-5,
+        **PINNED,
         **engine,
     }
     model = build_model(size, "cpu" if engine else options.device)

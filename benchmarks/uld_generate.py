@@ -22,9 +22,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import machine
+from rows import row, write_rows
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
@@ -119,7 +122,10 @@ def recomputed(model: LogitDifferenceModel, tokens: int) -> Form:
     return form
 
 
-def compare(model: LogitDifferenceModel, batch_size: int, options: argparse.Namespace) -> list[str]:
+def compare(
+    model: LogitDifferenceModel, batch_size: int, options: argparse.Namespace
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Lines of the table, and the rows behind them."""
     tokens = max(options.lengths)
     ids = torch.randint(3, options.vocabulary, (batch_size, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = ids.to(options.device)
@@ -138,14 +144,19 @@ def compare(model: LogitDifferenceModel, batch_size: int, options: argparse.Name
         if round_ > 0:
             rounds.append(times)
     limit = 1 / (1 + active(model.assistant) / active(model.target))
-    rows = []
+    lines, found = [], []
     for length in options.lengths:
         speed = {n: statistics.median(batch_size * length / r[n][length - 1] for r in rounds) for n in forms}
         ratio = {n: statistics.median(r["target"][length - 1] / r[n][length - 1] for r in rounds) for n in forms}
         faster = statistics.median(r["no cache"][length - 1] / r["model"][length - 1] for r in rounds)
         cells = [f"{speed['target']:.0f}", *(f"{speed[n]:.0f}, {ratio[n]:.2f}" for n in forms if n != "target")]
-        rows.append(f"| {batch_size}, {length} | {' | '.join(cells)} | {ratio['model'] / limit:.2f} | {faster:.1f} |")
-    return rows
+        lines.append(f"| {batch_size}, {length} | {' | '.join(cells)} | {ratio['model'] / limit:.2f} | {faster:.1f} |")
+        name = f"batch {batch_size}, {length} tokens"
+        found.append(row(f"{name}: model", ratio["model"] / limit, "of the limit", least=0.9))
+        found.append(row(f"{name}: processor", ratio["processor"] / limit, "of the limit"))
+        found.append(row(f"{name}: target", speed["target"], "tokens/s"))
+        found.append(row(f"{name}: model over no cache", faster))
+    return lines, found
 
 
 @torch.no_grad()
@@ -158,10 +169,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, nargs=2, default=[8, 2], help="of the target, of the assistant")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model = build(options.vocabulary, options.hidden, *options.layers).to(options.device)
+    with torch.device(options.device):  # random weights of a large model take long on a CPU
+        model = build(options.vocabulary, options.hidden, *options.layers)
     parts = active(model.target), active(model.assistant)
     print(machine(options.device))
     print(
@@ -171,8 +184,12 @@ def main() -> None:
     )
     print("| batch, new tokens | target: tokens/s | model | processor | no cache | model / limit | model : no cache |")
     print("|---|---|---|---|---|---|---|")
+    found: list[dict[str, Any]] = []
     for batch_size in options.batch_sizes:
-        print("\n".join(compare(model, batch_size, options)), flush=True)
+        lines, more = compare(model, batch_size, options)
+        print("\n".join(lines), flush=True)
+        found += more
+        write_rows(options.json, found)
 
 
 if __name__ == "__main__":

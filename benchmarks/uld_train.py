@@ -14,8 +14,10 @@ weights, frozen reference and moments included. ULD loads the target by name, th
 import argparse
 import statistics
 import tempfile
+from typing import Any
 
 from measuring import begin, held, in_turns, machine, memory_in_subprocess, peak, ratio, step_options
+from rows import row, write_rows
 from stepping import NPO_NLL, ROWS, SIZES, ULD, Steps, build_model
 
 VARIANTS = (NPO_NLL, ULD)
@@ -42,7 +44,7 @@ def memory(variant: str, size: str, options: argparse.Namespace) -> float | None
     return None if found is None else found / 2**20
 
 
-def report(size: str, options: argparse.Namespace) -> None:
+def report(size: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds = epochs(size, options)
     peaks = {variant: memory(variant, size, options) for variant in VARIANTS}
     parameters = sum(p.numel() for p in build_model(size, "meta").parameters())
@@ -54,8 +56,11 @@ def report(size: str, options: argparse.Namespace) -> None:
     verdict = "met" if median >= 3 else "MISSED"
     print(f"{verdict:7} NPO + NLL / ULD, same examples, >= 3: {median:.2f} ({low:.2f}-{high:.2f})")
     print(f"        NPO + NLL / ULD with two paraphrases per example: {median / 3:.2f}")
+    found = [row(f"{size}: time, NPO + NLL / ULD, same examples", median, least=3, spread=(low, high))]
     if None not in peaks.values():
         print(f"        memory, NPO + NLL / ULD: {peaks[NPO_NLL] / peaks[ULD]:.2f}", flush=True)
+        found.append(row(f"{size}: memory, NPO + NLL / ULD", peaks[NPO_NLL] / peaks[ULD]))
+    return found
 
 
 def main() -> None:
@@ -68,8 +73,10 @@ def main() -> None:
     print(
         f"{machine(options.device)}\n{options.rounds} rounds, {options.batch_size} x {options.length} tokens per role"
     )
+    found: list[dict[str, Any]] = []
     for size in options.sizes:
-        report(size, options)
+        found += report(size, options)
+        write_rows(options.json, found)
     print(f"\nAt the end: {machine(options.device)}")
 
 

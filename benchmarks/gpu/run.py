@@ -1,249 +1,111 @@
-"""Everything that is worth asking a GPU, in one run of about eight minutes; a section that fails stops no other.
+"""Everything that is worth asking a GPU, in one run of at most eight minutes; a section that fails stops no other.
 
     python benchmarks/gpu/run.py --out results                     # on one GPU
-    python benchmarks/gpu/run.py --out results --only plain,zero   # some sections
+    python benchmarks/gpu/run.py --out results --only plain,zero   # some sections; --skip leaves some out
+    python benchmarks/gpu/run.py --out results --minutes 20 --all-cells
     python benchmarks/gpu/run.py --list
     python benchmarks/gpu/run.py --out results --device cpu --tiny # does every section run at all? No GPU needed
 
-Each section is a process of its own with its own limit, then ended with all that it started. First the environment;
-then, all at once, what is not timed; then the rest, one after the other. Written: `results.json` (verdict, seconds and
-what the section wrote as JSON, also if it was cut off), `log.txt` (all output).
+Each section is a process of its own with its own limit, then ended with all that it started. First, all at once, what
+is not timed; then the rest, one after the other, the most important first. What the minutes do not allow any more is
+"not run". Written: `results.md` (the numbers, beside their aims), `results.json` (all that the sections wrote, also if
+they were cut off), `log.txt` (all output). It needs nothing of the network.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
+from process import Log, perform, stop
+from sections import SECTIONS, Section
+from table import table
 
-HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-TESTS = [
-    *("tests/objectives", "tests/models", "tests/gradients/test_backend.py", "tests/gradients/test_rules.py"),
-    *("tests/trainers/test_step.py", "tests/trainers/test_single_buffer.py", "tests/trainers/test_peft.py"),
-]
-MEASURED = [
-    *("float32, reference copied", "float32, log-probs precomputed", "float32, long, checkpointing"),
-    *("float32, fused head", "float32, KL", "bfloat16, reference copied", "autocast to bfloat16"),
-    *("LoRA, bfloat16, checkpointing", "float32, forget gradient on the CPU", "float32, one gradient buffer"),
-    *("float32, BLUR-RMU, chosen matrices", "bfloat16, BLUR-RMU, chosen matrices"),
-]
+MINUTES = 8.0
+#: a section that gets less than this share of its limit is not started
+ENOUGH = 0.5
 
 
-@dataclass(frozen=True)
-class Section:
-    """`{device}` and `{json}` are filled in; `tiny` is the command for a machine without a GPU."""
+class Run:
+    """The sections' results, and the time that is left."""
 
-    what: str
-    limit: float  # seconds
-    command: list[str]
-    tiny: list[str] | None = None
-    timed: bool = True
+    def __init__(self, options: argparse.Namespace, sections: Mapping[str, Section]):
+        self.options, self.sections = options, sections
+        self.log, self.results = Log(options.out / "log.txt"), {}
+        self.end = time.monotonic() + 60 * options.minutes
 
+    def __call__(self, name: str, folder: Path) -> None:
+        section, left = self.sections[name], self.end - time.monotonic()
+        if left < ENOUGH * section.limit:
+            why = f"{max(left, 0):.0f} s were left, and it takes up to {section.limit:.0f} s"
+            self.results[name] = {"what": section.what, "verdict": "not run", "seconds": 0.0, "why": why}
+            self.log(name, f"== not run: {why}")
+            return
+        command = (self.options.tiny and section.tiny) or (self.options.all_cells and section.whole) or section.command
+        limit = min(left, section.limit * self.options.patience)
+        path = folder / f"{name}.json"
+        self.results[name] = perform(name, section.what, command, limit, self.options.device, path, self.log)
 
-def gpu(module: str, *arguments: str) -> list[str]:
-    return [str(HERE / module), *arguments, "--device", "{device}", "--json", "{json}"]
-
-
-def bench(name: str, *arguments: str) -> list[str]:
-    return [str(ROOT / "benchmarks" / name), *arguments, "--device", "{device}"]
-
-
-UNTIMED = {
-    "plain": Section("one process against the reference", 150, gpu("cells.py", "plain"), timed=False),
-    "ddp_fsdp2": Section("DDP, FSDP2, one process", 150, [*TORCHRUN, *gpu("cells.py", "ddp", "fsdp2")], timed=False),
-    "zero": Section("DeepSpeed ZeRO, one process", 150, [*TORCHRUN, *gpu("cells.py", "zero")], timed=False),
-    "head": Section("fused head against logits", 150, gpu("checks.py", "head"), timed=False),
-    "dots": Section("error of a float32 dot product", 150, gpu("checks.py", "dots"), timed=False),
-    "race": Section(
-        *("gradients of offloaded partitions, read too early?", 180, [*TORCHRUN, *gpu("offload.py")]),
-        [*TORCHRUN, *gpu("offload.py", "--size", "2M")],
-        timed=False,
-    ),
-    "memory": Section(
-        *("measured / estimated memory", 150),
-        bench("memory.py", "--jobs", "4", "--headlines", "BLUR-NPO with LoRA, 8B", "--cases", *MEASURED),
-        bench("memory.py", "--headlines", "--cases", "LoRA, float32"),
-        timed=False,
-    ),
-    "tests": Section(
-        *("a part of the tests, with a GPU in sight", 150),
-        ["-m", "pytest", "-n", "6", "-p", "no:cacheprovider", "--tb=short", *TESTS],
-        ["-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short", "tests/gradients/test_rules.py"],
-        timed=False,
-    ),
-}
-TIMED = {
-    "steps": Section("a step of a 1B Llama in bfloat16: time, memory", 105, gpu("steps.py"), gpu("steps.py", "--tiny")),
-    "fused_speed": Section(
-        "fused head: time, memory",
-        45,
-        bench(
-            *("fused_head.py", "--dtype", "bfloat16", "--hidden", "2048", "--layers", "2", "--rounds", "5"),
-            *("--shapes", "8192,4,512", "32000,4,512", "32000,4,2048", "128256,4,512", "128256,2,2048"),
-        ),
-        bench("fused_head.py", "--hidden", "64", "--layers", "1", "--rounds", "2", "--shapes", "1000,2,16"),
-    ),
-    "rmu": Section(
-        *("a step of RMU: time", 55),
-        bench("rmu_step.py", "--size", "350M", "--batch-size", "4", "--length", "512", "--rounds", "5", "--no-memory"),
-        bench("rmu_step.py", "--size", "2M", "--layer", "2", "--rounds", "2", "--length", "16", "--no-memory"),
-    ),
-    "uld_train": Section(
-        *("ULD: training", 45),
-        bench(
-            *["uld_train.py", "--sizes", "350M", "--batch-size", "8", "--length", "256", "--rounds", "5", "--no-memory"]
-        ),
-        bench("uld_train.py", "--sizes", "2M", "--rounds", "2", "--length", "16"),
-    ),
-    "uld_generate": Section(
-        *("ULD: generating", 45),
-        bench(
-            *("uld_generate.py", "--hidden", "2048", "--layers", "16", "4", "--vocabulary", "32000"),
-            *("--lengths", "32", "64", "--rounds", "2"),
-        ),
-        bench("uld_generate.py", "--hidden", "64", "--layers", "4", "1", "--lengths", "32", "--rounds", "1"),
-    ),
-    "evaluation": Section(
-        "TOFU's evaluation: questions per second",
-        50,
-        bench(
-            *("eval_throughput.py", "--sizes", "350M", "--rounds", "2", "--questions", "16", "--batch-size", "32"),
-            *("--new-tokens", "32", "--json", "{json}"),
-        ),
-        bench(
-            *("eval_throughput.py", "--sizes", "2M", "--rounds", "2", "--questions", "4", "--batch-size", "8"),
-            *("--new-tokens", "4", "--json", "{json}"),
-        ),
-    ),
-}
-SECTIONS = {
-    "environment": Section("card, driver, versions", 60, gpu("checks.py", "environment"), timed=False),
-    **UNTIMED,
-    **TIMED,
-}
+    def write(self) -> str:
+        """The table. Sections stand in their own order, not in the order in which they ended."""
+        ordered = {name: self.results[name] for name in self.sections if name in self.results}
+        (self.options.out / "results.json").write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        text = table(ordered)
+        (self.options.out / "results.md").write_text(text + "\n", encoding="utf-8")
+        return text
 
 
-def environment(device: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-    more = {
-        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        **{"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0"},
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
-    }
-    if device == "cpu":
-        more |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    return os.environ | more
+def rounds(names: Sequence[str], sections: Mapping[str, Section], one_by_one: bool) -> list[list[str]]:
+    """Sections that run at the same time, in the order in which these groups start."""
+    together = [name for name in names if not sections[name].alone]
+    alone = [[name] for name in names if sections[name].alone]
+    return [[name] for name in together] + alone if one_by_one else [together] * bool(together) + alone
 
 
-RUNNING: set[int] = set()
+def chosen(options: argparse.Namespace, sections: Mapping[str, Section]) -> list[str]:
+    """Names in the order of the sections. An unknown name is an error."""
+    only, skip = (set(filter(None, (value or "").split(","))) for value in (options.only, options.skip))
+    if unknown := sorted((only | skip) - set(sections)):
+        raise SystemExit(f"no such section: {', '.join(unknown)}; there are: {', '.join(sections)}")
+    return [name for name in sections if (not only or name in only) and name not in skip]
 
 
-def end(process: int) -> None:
-    """With all that it started: torchrun gives its workers sessions of their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        section = psutil.Process(process)
-        for one in [*section.children(recursive=True), section]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-
-
-def stop(*_: Any) -> None:
-    """Told to end: so does everything that was started. What results.json has so far stays."""
-    for process in list(RUNNING):
-        end(process)
-    os._exit(124)
-
-
-class Log:
-    """What the sections print, on the screen and in the file, line by line with the section's name."""
-
-    def __init__(self, path: Path):
-        self.file, self.lock = path.open("w", encoding="utf-8"), threading.Lock()
-
-    def __call__(self, name: str, line: str) -> None:
-        with self.lock:
-            for out in (sys.stdout, self.file):
-                print(f"[{name}] {line.rstrip()}", file=out, flush=True)
-
-
-def perform(name: str, options: argparse.Namespace, log: Log, folder: Path, results: dict[str, Any]) -> None:
-    section, path = SECTIONS[name], folder / f"{name}.json"
-    command = (section.tiny if options.tiny and section.tiny else section.command).copy()
-    command = [part.format(device=options.device, json=path) if part.startswith("{") else part for part in command]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(options.device),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        errors="replace",
-    )
-    RUNNING.add(process.pid)
-    cut = threading.Event()
-    timer = threading.Timer(section.limit * options.patience, lambda: (cut.set(), end(process.pid)))
-    timer.start()
-    kept = []
-    for line in process.stdout or ():
-        log(name, line)
-        kept.append(line.rstrip())
-    process.wait()
-    timer.cancel()
-    RUNNING.discard(process.pid)
-    verdict = "timeout" if cut.is_set() else "passed" if process.returncode == 0 else "failed"
-    result = {"what": section.what, "verdict": verdict, "seconds": round(time.monotonic() - start, 1)}
-    try:
-        result["json"] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        result["output"] = kept[-60:]
-    results[name] = result
-    log(name, f"== {verdict}, {result['seconds']} s")
-
-
-def main() -> int:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for results.json and log.txt")
+    parser.add_argument("--out", type=Path, help="folder for results.md, results.json and log.txt")
     parser.add_argument("--only", help="sections, by commas")
+    parser.add_argument("--skip", help="sections, by commas")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
     parser.add_argument("--list", action="store_true", help="the sections and their limits")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes; one section at a time")
-    parser.add_argument("--patience", type=float, default=1.0, help="times the limits")
-    options = parser.parse_args()
+    parser.add_argument("--all-cells", action="store_true", help="all cells of plain, ddp_fsdp2 and zero, not a third")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the sections' limits")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, sections: Mapping[str, Section] = SECTIONS) -> int:
+    options = arguments(argv)
     if options.list or not options.out:
-        for name, section in SECTIONS.items():
-            print(f"{name:14} {section.limit:5.0f} s  {section.what}{'' if section.timed else ', not timed'}")
+        for name, section in sections.items():
+            print(f"{name:14} {section.limit:5.0f} s  {section.what}{'' if section.alone else ', beside others'}")
         return 0
-    signal.signal(signal.SIGTERM, stop)
-    names = [name for name in SECTIONS if not options.only or name in options.only.split(",")]
-    if not names:
-        parser.error("no such section")
+    names = chosen(options, sections)
     options.out.mkdir(parents=True, exist_ok=True)
-    log, results, start = Log(options.out / "log.txt"), {}, time.monotonic()
-    at_once = [name for name in names if name in UNTIMED and not options.tiny]
-    rounds = [[name] for name in names if name not in at_once]
-    rounds.insert(1 if names[0] == "environment" else 0, at_once)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(SECTIONS)) as pool:
-        for together in rounds:
-            list(pool.map(lambda name: perform(name, options, log, Path(folder), results), together))
-            (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    for name in names:
-        result = results.get(name, {"verdict": "not run", "seconds": 0.0})
-        log("run", f"{name:14} {result['verdict']:8} {result['seconds']:7.1f} s")
-    log("run", f"{'all':14} {'':8} {time.monotonic() - start:7.1f} s")
-    return 0 if all(result["verdict"] == "passed" for result in results.values()) else 1
+    run, start = Run(options, sections), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(sections)) as pool:
+        for group in rounds(names, sections, one_by_one=options.tiny):
+            list(pool.map(lambda name: run(name, Path(folder)), group))
+            run.write()
+    print(f"\n{run.write()}\n\nall: {time.monotonic() - start:.0f} s", flush=True)
+    return 0 if all(result["verdict"] == "passed" for result in run.results.values()) else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

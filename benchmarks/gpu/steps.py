@@ -1,19 +1,21 @@
-"""A step of a Llama of 1B's shape with random weights in bfloat16: milliseconds and memory against plain `Trainer`.
+"""A step of Llamas with random weights in bfloat16, at .1, 1 and 3 billion parameters: time and memory.
 
+    export PYTHONPATH=.:tests:benchmarks
     python benchmarks/gpu/steps.py
-    python benchmarks/gpu/steps.py --batch-size 4 --length 512 --variants stock "two slots, NPO"
+    python benchmarks/gpu/steps.py --sizes 1B --variants all
+    python benchmarks/gpu/steps.py --sizes 1B --batch-size 4 --length 512 --variants "BLUR (ascent)" --profile profiles
 
-Variants run one after the other, each on a fresh model; `stock` runs once more at the end, to see the card drift. Time
-is the median of the steps, against two of `stock`: a BLUR step takes a forget and a retain batch. Memory is torch's
-highest count during a step, less what was held before the model was built, beside `estimate_memory` for these settings.
+The base is two steps of a plain `Trainer`, one on a batch of each role. Each variant takes turns with it in one
+process, on a model of its own; the ratio is the median, over rounds, of the ratio within a round. Memory is torch's
+highest count during a step, less what was held before the variant's model was built, beside `estimate_memory`.
 """
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,10 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset
-from memory import LARGE, llama
-from stepping import Steps, rows
+from measuring import in_turns, machine, ratio
+from rows import row, write_rows
+from shapes import SHAPES, llama
+from stepping import PINNED, Steps, rows
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from transformers.utils import logging
@@ -31,23 +35,26 @@ from blur_trainer import BLURConfig, BLURTrainer, estimate_memory
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.trainers.config import UnlearningConfig
 
-STOCK, TWO = "stock", "stock, accumulation 2"
+STOCK, TWO = "two stock steps", "stock, accumulation 2"
 ASCENT, NPO, KNOWN = {"forget_objective": "grad_ascent"}, {"forget_objective": "npo"}, {"precompute_ref_logps": True}
-VARIANTS: dict[str, dict[str, Any]] = {
-    STOCK: {},
-    TWO: {"gradient_accumulation_steps": 2},
-    "two slots, ascent": ASCENT,
-    "two slots, NPO, known logps": NPO | KNOWN,
-    "two slots, NPO, reference copy": NPO,
-    "one buffer, NPO, known logps": NPO | KNOWN | {"single_gradient_buffer": True},
-    "offloaded slot, NPO, known logps": NPO | KNOWN | {"offload_forget_gradient": True},
-    "logits, NPO, known logps": NPO | KNOWN | {"fused_lm_head": False},
-    "checkpointing, NPO, known logps": NPO | KNOWN | {"activation_checkpointing": True},
-    "stock again": {},
+MAIN: dict[str, dict[str, Any]] = {
+    "BLUR (ascent)": ASCENT,
+    "BLUR-NPO, known logps": NPO | KNOWN,
+    "GradDiff": ASCENT | {"rule": "sum"},
 }
+VARIANTS = MAIN | {
+    TWO: {"gradient_accumulation_steps": 2},
+    "BLUR-NPO, reference copy": NPO,
+    "one buffer": NPO | KNOWN | {"single_gradient_buffer": True},
+    "offloaded slot": NPO | KNOWN | {"offload_forget_gradient": True},
+    "logits": NPO | KNOWN | {"fused_lm_head": False},
+    "fused head": NPO | KNOWN | {"fused_lm_head": True},
+    "checkpointing": NPO | KNOWN | {"activation_checkpointing": True},
+}
+ROUNDS = {"0.1B": 9, "1B": 7, "3B": 4}
 
 
-def make(variant: str, config: LlamaConfig, options: argparse.Namespace, folder: str) -> Trainer:
+def make(variant: str, config: LlamaConfig, options: argparse.Namespace, folder: str) -> Steps:
     settings: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": options.batch_size,
@@ -57,48 +64,109 @@ def make(variant: str, config: LlamaConfig, options: argparse.Namespace, folder:
         "disable_tqdm": True,
         "learning_rate": 1e-6,
         "max_length": options.length,
-        **VARIANTS[variant],
+        **PINNED,  # the same for the base, whatever the device's defaults are
+        **VARIANTS.get(variant, {}),
     }
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if variant.startswith("stock"):
+    clock = SimpleNamespace(device=options.device, clock="wall")
+    if variant in (STOCK, TWO):
         both = Dataset.from_list(rows(options.length, seed=1) + rows(options.length, seed=2))
         collator = UnlearningCollator(pad_token_id=0)
-        return Trainer(model, UnlearningConfig(**settings), train_dataset=both, data_collator=collator)
+        stock = Trainer(model, UnlearningConfig(**settings), train_dataset=both, data_collator=collator)
+        steps = Steps.of(stock, clock)
+        steps.micro_batches, steps.optimizer_steps = (2, 1) if variant == TWO else (1, 2)
+        return steps
     # far below the model's own: the forget gradient of NPO is then that of ascent, and not 0
     known = {"ref_logps": -20.0 * options.length} if KNOWN.items() <= VARIANTS[variant].items() else {}
-    return BLURTrainer(
-        model, BLURConfig(**settings), rows(options.length, seed=1, **known), rows(options.length, seed=2)
-    )
+    data = rows(options.length, seed=1, **known), rows(options.length, seed=2)
+    return Steps.of(BLURTrainer(model, BLURConfig(**settings), *data), clock)
 
 
-def measure(variant: str, config: LlamaConfig, options: argparse.Namespace) -> dict[str, Any]:
-    cuda = options.device == "cuda"
+def allocated(device: str, clear: bool = False) -> int:
     gc.collect()
-    if cuda:
+    if device != "cuda":
+        return 0
+    if clear:
         torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated() if cuda else 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak(step: Callable[[], float], before: int, device: str) -> int:
+    """Bytes at the highest point of a step above `before`; 0 on a CPU."""
+    allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+
+
+def compare(
+    size: str, variant: str, config: LlamaConfig, stock: Steps, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of one variant beside the base."""
+    before = allocated(options.device, clear=True)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(variant, config, options, folder)
-        steps = Steps.of(trainer, SimpleNamespace(device=options.device, clock="wall"))
-        steps.micro_batches = 2 if variant == TWO else 1
-        for _ in range(3):  # kernels are compiled, AdamW's moments made
+        steps = make(variant, config, options, folder)
+        for _ in range(2):  # kernels are compiled, AdamW's moments made
             steps()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = [steps() for _ in range(options.rounds)]
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
-        estimate = None
-        if not variant.startswith("stock"):
-            found = estimate_memory(config, trainer.args, dtype="bfloat16", device=options.device)
-            estimate = found.total / 2**20
+        seconds = in_turns({STOCK: stock, variant: steps}, options.rounds or ROUNDS.get(size, 2))
+        highest = peak(steps, before, options.device)
         if options.profile:
             options.profile.mkdir(parents=True, exist_ok=True)
-            name = variant.replace(", ", "-").replace(" ", "_")
-            (options.profile / f"{name}.txt").write_text(profiled(trainer, steps))
-        loss = all(p.isfinite().all().item() for p in trainer.model.parameters())
-    low, middle, high = statistics.quantiles([1e3 * value for value in seconds], n=4, method="inclusive")
-    return {"ms": middle, "quartiles": [low, high], "peak_mib": peak, "estimate_mib": estimate, "finite": loss}
+            name = f"{size}-{variant}".replace(", ", "-").replace(" ", "_")
+            (options.profile / f"{name}.txt").write_text(profiled(steps.trainer, steps))
+        if not all(p.isfinite().all().item() for p in steps.model.parameters()):
+            raise FloatingPointError("weights are not finite")
+        median, *spread = ratio(seconds, variant, STOCK)
+        name, aim = f"{size}: {variant}", {"most": 1.0} if variant in MAIN else {}
+        found = [row(name, median, f"of {STOCK}", spread=spread, **aim)]
+        found += [row(f"{name}: a step", 1e3 * statistics.median(seconds[variant]), "ms")]
+        if highest:
+            found.append(row(f"{name}: peak memory", highest / 2**20, "MiB"))
+        if highest and variant != TWO:
+            estimate = estimate_memory(config, steps.trainer.args, dtype="bfloat16", device=options.device).total
+            found.append(row(f"{name}: peak memory", highest / estimate, "of the estimate", least=0.9, most=1.1))
+    return found
+
+
+class Results:
+    """Prints and writes rows as they come."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        for one in rows:
+            spread = "-".join(f"{value:.2f}" for value in one.get("spread", []))
+            missed = "   MISSED" if not one.get("met", True) else ""
+            print(f"{one['what']:50} {one['value']:9.2f} {one['unit']} {spread}{missed}", flush=True)
+        write_rows(self.path, self.rows, failed=self.failed)
+
+    def fail(self, what: str, error: Exception) -> None:
+        self.failed.append(f"{what}: {type(error).__name__}: {error}"[:500])
+        print(f"FAILED {self.failed[-1]}", flush=True)
+        self.add([])
+
+
+def measure(size: str, config: LlamaConfig, options: argparse.Namespace, results: Results) -> None:
+    """One size: the base, then each variant beside it. A variant that fails stops no other."""
+    before = allocated(options.device, clear=True)
+    with tempfile.TemporaryDirectory() as folder:
+        stock = make(STOCK, config, options, folder)
+        for _ in range(2):
+            stock()
+        highest = peak(stock, before, options.device)
+        results.add([row(f"{size}: {STOCK}", 1e3 * statistics.median(stock() for _ in range(3)), "ms")])
+        if highest:
+            results.add([row(f"{size}: {STOCK}: peak memory", highest / 2**20, "MiB")])
+        for variant in options.variants:
+            try:
+                results.add(compare(size, variant, config, stock, options))
+            except Exception as error:  # noqa: BLE001
+                results.fail(f"{size}: {variant}", error)
 
 
 def profiled(trainer: Trainer, steps: Steps, count: int = 3) -> str:
@@ -116,47 +184,29 @@ def profiled(trainer: Trainer, steps: Steps, count: int = 3) -> str:
     return "\n".join(averages.table(sort_by=key, row_limit=40, max_name_column_width=60) for key in order)
 
 
-def line(variant: str, row: dict[str, Any], base: dict[str, Any] | None) -> str:
-    if "error" in row:
-        return f"{variant:34} {row['error'].splitlines()[0][:200]}"
-    cells = f"{variant:34} {row['ms']:8.1f} {row['quartiles'][0]:8.1f}-{row['quartiles'][1]:.1f}"
-    if base and "ms" in base:
-        over = row["ms"] / base["ms"] / (1 if variant.startswith("stock") and variant != TWO else 2)
-        cells += f"  x {over:5.2f}"
-        if row["peak_mib"]:
-            cells += f"  {row['peak_mib']:8.0f} MiB = {row['peak_mib'] / base['peak_mib']:.2f} of stock"
-    if row["peak_mib"] and row["estimate_mib"]:
-        cells += f", {row['peak_mib'] / row['estimate_mib']:.2f} of the estimate"
-    return cells + ("" if row["finite"] else "  NOT FINITE")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(ROUNDS), metavar="SIZE")
     parser.add_argument("--batch-size", type=int, default=2, help="examples per role")
     parser.add_argument("--length", type=int, default=1024, help="tokens per example")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, short texts, two steps")
+    parser.add_argument("--rounds", type=int, help="default: by size")
+    parser.add_argument("--variants", nargs="+", choices=["all", *VARIANTS], default=list(MAIN), metavar="NAME")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, short texts, two rounds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="a folder for a profile of each variant")
     options = parser.parse_args()
-    config = LARGE["1B"]
+    options.variants = list(VARIANTS) if "all" in options.variants else options.variants
+    sizes = {size: SHAPES[size] for size in options.sizes}
     if options.tiny:
-        config, options.length, options.rounds = llama(64, 2), 16, 2
+        sizes, options.length, options.rounds = {"tiny": llama(64, 2)}, 16, 2
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    print(f"{options.batch_size} x {options.length} tokens per role, bfloat16 weights and moments", flush=True)
-    results: dict[str, dict[str, Any]] = {}
-    for variant in options.variants:
-        try:
-            results[variant] = measure(variant, config, options)
-        except Exception as error:  # noqa: BLE001
-            results[variant] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        print(line(variant, results[variant], results.get(STOCK)), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results))
-    return 0 if all(row.get("finite") for row in results.values()) else 1
+    print(f"{machine(options.device)}\n{options.batch_size} x {options.length} tokens per role, bfloat16", flush=True)
+    results = Results(options.json)
+    for size, config in sizes.items():
+        measure(size, config, options, results)
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":

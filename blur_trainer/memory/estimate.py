@@ -1,6 +1,6 @@
 """What a training will need on each GPU, before any weight is loaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,11 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from blur_trainer.memory.activations import Pass, passes
+from blur_trainer.memory.checked import unchecked
 from blur_trainer.memory.meta import build, load_config
 from blur_trainer.memory.reach import reached
 from blur_trainer.memory.reference import REFERENCES, reference_bytes
 from blur_trainer.memory.weights import Held, gradient_bytes, held, sharding_of
 from blur_trainer.models.forward import causal_lm
+from blur_trainer.trainers.loading import unsharded_loading
 from blur_trainer.trainers.precision import default_dtype, on_device
 from blur_trainer.trainers.trainable import choose_trainable
 
@@ -27,6 +29,7 @@ class MemoryEstimate:
     """Bytes per GPU at the highest point of an optimizer step. `str()` is a table in GiB.
 
     `overlap` is negative: activations are freed while gradients arrive, so they are never all in memory together.
+    `unchecked` names what of this training was counted, but never measured on a GPU.
     """
 
     parameters: int
@@ -36,14 +39,22 @@ class MemoryEstimate:
     reference: int
     activations: int
     overlap: int
+    unchecked: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(self._rows().values())
+
+    def _rows(self) -> dict[str, int]:
+        return {name.replace("_", " "): value for name, value in asdict(self).items() if name != "unchecked"}
 
     def __str__(self) -> str:
-        rows = {name.replace("_", " "): value for name, value in asdict(self).items()} | {"total": self.total}
-        return "\n".join(f"{name:12} {value / 2**30:9.2f} GiB" for name, value in rows.items())
+        lines = [
+            f"{name:12} {value / 2**30:9.2f} GiB" for name, value in (self._rows() | {"total": self.total}).items()
+        ]
+        if self.unchecked:
+            lines.append(f"not checked on a GPU: {', '.join(self.unchecked)}")
+        return "\n".join(lines)
 
 
 def estimate_memory(
@@ -93,16 +104,19 @@ def estimate_memory(
     stored = _dtype(model, config, args, dtype, device, frozen=peft_config is not None or bool(bits or _bits(config)))
     engine = sharding_of(args, sharding)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else stored
+    if engine.master:  # DeepSpeed casts the weights themselves, and updates its float32 copy of them
+        stored = compute
     objectives = {"forget": args.build_forget_objective(), "retain": args.build_retain_objective()}
 
     def prepared(dtype: torch.dtype) -> PreTrainedModel | PeftModel:
-        built = build(model, config, dtype, peft_config)
+        with unsharded_loading(args):  # under ZeRO 3 transformers would fill partitions, which needs weights
+            built = build(model, config, dtype, peft_config)
         choose_trainable(built, args.train_layers, args.train_parameters, objectives)
         return built
 
     built = prepared(stored)
-    optim = OptimizerNames(args.optim).value
-    kept = held(built, engine, world_size, optim, bits or _bits(config), compute)
+    optim, bits = OptimizerNames(args.optim).value, bits or _bits(config)
+    kept = held(built, engine, world_size, optim, bits, compute)
     # DeepSpeed fills in zeros for parameters without a gradient
     gradients = {
         role: kept.gradients if engine.master else gradient_bytes(reached(built, objective), engine, world_size)
@@ -111,7 +125,9 @@ def estimate_memory(
     copied = reference_bytes(args, built, objectives, engine, world_size, reference)
     autocast = compute if compute != stored and not engine.casts else None
     runs = passes(args, built if compute == stored else prepared(compute), objectives, device, autocast)
-    return _highest(args, kept, gradients, runs, copied, device)
+    estimate = _highest(args, kept, gradients, runs, copied, device)
+    doubts = unchecked(args, engine, world_size, optim, bits, compute) if device == "cuda" else ()
+    return replace(estimate, unchecked=doubts)
 
 
 def _highest(
@@ -119,7 +135,7 @@ def _highest(
 ) -> MemoryEstimate:
     """The largest of four phases: both passes, the combination, the optimizer step."""
     single_buffer = args.single_gradient_buffer
-    slot = 0 if single_buffer or args.offload_forget_gradient else gradients["forget"]
+    slot = 0 if single_buffer or args.offload_forget_gradient else round(gradients["forget"] / kept.divided)
     accumulates = args.gradient_accumulation_steps > 1
 
     def height(role: str) -> int:
@@ -130,7 +146,7 @@ def _highest(
 
     # on a GPU torch's unfused AdamW copies all gradients; Adafactor makes a few copies of the largest one
     temporary = {"adamw_torch": kept.gradients if device == "cuda" else kept.largest, "adafactor": 4 * kept.largest}
-    combination = max(kept.gradients, gradients["retain"] + slot)
+    combination = max(kept.gradients, round(gradients["retain"] / kept.divided) + slot + kept.taken)
     step = kept.gradients + temporary.get(args.optim, 0)
     activations = max(run.begins for run in runs.values())
     highest = max(*(height(role) for role in runs), combination, step)

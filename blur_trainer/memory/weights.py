@@ -63,16 +63,20 @@ class Sharding:
     offload_parameters: bool = False
     #: the engine casts the weights; otherwise autocast does, in every layer
     casts: bool = False
-    #: DDP's buckets are a second copy of the gradients
+    #: the engine keeps a copy of the gradients beside the slots, all the time: DDP's buckets, ZeRO 3's partitions
     buckets: bool = False
+    #: a slot is copied from the engine's gradients, which are freed after that
+    copies: bool = False
+    #: gradients are summed up, and kept, in float32
+    float32_gradients: bool = False
 
 
 SHARDINGS = {
     "none": Sharding(buckets=True),
     "zero0": Sharding(master=True, casts=True),
-    "zero1": Sharding(optimizer=True, master=True, casts=True),
-    "zero2": Sharding(gradients=True, optimizer=True, master=True, casts=True),
-    "zero3": Sharding(parameters=True, gradients=True, optimizer=True, master=True, casts=True),
+    "zero1": Sharding(optimizer=True, master=True, casts=True, copies=True),
+    "zero2": Sharding(gradients=True, optimizer=True, master=True, casts=True, copies=True),
+    "zero3": Sharding(parameters=True, gradients=True, optimizer=True, master=True, casts=True, buckets=True),
     "fsdp": Sharding(parameters=True, gradients=True, optimizer=True, casts=True),
 }
 
@@ -92,6 +96,8 @@ def sharding_of(args: Any, name: str | None) -> Sharding:
     zero = engine.config.get("zero_optimization", {})
     devices = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("optimizer", "param")}
     sharding = SHARDINGS[f"zero{zero.get('stage', 0)}"]
+    if engine.config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        sharding = replace(sharding, float32_gradients=True)
     return _offloaded(sharding, optimizer=devices["optimizer"] != "none", parameters=devices["param"] != "none")
 
 
@@ -105,9 +111,14 @@ class Held:
     """Bytes per GPU between the phases of a step, and of the largest tensors that a phase works on."""
 
     parameters: int
-    #: one copy, as the backend holds it
+    #: one copy, as the engine hands it out
     gradients: int
+    #: the engine's own copy
     buckets: int
+    #: a slot holds one part of so many of the gradients
+    divided: int
+    #: the engine's gradients, while the second slot is copied from them
+    taken: int
     optimizer: int
     #: bytes of the largest parameter in float32
     largest: int
@@ -132,22 +143,29 @@ def held(
         outside = sum(p.numel() for p in model.parameters()) - sum(units)
         # gathered at once: embedding, head, the current layer, its gradient, and the prefetched next layer
         live = gathered.itemsize * (outside + 2 * max(units, default=0) + max(learning, default=0))
+    gradients = gradient_bytes(trained, sharding, processes)
+    # ZeRO 1 reduces whole gradients, and its optimizer reads a part; with float32 sums it keeps them whole
+    divided = 1 if sharding.gradients or not sharding.optimizer or sharding.float32_gradients else processes
     return Held(
         parameters=round((0 if sharding.offload_parameters else parameters / share["parameters"]) + live),
-        gradients=gradient_bytes(trained, sharding, processes),
-        buckets=_own_bytes(trained) if sharding.buckets and processes > 1 else 0,
+        gradients=gradients,
+        buckets=gradients if sharding.buckets and (processes > 1 or sharding.master) else 0,
+        divided=divided,
+        taken=round(gradients / divided) if sharding.copies else 0,
         optimizer=0 if sharding.offload_optimizer else round((state + master) / share["optimizer"]),
         largest=max((4 * p.numel() for p in trained), default=0),
     )
 
 
 def gradient_bytes(parameters: Iterable[nn.Parameter], sharding: Sharding, processes: int) -> int:
-    """Bytes of one copy of the parameters' gradients, as the backend holds it."""
-    return 0 if sharding.offload_optimizer else round(_own_bytes(parameters) / (processes if sharding.gradients else 1))
+    """Bytes of one copy of the parameters' gradients, as the engine hands it out: in the parameters' dtype.
 
-
-def _own_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    ZeRO 3 hands out float32, tensor by tensor; the backend casts each back before the next one comes.
+    """
+    if sharding.offload_optimizer:
+        return 0
+    whole = sum(p.numel() * (4 if sharding.float32_gradients else p.element_size()) for p in parameters)
+    return round(whole / (processes if sharding.gradients else 1))
 
 
 def linears(model: nn.Module) -> Iterable[nn.Linear]:

@@ -242,19 +242,19 @@ def test_frozen_parameters_of_a_model():
 
 
 @pytest.mark.parametrize(
-    ("sharding", "parameters", "gradients", "optimizer"),
+    ("sharding", "parameters", "gradients", "slot", "optimizer"),
     [
-        ("none", 1, 2, 8),  # DDP's buckets
-        ("zero0", 1, 1, 12),
-        ("zero1", 1, 1, 12 / 8),
-        ("zero2", 1, 1 / 8, 12 / 8),
-        ("zero3", 1 / 8, 1 / 8, 12 / 8),
-        ("fsdp", 1 / 8, 1 / 8, 8 / 8),
-        ("zero2_offload", 1, 0, 0),
-        ("zero3_offload", 0, 0, 0),
+        ("none", 1, 2, 1, 8),  # DDP's buckets
+        ("zero0", 1, 1, 1, 12),
+        ("zero1", 1, 1, 1 / 8, 12 / 8),  # reduced whole, read in parts
+        ("zero2", 1, 1 / 8, 1 / 8, 12 / 8),
+        ("zero3", 1 / 8, 2 / 8, 1 / 8, 12 / 8),  # its own partitions stay
+        ("fsdp", 1 / 8, 1 / 8, 1 / 8, 8 / 8),
+        ("zero2_offload", 1, 0, 0, 0),
+        ("zero3_offload", 0, 0, 0, 0),
     ],
 )
-def test_shares_of_eight_processes(sharding, parameters, gradients, optimizer):
+def test_shares_of_eight_processes(sharding, parameters, gradients, slot, optimizer):
     """In units of the weights' bytes (optimizer: bytes per weight); what is gathered at work comes on top."""
     n = count(tiny_llama())
     result = estimate(world_size=8, sharding=sharding)
@@ -262,7 +262,6 @@ def test_shares_of_eight_processes(sharding, parameters, gradients, optimizer):
     gathered = 4 * (n - 2 * layer + 3 * layer) if parameters < 1 else 0
     assert result.parameters == pytest.approx(4 * n * parameters + gathered, abs=1)
     assert result.gradients == pytest.approx(4 * n * gradients, abs=1)
-    slot = gradients / 2 if sharding == "none" else gradients  # buckets hold no slot
     assert result.forget_slot == pytest.approx(4 * n * slot, abs=1)
     assert result.optimizer == pytest.approx(n * optimizer, abs=1)
 
@@ -522,9 +521,16 @@ def test_a_real_training_needs_what_is_estimated():
 
 @pytest.mark.full
 def test_the_page_has_the_table_of_the_command():
-    import memory
+    import what_fits
 
-    assert memory.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert what_fits.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_gpus_has_the_numbers_of_the_table():
+    """docs/gpu.md says what to set on which card; docs/scaling.md has the table that this comes from."""
+    scaling, gpu = ((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("scaling", "gpu"))
+    shown = re.findall(r"(\d+\.\d)(?!\*)", gpu.split("## What to set")[1].split("\n\n")[2])
+    assert len(shown) >= 9 and set(shown) <= set(re.findall(r" (\d+\.\d): ", scaling))
 
 
 def test_the_page_prints_what_its_examples_print(tmp_path):

@@ -1,0 +1,34 @@
+"""Which estimates stand beside a measurement on a GPU. docs/benchmarks.md, section "Memory", has the numbers.
+
+Measured on one H100, in one process: full parameters and LoRA, float32, bfloat16 and autocast to bfloat16, AdamW and
+SGD, NPO with a copied and a precomputed reference, KL, RMU, checkpointing, the fused head, the forget slot on the CPU,
+one gradient buffer. Everything else was counted, or measured on a CPU only: [`unchecked`] names it.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from blur_trainer.memory.weights import SHARDINGS, Sharding
+from blur_trainer.objectives.answers import DPO
+
+if TYPE_CHECKING:
+    from blur_trainer.trainers.config import UnlearningConfig
+
+_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "sgd"}
+
+
+def unchecked(
+    args: "UnlearningConfig", sharding: Sharding, processes: int, optim: str, bits: int | None, compute: torch.dtype
+) -> tuple[str, ...]:
+    """What of this training was never measured on a GPU, in words."""
+    found = {
+        f"{processes} processes": processes > 1,
+        "the engine's sharding": sharding != SHARDINGS["none"],
+        f"{bits}-bit weights": bits is not None,
+        f"the state of {optim}": optim not in _OPTIMIZERS,
+        "accumulation": args.gradient_accumulation_steps > 1,
+        "float16": compute == torch.float16,
+        "DPO": isinstance(args.build_forget_objective(), DPO),
+    }
+    return tuple(what for what, applies in found.items() if applies)
