@@ -22,6 +22,7 @@ from support import reference
 from support.models import examples, tiny_llama
 from support.processes import freeze_imports, torchrun
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
 from blur_trainer.data.pairing import PairedDataset
@@ -220,8 +221,8 @@ def expected(feature: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def whole(parameter: Tensor, engine: str) -> Tensor:
     """The fp32 master of a trainable parameter, from all processes' shards."""
-    if engine.startswith("fsdp2"):
-        return parameter.full_tensor().detach().cpu()  # type: ignore[attr-defined]
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach().cpu()
     if engine.startswith("zero") and engine != "zero0":
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -255,6 +256,7 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
+        "bf16": False,  # also where a GPU has it
         **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
         **copy.deepcopy(ENGINES[engine]),
     }
