@@ -42,15 +42,8 @@ def test_value_and_gradient_are_those_of_the_logits(dtype):
 def test_a_training_with_it_is_that_without(tmp_path, checkpointing):
     ends = []
     for fused in (True, False):
-        args = on_device(
-            *(tmp_path / str(fused),),
-            **{
-                "fused_lm_head": fused,
-                "activation_checkpointing": checkpointing,
-                "max_steps": 3,
-                "learning_rate": 1e-2,
-            },
-        )
+        config = {"fused_lm_head": fused, "activation_checkpointing": checkpointing, "max_steps": 3}
+        args = on_device(tmp_path / str(fused), learning_rate=1e-2, **config)
         trainer = train(args, examples(8, seed=5), examples(5, seed=6), forget_objective=NPO())
         assert has_fused_head(trainer.model) is fused
         ends.append(on_host(trainer.model))

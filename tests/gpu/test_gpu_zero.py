@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO with one process on the device, also offloaded and with pinned memory, against the literal training."""
+"""DeepSpeed ZeRO with one process on the device, also offloaded and pinned, against the literal training."""
 
 import pytest
 import torch

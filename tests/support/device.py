@@ -26,8 +26,17 @@ if CHOSEN not in ("cuda", "cpu", ""):
     raise ValueError(f"BLUR_GPU_TESTS_ON={CHOSEN!r}; accepted: cuda, cpu.")
 CARD = CHOSEN == "cuda"
 DEVICE = torch.device(CHOSEN or "cpu")
+#: short tests, which run on the CPU in every run of the suite where there is no GPU
+EVERY_RUN = {
+    ("test_gpu_slots.py", "test_an_offloaded_gradient_waits_in_the_cpus_memory_and_changes_nothing"),
+    ("test_gpu_fused_head.py", "test_value_and_gradient_are_those_of_the_logits"),
+    ("test_gpu_scoring.py", "test_log_probabilities_and_texts_are_the_cpus"),
+    ("test_gpu_loss_scale.py", "test_an_overflow_in_the_middle_is_skipped_and_training_goes_on"),
+    ("test_gpu_resuming.py", "test_the_checkpoint_keeps_the_devices_random_state"),
+    ("test_gpu_training.py", "test_an_adapter_trains_as_on_the_cpu"),
+}
 #: of processes that a test starts
-SEEN = {"CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"] if CARD else "", "OMP_NUM_THREADS": "2"}
+SEEN = {"CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"] if CARD else ""}
 
 
 def needs_card(why: str) -> pytest.MarkDecorator:
@@ -55,7 +64,7 @@ def on_host(model: nn.Module) -> dict[str, Tensor]:
 
 
 def off(got: Mapping[str, Tensor], want: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """`||got - want|| / ||want - start||`. By the norm: where a gradient is near 0, Adam makes steps of its rounding."""
+    """`||got - want|| / ||want - start||`: by the norm, as Adam makes whole steps of what is rounding alone."""
     assert got.keys() == want.keys() == start.keys()
     distance, moved = (
         sum((a[name].double() - b[name].double()).square().sum().item() for name in a)
