@@ -1,10 +1,10 @@
 """Tests that want a GPU. Without one they are skipped.
 
     pytest -m gpu tests/gpu                        # on the first GPU
-    BLUR_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu  # a dry run: the same on the CPU, but for what only a card has
+    BLUR_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu  # a dry run: on the CPU, all but what only a card has
 
-`needs_card` says what the dry run leaves out, and why. Those in `EVERY_RUN` run on the CPU in every run of the suite, so
-that these files keep up with the package; tests/gpu/test_dry_run.py (`pytest -m full`) makes the whole dry run.
+`needs_card` says what the dry run leaves out, and why. Those in `EVERY_RUN` run on the CPU in every run of the suite:
+these files keep up with the package. tests/gpu/test_dry_run.py (`pytest -m full`) makes the whole dry run.
 """
 
 from pathlib import Path

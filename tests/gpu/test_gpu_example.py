@@ -36,19 +36,10 @@ def test_muse_runs_with_its_defaults(module, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bt, "BLURTrainer", Spy)
     out = with_ignorant_models(tmp_path / "run", bt.load_muse("embedded"))
-    use_cpu = ["--use_cpu", "True"] if DEVICE.type == "cpu" else []
-    arguments = [
-        "run_muse.py",
-        "--max_documents",
-        "3",
-        *BRIEF,
-        "--disable_tqdm",
-        "True",
-        *use_cpu,
-        "--output_dir",
-        str(out),
-    ]
-    monkeypatch.setattr(sys, "argv", arguments)
+    arguments = ["--max_documents", "3", *BRIEF, "--disable_tqdm", "True", "--output_dir", str(out)]
+    if DEVICE.type == "cpu":
+        arguments += ["--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", ["run_muse.py", *arguments])
     torch.manual_seed(0)
     module.main()
     assert seen == [(DEVICE.type, DEVICE.type, True)]

@@ -81,12 +81,8 @@ def test_partitions_that_are_read_as_copies_are_offloaded_one_by_one(monkeypatch
     """ZeRO 1 and 2 hand out clones: with `offload_forget_gradient` these are never on the device all at once."""
     zero = pytest.importorskip("blur_trainer.gradients.deepspeed", reason="needs DeepSpeed")
     partitions = [torch.ones(size, device=DEVICE) for size in SIZES]
-    optimizer = SimpleNamespace(
-        bit16_groups=[partitions],
-        averaged_gradients={0: partitions},
-        all_grad_tensors={0: None},
-        zero_grad=lambda: None,
-    )
+    lists = {"bit16_groups": [partitions], "averaged_gradients": {0: partitions}, "all_grad_tensors": {0: None}}
+    optimizer = SimpleNamespace(**lists, zero_grad=lambda: None)
     model = nn.ParameterList([torch.zeros(1, device=DEVICE)])
     engine = SimpleNamespace(optimizer=optimizer, parameters=model.parameters, modules=model.modules)
     held = zero.Partitions(Engine(), engine, offload_forget_gradient=True)
