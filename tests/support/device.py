@@ -26,6 +26,8 @@ if CHOSEN not in ("cuda", "cpu", ""):
     raise ValueError(f"BLUR_GPU_TESTS_ON={CHOSEN!r}; accepted: cuda, cpu.")
 CARD = CHOSEN == "cuda"
 DEVICE = torch.device(CHOSEN or "cpu")
+#: what a GPU would choose otherwise
+PLAIN = {"bf16": False, "activation_checkpointing": False}
 #: short tests, which run on the CPU in every run of the suite where there is no GPU
 EVERY_RUN = {
     ("test_gpu_slots.py", "test_an_offloaded_gradient_waits_in_the_cpus_memory_and_changes_nothing"),
@@ -46,12 +48,12 @@ def needs_card(why: str) -> pytest.MarkDecorator:
 
 def on_device(output_dir: Path | str, *config: Any, **kwargs: Any) -> Any:
     """`support.runs.settings` on the device, in float32 unless asked: what a CPU gives is what is compared with."""
-    return settings(output_dir, *config, **({"use_cpu": not CARD, "bf16": False} | kwargs))
+    return settings(output_dir, *config, **({"use_cpu": not CARD} | PLAIN | kwargs))
 
 
 def on_cpu(output_dir: Path | str, *config: Any, **kwargs: Any) -> Any:
-    """The same settings, on the CPU whatever is there. Not behind `on_device` in one process: accelerate keeps it."""
-    return settings(output_dir, *config, **({"bf16": False} | kwargs))
+    """The same, on the CPU whatever is there. Train before making other settings: accelerate has one state."""
+    return settings(output_dir, *config, **(PLAIN | kwargs))
 
 
 def device_of(model: nn.Module) -> str:

@@ -123,7 +123,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mgda": {"rule": "mgda"},
     "accumulation": {"rule": "sum", "accumulation": 4},
     "clipping": {"rule": "sum", "max_grad_norm": 0.3},
-    "checkpointing": {"rule": "sum", "accumulation": 2, "gradient_checkpointing": True},
+    "checkpointing": {"rule": "sum", "accumulation": 2, "activation_checkpointing": True},
     "tied": {"rule": "sum", "tie": True},
     "frozen": {"rule": "sum", "frozen": True},
     "lora": {"rule": "sum", "lora": True},
@@ -256,7 +256,7 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "bf16": False,  # also where a GPU has it
+        **{"bf16": False, "activation_checkpointing": False},  # also on a GPU
         **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
         **copy.deepcopy(ENGINES[engine]),
     }
