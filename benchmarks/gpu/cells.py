@@ -5,6 +5,7 @@
 
 A cell is `||w - w_ref|| / ||w_ref - w_start||` after three AdamW steps, as in benchmarks/parity.py, with the tolerance
 of a device that sums in another order. Half precision on the whole is only asked to stay finite and to move.
+tests/gpu runs a part of these cells by this program.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from typing import Any
 import datasets
 import torch
 from support import parity
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from blur_trainer import BLUR
 from blur_trainer.objectives.answers import NPO
 
 DEFAULT = 1e-4
-TOLERANCE = {"mgda": 5e-4, "bf16": 0.15, "fp16": 0.05}
+#: RMU under Inductor was off by 2.0e-04 on an H100 (docs/benchmarks.md); why was not measured
+TOLERANCE = {"mgda": 5e-4, "rmu, inductor": 5e-4, "bf16": 0.15, "fp16": 0.05}
 SMALL_SCALE = 2.0**10  # of the loss: 2^16, where GradScaler begins, skips the first steps
 parity.FEATURES |= {
     "BLUR-NPO": {"npo": True, "precompute_ref_logps": True},
@@ -46,6 +47,10 @@ parity.FEATURES |= {
         "torch_compile_backend": "inductor",
         "tf32": False,
     },
+    "BLUR-NPO, inductor": {
+        **{"npo": True, "precompute_ref_logps": True},
+        **{"torch_compile": True, "torch_compile_backend": "inductor", "tf32": False},
+    },
     "rmu, inductor": {
         **{"rule": "blur_wmdp", "rmu": True, "train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
         **{"torch_compile": True, "torch_compile_backend": "inductor", "tf32": False},
@@ -60,7 +65,7 @@ PLAIN = [
     *("one buffer, sum", "one buffer, NPO", "fused head", "tied", "clipping", "checkpointing", "frozen", "pcgrad"),
     *("mgda", "bf16", "fp16"),
 ]
-COMPILED = ["compiled", "inductor", "rmu, inductor"]
+COMPILED = ["compiled", "inductor", "BLUR-NPO, inductor", "rmu, inductor"]
 ENGINE = ["sum", "blur", "NPO, kept logps", "lora", "accumulation", "clipping", "tied", "checkpointing", "fused head"]
 HALF = ["bf16", "fp16"]
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero2_offload_pinned", "zero3_offload", "zero3_offload_all"]
@@ -91,16 +96,6 @@ def finite(feature: str, folder: str) -> float:
     if all(torch.equal(start[name], end[name]) for name in start):
         raise AssertionError("nothing moved")
     return trainer.state.log_history[-1]["train_loss"]
-
-
-def whole(parameter: torch.Tensor, engine: str) -> torch.Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach().cpu()
-    return WHOLE(parameter, engine)
-
-
-WHOLE = parity.whole
-parity.whole = whole
 
 
 def one(cell: str, folder: str) -> dict[str, Any]:
@@ -140,8 +135,8 @@ def run(cells: list[str], options: argparse.Namespace, attempt: Callable[[str, s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=list(GROUPS))
-    parser.add_argument("--cells", help="these of them only, by semicolons")
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar="group", help=", ".join(GROUPS))
+    parser.add_argument("--cells", help="instead of whole groups, by semicolons: 'plain:blur;finite:bfloat16 weights'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -149,9 +144,9 @@ def main() -> int:
     datasets.disable_progress_bars()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible")
-    cells = [cell for group in options.groups for cell in GROUPS[group]]
-    if options.cells:
-        cells = [cell for cell in cells if cell in options.cells.split(";")]
+    if bool(options.groups) == bool(options.cells):
+        parser.error("give groups, or --cells")
+    cells = options.cells.split(";") if options.cells else [c for group in options.groups for c in GROUPS[group]]
     return 0 if run(cells, options) else 1
 
 

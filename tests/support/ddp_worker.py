@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from blur_trainer.gradients import backend
 from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.answers import NPO, GradAscent, SimNPO
+from blur_trainer.trainers import single_buffer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
@@ -35,6 +38,7 @@ CASES = {
     "precomputed": {"rule": BLUR(), "precompute_ref_logps": True},
     "own_loss": {"rule": Sum(), "forget_objective": GradAscent(), "trainer": OwnLoss},
     "bucket_view": {"rule": Sum(), "bucket_view": True},
+    "one_buffer": {"rule": BLUR(gamma=0.5), "single_gradient_buffer": True},
     "simnpo": {"rule": Sum(), "forget_objective": SimNPO()},
     # accumulated, so that a step's topic is that of both processes and of the whole window
     "topics": {
@@ -43,6 +47,27 @@ CASES = {
         "forget": {"a": examples(8, seed=7), "b": examples(8, seed=8)},
     },
 }
+
+
+@contextmanager
+def other_numbers(rank: int) -> Iterator[None]:
+    """What other kernels on another card may do: each process finds other last digits, and once one finds NaN.
+
+    If each believed its own numbers, weights would drift apart, and a process that skips a step alone would leave the
+    others waiting for it.
+    """
+    exact, calls = backend.inner_products, []
+
+    def inner_products(*gradients):
+        calls.append(1)
+        odd = torch.nan if rank > 0 and len(calls) == 2 else 1 + 1e-9 * rank
+        return exact(*gradients) * odd
+
+    backend.inner_products = single_buffer.inner_products = inner_products
+    try:
+        yield
+    finally:
+        backend.inner_products = single_buffer.inner_products = exact
 
 
 def main(name: str, output_dir: str) -> None:
@@ -80,13 +105,8 @@ def main(name: str, output_dir: str) -> None:
     if bucket_view:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     rank = int(os.environ.get("RANK", "0"))
-    exact = backend.inner_products
-    # what other kernels on another card may do: each process finds other last digits
-    backend.inner_products = lambda *gradients: exact(*gradients) * (1 + 1e-9 * rank)
-    try:
+    with other_numbers(rank):
         trainer.train()
-    finally:
-        backend.inner_products = exact
     if processes > 1:
         flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         theirs = broadcast(flat.clone())

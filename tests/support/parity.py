@@ -22,6 +22,7 @@ from support import reference
 from support.models import examples, tiny_llama
 from support.processes import freeze_imports, torchrun
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
 from blur_trainer.data.pairing import PairedDataset
@@ -122,7 +123,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mgda": {"rule": "mgda"},
     "accumulation": {"rule": "sum", "accumulation": 4},
     "clipping": {"rule": "sum", "max_grad_norm": 0.3},
-    "checkpointing": {"rule": "sum", "accumulation": 2, "gradient_checkpointing": True},
+    "checkpointing": {"rule": "sum", "accumulation": 2, "activation_checkpointing": True},
     "tied": {"rule": "sum", "tie": True},
     "frozen": {"rule": "sum", "frozen": True},
     "lora": {"rule": "sum", "lora": True},
@@ -220,8 +221,8 @@ def expected(feature: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def whole(parameter: Tensor, engine: str) -> Tensor:
     """The fp32 master of a trainable parameter, from all processes' shards."""
-    if engine.startswith("fsdp2"):
-        return parameter.full_tensor().detach().cpu()  # type: ignore[attr-defined]
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach().cpu()
     if engine.startswith("zero") and engine != "zero0":
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -255,6 +256,7 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
+        **{"bf16": False, "activation_checkpointing": False},  # also on a GPU
         **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
         **copy.deepcopy(ENGINES[engine]),
     }

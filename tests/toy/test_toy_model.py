@@ -1,10 +1,13 @@
 """The tokenizer gives back what it was given; the tiny model learns by heart what it is shown, and no more."""
 
 import copy
+import os
 import random
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,6 +209,33 @@ def test_no_gpu_is_taken(tokenizer, monkeypatch):
         memorize(tiny_llama(tokenizer, hidden_size=32, num_layers=1), tokenizer, tokenize(tokenizer))
     assert seen.value.args == (True, 0, False)
     assert forks == [[]]
+
+
+def test_among_eight_gpus_a_process_memorizes_on_the_cpu_and_keeps_its_device(tokenizer, monkeypatch):
+    """Process 3 of a launch, to the end of the training; asking torch for a GPU would fail here."""
+    process, chosen = PartialState(), []
+    before = dict(process.__dict__)
+    mine = {"device": torch.device("cuda", 3), "num_processes": 8, "process_index": 3, "local_process_index": 3}
+    mine["distributed_type"] = DistributedType.MULTI_GPU
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    try:
+        process.__dict__.update(mine)
+        model = tiny_llama(tokenizer, hidden_size=32, num_layers=1)
+        start = copy.deepcopy(model.state_dict())
+        memorize(model, tokenizer, tokenize(tokenizer), num_train_epochs=2, disable_tqdm=True)
+        state = PartialState()
+        assert {name: getattr(state, name) for name in mine} == mine
+        assert os.environ["LOCAL_RANK"] == "3" and os.environ["WORLD_SIZE"] == "8"
+    finally:
+        process.__dict__.clear()
+        process.__dict__.update(before)
+    assert chosen == []
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert any(not torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
 def test_labels_masked_out_are_not_learnt(tokenizer):

@@ -1,0 +1,32 @@
+"""Tests that want a GPU. Without one they are skipped.
+
+    pytest -m gpu tests/gpu                        # on the first GPU
+    BLUR_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu  # a dry run: on the CPU, all but what only a card has
+
+`needs_card` says what the dry run leaves out, and why. Those in `EVERY_RUN` run on the CPU in every run of the suite:
+these files keep up with the package. tests/gpu/test_dry_run.py (`pytest -m full`) makes the whole dry run.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.device import CHOSEN, EVERY_RUN
+
+
+@pytest.hookimpl(tryfirst=True)  # the marker is there when `-m` chooses
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and item.path.name != "test_dry_run.py":
+            item.add_marker(pytest.mark.gpu)
+            if not CHOSEN and (item.path.name, item.originalname) not in EVERY_RUN:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, or BLUR_GPU_TESTS_ON=cpu for a dry run"))
+
+
+@pytest.fixture
+def same_sums():
+    """Kernels that give the same bits every time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
