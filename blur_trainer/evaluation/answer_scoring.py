@@ -209,7 +209,8 @@ def _row_by_row(rows: Sequence[ScoredRow]) -> Callable[[Tensor], list[AnswerScor
 
 def _rows_of(cache: Cache, rows: Tensor) -> Cache:
     """Some rows of a cache as a new one. Nothing else is copied: the deep copy keeps the tensors of the original."""
-    kept = {id(tensor): tensor for layer in cache.layers for tensor in (layer.keys, layer.values)}
+    layers: Sequence[Any] = cache.layers  # each a `DynamicLayer`: see `can_share_prompts`
+    kept = {id(tensor): tensor for layer in layers for tensor in (layer.keys, layer.values)}
     selected = copy.deepcopy(cache, kept)
     selected.batch_select_indices(rows)
     return selected

@@ -13,6 +13,9 @@ import pytest
 import torch
 from support.device import CHOSEN, EVERY_RUN
 
+#: they start processes and take longest: begun first
+LAUNCHES = ("test_gpu_zero.py", "test_gpu_data_parallel.py", "test_gpu_one_process.py", "test_gpu_compiled.py")
+
 
 @pytest.hookimpl(tryfirst=True)  # the marker is there when `-m` chooses
 def pytest_collection_modifyitems(items):
@@ -22,6 +25,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not CHOSEN and (item.path.name, item.originalname) not in EVERY_RUN:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, or BLUR_GPU_TESTS_ON=cpu for a dry run"))
+    if CHOSEN:
+        items.sort(key=lambda item: here not in item.path.parents or item.path.name not in LAUNCHES)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from support.device import DEVICE, needs_card, off, on_device, on_host
+from support.device import CARD, DEVICE, needs, needs_card, off, on_device, on_host
 from support.models import examples, tiny_llama
 from support.runs import train, training_logs
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -17,7 +17,7 @@ import blur_trainer as bt
 from blur_trainer.evaluation.scoring import token_logps
 from blur_trainer.objectives.answers import NPO
 
-pytest.importorskip("bitsandbytes", reason="few bits need bitsandbytes: pip install blur_trainer[quantization]")
+pytestmark = needs("bitsandbytes", "quantization")
 DATA = examples(6, seed=5), examples(6, seed=6)
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
@@ -53,7 +53,9 @@ def test_an_adapter_of_4_bit_weights_trains_and_merges(base, tmp_path, bf16):
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=needs_card("8-bit weights have kernels on GPUs alone"))])
 def test_a_model_in_few_bits_is_scored_near_its_own_scores(base, bits):
     config = quantized() if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
-    few = LlamaForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": DEVICE}).eval()
+    few = LlamaForCausalLM.from_pretrained(
+        base, quantization_config=config, device_map={"": 0 if CARD else "cpu"}
+    ).eval()
     whole = LlamaForCausalLM.from_pretrained(base).to(DEVICE).eval()
     rows = examples(6, seed=3)
     scores = [torch.tensor(sum(float(r.sum()) for r in token_logps(m, rows, pad_token_id=0))) for m in (few, whole)]

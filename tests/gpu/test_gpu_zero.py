@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support.cases import chosen
-from support.device import CARD, cells, needs_card
+from support.device import CARD, cells, needs, needs_card
 
-pytest.importorskip("deepspeed", reason="ZeRO needs DeepSpeed: pip install blur_trainer[deepspeed]")
+pytestmark = needs("deepspeed", "deepspeed")
 PINNED = needs_card("page-locked memory")
 FP16 = [] if CARD or torch.ops.mkldnn._is_mkldnn_fp16_supported() else [pytest.mark.skip(reason="a CPU without fp16")]
 CELLS = [

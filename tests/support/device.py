@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ SEEN = {"CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"] if CARD else 
 def needs_card(why: str) -> pytest.MarkDecorator:
     """Left out of the dry run."""
     return pytest.mark.skipif(False, reason=why) if CARD else pytest.mark.skip(reason=f"needs a GPU: {why}")
+
+
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    """Looked for, not imported: it takes seconds."""
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}: pip install blur_trainer[{extra}]")
 
 
 def on_device(output_dir: Path | str, *config: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,17 @@ OWNERS = ("blur_trainer/", "transformers/", "accelerate/", "trl/", "peft/", "tor
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_consecutive", "_unique2", "unique_dim")
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 KERNELS = {"logsumexp": 9}  # where an operator launches several: amax, abs, eq, masked_fill, sub, exp, sum, log, add
-FREE = ("detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+FREE = (
+    "_unsafe_view",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+)
 
 
 class OnDevice(torch.Tensor):
