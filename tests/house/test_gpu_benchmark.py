@@ -69,11 +69,12 @@ def test_a_section_that_fails_or_does_not_end_stops_no_other(tmp_path):
 
 
 def test_what_the_minutes_do_not_allow_is_not_run(tmp_path):
-    """The time that is left also bounds what is started."""
-    made = {"first": python("time.sleep(60)", limit=3.0), "second": python("", limit=600.0)}
-    code, results, lines = started(tmp_path, made, "--minutes", str(2 / 60))
-    assert code == 1 and results["first"]["verdict"] == "cut off" and results["first"]["seconds"] < 2.9
-    assert results["second"]["verdict"] == "not run" and "it takes up to 600 s" in results["second"]["why"]
+    """Too little time is left for the second; it bounds the third."""
+    waits = "time.sleep(60)"
+    made = {"one": python(waits, limit=1.0), "two": python("", limit=600.0), "three": python(waits, limit=3.0)}
+    code, results, lines = started(tmp_path, made, "--minutes", str(3 / 60))
+    assert code == 1 and results["three"]["verdict"] == "cut off" and results["three"]["seconds"] < 2.9
+    assert results["two"]["verdict"] == "not run" and "it takes up to 600 s" in results["two"]["why"]
     assert any("**not run**" in line and "it takes up to 600 s" in line for line in lines)
 
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from support.models import tiny_llama
 from support.processes import SUPPORT, torchrun
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.trainers.blur import BLURConfig
@@ -90,6 +92,20 @@ def test_what_no_gpu_has_shown_is_said(kwargs, words):
     assert result.unchecked == words
     last = str(result).splitlines()[-1]
     assert last == f"not checked on a GPU: {', '.join(words)}" if words else last.startswith("total")
+
+
+def test_under_zero_3_nothing_is_partitioned():
+    """With such a configuration alive, transformers partitions each model that is made. The estimate's is on meta."""
+    config = HfDeepSpeedConfig(zero(3, train_micro_batch_size_per_gpu=1))
+    try:
+        args = BLURConfig("unused", use_cpu=True, report_to="none", max_length=2)
+        args.hf_deepspeed_config = config
+        args.deepspeed_plugin = SimpleNamespace(set_deepspeed_weakref=lambda: set_hf_deepspeed_config(config))
+        result = estimate_memory(tiny_llama().config, args, 8, reference="none")
+        assert is_deepspeed_zero3_enabled()  # again
+    finally:
+        unset_hf_deepspeed_config()
+    assert result.forget_slot == pytest.approx(4 * trained() / 8, abs=1)
 
 
 @pytest.mark.full
