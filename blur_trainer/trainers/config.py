@@ -143,12 +143,14 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         default=False, metadata={"help": "Push metrics.json and report.html too, which hold texts to be forgotten."}
     )
 
-    # Other defaults than TrainingArguments': by device, a gentle learning rate, and frequent logs.
+    # Other defaults than TrainingArguments': by device, a gentle learning rate, frequent logs, and no look at each loss,
+    # for which the host would wait twice per micro-batch: a step that is not finite is skipped, and counts in no loss.
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bfloat16 autocast. Default: on GPUs that have it, unless fp16 is asked for."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of the logged loss."})
 
     def __post_init__(self) -> None:
         for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs", "topics"):
