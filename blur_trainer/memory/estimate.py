@@ -115,8 +115,8 @@ def estimate_memory(
         return built
 
     built = prepared(stored)
-    optim, bits = OptimizerNames(args.optim).value, bits or _bits(config)
-    kept = held(built, engine, world_size, optim, bits, compute)
+    optim, few = OptimizerNames(args.optim).value, bits or _bits(config)
+    kept = held(built, engine, world_size, optim, few, compute)
     # DeepSpeed fills in zeros for parameters without a gradient
     gradients = {
         role: kept.gradients if engine.master else gradient_bytes(reached(built, objective), engine, world_size)
@@ -126,7 +126,7 @@ def estimate_memory(
     autocast = compute if compute != stored and not engine.casts else None
     runs = passes(args, built if compute == stored else prepared(compute), objectives, device, autocast)
     estimate = _highest(args, kept, gradients, runs, copied, device)
-    doubts = unchecked(args, engine, world_size, optim, bits, compute) if device == "cuda" else ()
+    doubts = unchecked(args, engine, world_size, optim, few, compute) if device == "cuda" else ()
     return replace(estimate, unchecked=doubts)
 
 
