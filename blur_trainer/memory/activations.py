@@ -20,6 +20,7 @@ from blur_trainer.memory.working import working_bytes
 from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_size
 from blur_trainer.objectives.answers import DPO
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.divergence import SLICES
 from blur_trainer.trainers.topics import settings_of
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 #: float32 copies of `(tokens, vocabulary)` at the peak of `cross_entropy`: the saved log-softmax and two gradients
 _CROSS_ENTROPY = 3
-#: the same for `kl_loss`: two log-softmaxes, the divergence, two gradients; and two logits in the model's dtype
-_KL, _KL_LOGITS = 5, 2
+#: `kl_loss`, in the dtype of the logits: both logits and the gradient; in float32: copies of one slice of them
+_KL_LOGITS, _KL_SLICES = 3, 5
 #: float32 copies of `(tokens, hidden)` at the peak of `activation_loss`, during its backward pass: the saved
 #: difference, the gradient of its square, and three copies in the derivative of the square
 _ACTIVATION_LOSS = 5
@@ -100,7 +101,7 @@ def _head(objective: Objective, model: nn.Module, shape: tuple[int, int], fused:
     vocabulary, width = head.weight.shape
     tokens, itemsize = shape[0] * shape[1], head.weight.itemsize
     if objective.needs_reference_logits:
-        return tokens * vocabulary * (4 * _KL + itemsize * _KL_LOGITS)
+        return int(tokens * vocabulary * (itemsize * _KL_LOGITS + 4 * _KL_SLICES / SLICES))
     if not fused:  # each earlier graph keeps its log-softmax
         return 4 * tokens * vocabulary * (_CROSS_ENTROPY + _graphs(objective) - 1)
     tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * itemsize
