@@ -90,7 +90,7 @@ def passes(
 
 
 def _batches(
-    args: "UnlearningConfig", model: nn.Module, tokens: int, device: str, by_batch: bool
+    args: "UnlearningConfig", model: PreTrainedModel | PeftModel, tokens: int, device: str, by_batch: bool
 ) -> list[tuple[int, bool]]:
     """Tokens of the batches that may need most, and whether they take the fused head.
 

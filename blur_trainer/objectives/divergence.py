@@ -48,7 +48,7 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
         logits, ref_logits = ctx.saved_tensors
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         rows, weights = gradient.view(-1, logits.shape[-1]), weights.reshape(-1, 1)
@@ -57,7 +57,7 @@ class _Divergence(torch.autograd.Function):
         return gradient, None
 
     @staticmethod
-    def jvp(ctx: Any, direction: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, direction: Tensor, _: None) -> Tensor:
         logits, ref_logits = ctx.saved_tensors
         one = torch.ones((), dtype=_precision(logits), device=logits.device)
         along = direction.flatten(0, -2)
