@@ -3,8 +3,9 @@
     python benchmarks/fused_head.py                                 # this CPU, one thread, CPU seconds
     python benchmarks/fused_head.py --device cuda --dtype bfloat16 --hidden 2048 --layers 4 --shapes 32000,4,1024
 
-The result decides the default of `fused_lm_head`. Time is the median of the rounds, both ways in turn. Memory is the
-highest point of a pass, less what is held before it (CPU, Linux: resident memory, as in step_cost.py).
+The results decide the default of `fused_lm_head` (`fused_heads.FUSED_FROM`). Time is the median of the rounds, both
+ways in turn. Memory is the highest point of a pass, less what is held before it (CPU, Linux: resident memory, as in
+step_cost.py).
 """
 
 import argparse

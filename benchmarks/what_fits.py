@@ -44,7 +44,13 @@ WAYS: list[tuple[int, str, dict[str, Any], dict[str, Any]]] = [
 
 def needed(size: str, processes: int, settings: dict[str, Any], options: dict[str, Any]) -> MemoryEstimate:
     """Per GPU."""
-    case = Case(SHAPES[size], settings | CHECKPOINTS, lora="lora" in options, batch_size=1, length=LENGTH)
+    case = Case(
+        SHAPES[size],
+        settings | CHECKPOINTS | {"fused_lm_head": True},
+        lora="lora" in options,
+        batch_size=1,
+        length=LENGTH,
+    )
     keywords: dict[str, Any] = {"dtype": "bfloat16"} | {key: v for key, v in options.items() if key != "lora"}
     arguments = case.arguments("cpu")
     return estimate_memory(case.config, arguments, processes, peft_config=case.peft_config(), device="cuda", **keywords)

@@ -5,6 +5,7 @@ Head and loss: copies of logits or activations. The constants below were measure
 `benchmarks/memory.py`); their comments say which tensors they count.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,19 @@ from blur_trainer.memory.meta import Saved, layers, saved_activations
 from blur_trainer.memory.weights import linears
 from blur_trainer.memory.working import working_bytes
 from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_size
+from blur_trainer.models.fused_heads import fused_from, logits_bytes
 from blur_trainer.objectives.answers import DPO
 from blur_trainer.objectives.base import Objective
-from blur_trainer.trainers.topics import settings_of
+from blur_trainer.objectives.divergence import SLICES
+from blur_trainer.trainers.batch_shape import longest_example
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.config import UnlearningConfig
 
 #: float32 copies of `(tokens, vocabulary)` at the peak of `cross_entropy`: the saved log-softmax and two gradients
 _CROSS_ENTROPY = 3
-#: the same for `kl_loss`: two log-softmaxes, the divergence, two gradients; and two logits in the model's dtype
-_KL, _KL_LOGITS = 5, 2
+#: `kl_loss`, in the dtype of the logits: both logits and the gradient; in float32: copies of one slice of them
+_KL_LOGITS, _KL_SLICES = 3, 5
 #: float32 copies of `(tokens, hidden)` at the peak of `activation_loss`, during its backward pass: the saved
 #: difference, the gradient of its square, and three copies in the derivative of the square
 _ACTIVATION_LOSS = 5
@@ -46,12 +49,10 @@ class Pass:
 
 def batch_tokens(args: "UnlearningConfig", config: Any) -> tuple[int, int]:
     """Examples, and tokens per example, of the longest batch (with topics: of the longest topic)."""
-    own = [int(settings["max_length"]) for settings in settings_of(args).values() if "max_length" in settings]
-    longest = max([args.max_length, *own]) if args.max_length else None
-    lengths = [n for n in (longest, getattr(config, "max_position_embeddings", None)) if n]
-    if not lengths:
+    length = longest_example(args, config)
+    if length is None:
         raise ValueError("The model has no longest length: set `max_length`.")
-    return args.per_device_train_batch_size, min(lengths)
+    return args.per_device_train_batch_size, length
 
 
 def passes(
@@ -60,24 +61,48 @@ def passes(
     objectives: Mapping[str, Objective],
     device: str,
     autocast: torch.dtype | None,
+    by_batch: bool = True,
 ) -> dict[str, Pass]:
-    """One [`Pass`] per objective. `model` is on the meta device, in the dtype that it computes in."""
+    """One [`Pass`] per objective. `model` is on the meta device, in the dtype that it computes in.
+
+    `by_batch`: as for `choose_head`.
+    """
     shape = batch_tokens(args, causal_lm(model).config.get_text_config())
     checkpointing = bool(args.activation_checkpointing)
     saved = saved_activations(model, *shape, checkpointing)
-    wanted = device == "cuda" if args.fused_lm_head is None else args.fused_lm_head
-    fused = wanted and not fused_head_obstacle(model)
+    batches = _batches(args, model, math.prod(shape), device, by_batch)
     # if few layers have a graph, the pass through the other layers may need more
     working = 0 if all(saved.inside) else working_bytes(model, *shape)
     found = {}
     for role, objective in objectives.items():
         part = saved.up_to(objective.top_layer)
         casts = 0 if autocast is None else _autocast_copies(model, part, autocast)
-        head = _head(objective, model, shape, fused, device)
-        begins = _graphs(objective) * part.total(checkpointing) + max(head, part.one_layer() if checkpointing else 0)
+        backbone = _graphs(objective) * part.total(checkpointing)
+        layer = part.one_layer() if checkpointing else 0
+        begins = max(
+            round(tokens / math.prod(shape) * backbone)
+            + max(_head(objective, model, tokens, fused, device, autocast is not None), layer)
+            for tokens, fused in batches
+        )
         begins = max(begins, working + _target(objective, model, shape))
         found[role] = Pass(begins + casts, part.one_layer() + casts)
     return found
+
+
+def _batches(
+    args: "UnlearningConfig", model: PreTrainedModel | PeftModel, tokens: int, device: str, by_batch: bool
+) -> list[tuple[int, bool]]:
+    """Tokens of the batches that may need most, and whether they take the fused head.
+
+    The longest batch; and, where that takes the fused head and short ones do not, the longest of those.
+    """
+    vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
+    size = logits_bytes(tokens, vocabulary)
+    least = fused_from(args.fused_lm_head, device == "cuda", size, by_batch)
+    if size < least or fused_head_obstacle(model):
+        return [(tokens, False)]
+    below = math.ceil(least / logits_bytes(1, vocabulary)) - 1
+    return [(tokens, True), *([(below, False)] if below > 0 else [])]
 
 
 def _graphs(objective: Objective) -> int:
@@ -92,18 +117,18 @@ def _target(objective: Objective, model: nn.Module, shape: tuple[int, int]) -> i
     return shape[0] * shape[1] * hidden_size(model) * causal_lm(model).dtype.itemsize
 
 
-def _head(objective: Objective, model: nn.Module, shape: tuple[int, int], fused: bool, device: str) -> int:
+def _head(objective: Objective, model: nn.Module, tokens: int, fused: bool, device: str, autocast: bool) -> int:
     """Bytes from the last hidden states to the loss and back."""
     if objective.top_layer is not None:
-        return 4 * shape[0] * shape[1] * hidden_size(model) * _ACTIVATION_LOSS
+        return 4 * tokens * hidden_size(model) * _ACTIVATION_LOSS
     head = causal_lm(model).get_output_embeddings()
     vocabulary, width = head.weight.shape
-    tokens, itemsize = shape[0] * shape[1], head.weight.itemsize
     if objective.needs_reference_logits:
-        return tokens * vocabulary * (4 * _KL + itemsize * _KL_LOGITS)
+        itemsize = 4 if autocast else head.weight.itemsize  # accelerate makes float32 of what autocast computed
+        return int(tokens * vocabulary * (itemsize * _KL_LOGITS + 4 * _KL_SLICES / SLICES))
     if not fused:  # each earlier graph keeps its log-softmax
-        return 4 * tokens * vocabulary * (_CROSS_ENTROPY + _graphs(objective) - 1)
-    tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * itemsize
+        return logits_bytes(tokens, vocabulary) * (_CROSS_ENTROPY + _graphs(objective) - 1)
+    tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * head.weight.itemsize
     if device == "cpu":  # a small vocabulary leaves pages untouched, and they use no memory
         tile = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_VOCABULARY) * 4 * _CPU_TILES
     # gradients are summed in float32, then cast to the model's dtype

@@ -124,7 +124,8 @@ def estimate_memory(
     }
     copied = reference_bytes(args, built, objectives, engine, world_size, reference)
     autocast = compute if compute != stored and not engine.casts else None
-    runs = passes(args, built if compute == stored else prepared(compute), objectives, device, autocast)
+    by_batch = not (engine.parameters or engine.master)  # as `setup.choose_heads`: neither FSDP2 nor DeepSpeed
+    runs = passes(args, built if compute == stored else prepared(compute), objectives, device, autocast, by_batch)
     estimate = _highest(args, kept, gradients, runs, copied, device)
     doubts = unchecked(args, engine, world_size, optim, few, compute) if device == "cuda" else ()
     return replace(estimate, unchecked=doubts)

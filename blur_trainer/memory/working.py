@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from blur_trainer.models.forward import causal_lm
 
 
-class _Living(TorchDispatchMode):
+class Living(TorchDispatchMode):
     """Sums up the storages that live inside the context, and records the maximum."""
 
     def __init__(self, known: set[StorageWeakRef]) -> None:
@@ -48,6 +48,6 @@ def working_bytes(model: nn.Module, batch_size: int, length: int) -> int:
     """Peak bytes of the backbone over `(batch_size, length)` tokens, without parameters."""
     own = [*model.parameters(), *model.buffers()]
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    with _Living({StorageWeakRef(tensor.untyped_storage()) for tensor in own}) as living:
+    with Living({StorageWeakRef(tensor.untyped_storage()) for tensor in own}) as living:
         causal_lm(model).base_model(input_ids=ids, use_cache=False)
     return living.highest

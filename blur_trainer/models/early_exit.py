@@ -35,6 +35,9 @@ def ending_at(model: nn.Module, layer: int) -> Iterator[None]:
 
     The inner model *returns* the activations; no hook stores them. So DDP finds the parameters that take part, FSDP2
     and ZeRO-3 know what backward needs, and reentrant checkpointing keeps the graph.
+
+    The tap and the list are new in each call, but the model reads nothing from them that differs between calls. So
+    `torch.compile` compiles once per layer and shape.
     """
     lm = causal_lm(model)
     owner, name, layers = find_layers(model)

@@ -6,6 +6,7 @@ example.
 """
 
 import functools
+import math
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from blur_trainer.models.fused_heads import CHECKED
+from blur_trainer.models.fused_heads import CHECKED, fused_from, logits_bytes
+from blur_trainer.models.fused_kernel import TRITON_DEVICES, kernel_obstacle
 from blur_trainer.models.logps import sequence_logps
 
 logger = get_logger(__name__)
@@ -31,7 +33,7 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def answer_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """`log p(answer | prompt)` `(B,)`, by the fused head if the model has one, else from the logits."""
+    """`log p(answer | prompt)` `(B,)`, by the fused head if the batch takes it, else from the logits."""
     return answer_logps_and_router_loss(model, batch)[0]
 
 
@@ -41,7 +43,7 @@ def answer_logps_and_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> 
     own loss: the load-balancing loss of this batch times `config.router_aux_loss_coef`, 0-d. Else `None`.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if has_fused_head(model):
+    if takes_fused_head(model, batch):
         output = model(**inputs, labels=batch["labels"], fused_lm_head=True)
         logps = output.log_probs.sum(-1)
     else:
@@ -64,27 +66,60 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def has_fused_head(model: nn.Module) -> bool:
-    return getattr(causal_lm(model), "use_fused_lm_head", False)
+    """Whether some batches, or all, go through a fused head."""
+    return _fused_from(causal_lm(model)) < math.inf
 
 
-def choose_head(model: PreTrainedModel | PeftModel, fused: bool | None, device: torch.device) -> None:
+def takes_fused_head(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether this batch goes through a fused head. Reads shapes only."""
+    target = causal_lm(model)
+    least = _fused_from(target)
+    return least < math.inf and _logits_bytes(target, batch["input_ids"].numel()) >= least
+
+
+def _fused_from(target: Any) -> float:
+    return getattr(target, "fused_lm_head_from", math.inf)
+
+
+def _logits_bytes(target: Any, tokens: int) -> int:
+    return logits_bytes(tokens, target.config.get_text_config().vocab_size)
+
+
+def choose_head(
+    model: PreTrainedModel | PeftModel,
+    fused: bool | None,
+    device: torch.device,
+    largest: int | None = None,
+    by_batch: bool = True,
+) -> None:
     """Decides how `answer_logps` works for this model. Call it before an engine wraps the model.
 
-    `None` chooses by device. On GPUs TRL's head is a Triton kernel. On a CPU a forward and backward pass with it takes
-    1.2 to 1.8 times as long as with logits (`benchmarks/fused_head.py`) and more memory, because its tiles are several
-    float32 copies. `True` raises `ValueError` if the head does not suit.
+    `None` chooses: on GPUs, where TRL's head is a Triton kernel, it takes the fused head for batches whose logits are
+    large (`fused_heads.FUSED_FROM`). On a CPU it takes logits: there the fused head takes 1.2 to 1.8 times as long
+    (`benchmarks/fused_head.py`) and more memory, because its tiles are several float32 copies. `True` raises
+    `ValueError` if the head does not suit, or its kernel does not run.
+
+    Args:
+        model: a causal language model.
+        fused: `UnlearningConfig.fused_lm_head`.
+        device: where the model will run.
+        largest: tokens of the largest batch, padding included. Default: not known, any number.
+        by_batch: `False` decides for all batches by the largest one. For engines that shard the weights: processes
+            whose batches go different ways would gather different tensors.
     """
-    wanted = device.type in ("cuda", "xpu") if fused is None else fused
-    obstacle = fused_head_obstacle(model) if wanted else None
+    target = causal_lm(model)
+    size = math.inf if largest is None else _logits_bytes(target, largest)
+    least = fused_from(fused, device.type in TRITON_DEVICES, size, by_batch)
+    obstacle = fused_head_obstacle(model) or kernel_obstacle(device) if least < math.inf else None
     if obstacle and fused:
-        raise ValueError(f"`fused_lm_head=True`, but {obstacle}: leave it off.")
+        raise ValueError(f"`fused_lm_head=True`, but {obstacle}. Change that, or leave the option off.")
     if obstacle:
         logger.warning(f"Log-probabilities are computed from whole logits, without a fused LM head: {obstacle}.")
-    target, suits = causal_lm(model), wanted and not obstacle
-    if suits and not hasattr(target, "use_fused_lm_head"):
+        least = math.inf
+    if least < math.inf and not hasattr(target, "fused_lm_head_from"):
         _add_fused_head(target)
-    if hasattr(target, "use_fused_lm_head") or suits:  # without a fused head there is nothing to switch
-        target.use_fused_lm_head = suits
+    if hasattr(target, "fused_lm_head_from") or least < math.inf:  # without a fused head there is nothing to switch
+        target.fused_lm_head_from = least
 
 
 def _add_fused_head(model: Any) -> None:

@@ -1,10 +1,18 @@
-"""The architectures whose log-probabilities by TRL's fused LM head were compared with those from their logits.
+"""Where TRL's fused LM head gives the log-probabilities of the logits, and from which size of the logits it is used.
 
-A model of each, small and with random weights, a soft cap and a scale of the logits where its configuration has one:
-equal to 1e-4 (transformers 5.23, TRL 1.16; benchmarks/fused_head_architectures.py). Others compute something before or
-after the head that the fused one does not know (BERT's transformation, RecurrentGemma's and xLSTM's soft cap, MPT's
-scale), or were not tried.
+The architectures: a model of each, small and with random weights, a soft cap and a scale of the logits where its
+configuration has one: equal to 1e-4 (transformers 5.23, TRL 1.16; benchmarks/fused_head_architectures.py). Others
+compute something before or after the head that the fused one does not know (BERT's transformation, RecurrentGemma's and
+xLSTM's soft cap, MPT's scale), or were not tried.
 """
+
+import math
+
+#: By default GPUs use the fused head from this size of the float32 logits on, in bytes. Measured on an H100
+#: (docs/benchmarks.md, "Fused LM head" and "A step of 1B"): with 2.1e9 (2 x 2048 tokens, 128 256 words) it takes as
+#: long as logits and 4.1 GiB less. With 1.05e9 (2 x 1024 tokens) a step of 1B takes 1.43 times as long, because TRL
+#: picks the answer tokens by a mask, for which the host waits for the GPU. That saves 1.3 GiB.
+FUSED_FROM = 2e9
 
 _MODEL_TYPES = (
     "afmoe apertus arcee aria_text bailing_hybrid bamba beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe "
@@ -20,3 +28,21 @@ _MODEL_TYPES = (
 )
 #: `config.model_type`
 CHECKED = frozenset(_MODEL_TYPES.split())
+
+
+def logits_bytes(tokens: int, vocabulary: int) -> int:
+    """Of float32 logits."""
+    return 4 * tokens * vocabulary
+
+
+def fused_from(fused: bool | None, gpu: bool, largest: float, by_batch: bool) -> float:
+    """The size of the logits, in bytes, from which on the fused head is used. `inf`: never.
+
+    `fused` is `UnlearningConfig.fused_lm_head`. `largest` is the size for the largest batch. `by_batch=False`: all
+    batches go the same way, which the largest one decides.
+    """
+    if fused is not None:
+        return 0.0 if fused else math.inf
+    if not gpu or largest < FUSED_FROM:
+        return math.inf
+    return FUSED_FROM if by_batch else 0.0

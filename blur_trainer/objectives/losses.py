@@ -5,13 +5,12 @@ padding). A causal model predicts token `t + 1` from position `t`, so values per
 Log-probabilities are in nats. Every loss returns `(B,)`; the caller reduces it.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blur_trainer.models.logps import answer_mask
+from blur_trainer.objectives.divergence import kl_divergence, uniform_divergence
 
 
 def nll_loss(logps: Tensor) -> Tensor:
@@ -61,14 +60,10 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     """`KL(p_ref || p_theta)` over the vocabulary, summed over the answer tokens, `(B,)`.
 
     `logits`, `ref_logits` `(B, T, V)`, `labels` `(B, T)`. Non-negative, 0 exactly where both distributions agree.
-    Differs from MUSE and BLUR/MUSE (`kl_div` of raw logits: no divergence, unbounded below) and from TOFU, ULD and
-    open-unlearning (a real KL, but over prompt and padding too).
+    `ref_logits` get no gradient. Differs from MUSE and BLUR/MUSE (`kl_div` of raw logits: no divergence, unbounded
+    below) and from TOFU, ULD and open-unlearning (a real KL, but over prompt and padding too).
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logp = F.log_softmax(logits[:, :-1], dim=-1, dtype=dtype)
-    ref_logp = F.log_softmax(ref_logits[:, :-1], dim=-1, dtype=dtype)
-    kl = F.kl_div(logp, ref_logp, log_target=True, reduction="none").sum(-1)
-    return kl.masked_fill(~answer_mask(labels), 0.0).sum(-1)
+    return _over_answers(kl_divergence(logits, ref_logits), labels)
 
 
 def uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,12 +75,12 @@ def uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Differs from ULD's code, whose mean includes prompt and padding. There a batch's loss depends on the length of its
     longest example, and the assistant also learns to be uniform on the prompt.
     """
-    answer = logits[:, :-1]
-    if answer.dtype in (torch.bfloat16, torch.float16):
-        answer = answer.float()
-    divergence = answer.logsumexp(-1) - answer.mean(-1) - math.log(logits.shape[-1])
+    return _over_answers(uniform_divergence(logits), labels)
+
+
+def _over_answers(divergence: Tensor, labels: Tensor) -> Tensor:
     # masked, not indexed: with indexing the host would have to wait for the device
-    return divergence.masked_fill(~answer_mask(labels), 0.0).sum(-1)
+    return divergence[:, :-1].masked_fill(~answer_mask(labels), 0.0).sum(-1)
 
 
 def activation_loss(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

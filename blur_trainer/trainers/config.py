@@ -48,7 +48,8 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         precompute_ref_logps: compute the reference's log-probabilities of the forget set once, before training, and
             keep no reference model in memory. For objectives that need only log-probabilities (`npo`, `dpo`).
         fused_lm_head: compute log-probabilities by TRL's fused LM head, without logits: same numbers, less memory.
-            `None`: on GPUs, if the model suits (on a CPU it is slower). `kl` needs logits.
+            `None`: on GPUs, for batches with 2 GB of float32 logits or more, if the model suits and Triton works.
+            Smaller batches are faster with logits; `True` saves memory there too. `kl` needs logits.
         offload_forget_gradient: keep the forget gradient in the CPU's memory during the retain pass. The GPU holds one
             gradient copy less; the result is the same; each step makes two copies over the bus.
         single_gradient_buffer: keep no second gradient. The rule's inner product comes from forward-mode
@@ -113,7 +114,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         default=False, metadata={"help": "Compute the reference's log-probabilities once and keep no reference model."}
     )
     fused_lm_head: bool | None = field(
-        default=None, metadata={"help": "Log-probabilities without logits. Default: on GPUs, where the model suits."}
+        default=None, metadata={"help": "Log-probabilities without logits. Default: on GPUs, for large logits."}
     )
     offload_forget_gradient: bool = field(
         default=False, metadata={"help": "Keep the forget gradient in the CPU's memory during the retain pass."}

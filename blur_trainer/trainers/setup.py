@@ -16,6 +16,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.router import check_router
 from blur_trainer.trainers.adapters import add_adapter, check_peft_model
 from blur_trainer.trainers.arguments import check_defaults, check_settings
+from blur_trainer.trainers.batch_shape import longest_example
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
 from blur_trainer.trainers.precision import loading_arguments, settle_checkpointing
@@ -94,10 +95,13 @@ def reads_logps_only(objective: Objective) -> bool:
 
 def choose_heads(args: UnlearningConfig, *models: Any) -> None:
     """Chooses the LM head of every model that computes log-probabilities: see `UnlearningConfig.fused_lm_head`."""
+    by_batch = not any(engine_requested(args, engine) for engine in ("deepspeed", "fsdp"))
     for model in models:
         model = model.model if isinstance(model, FrozenModel) else model
         if isinstance(model, PreTrainedModel | PeftModel):
-            choose_head(model, args.fused_lm_head, args.device)
+            length = longest_example(args, model.config.get_text_config())
+            largest = args.per_device_train_batch_size * length if length else None
+            choose_head(model, args.fused_lm_head, args.device, largest, by_batch)
 
 
 def load_model(

@@ -29,6 +29,7 @@ from blur_trainer.memory.reach import reached
 from blur_trainer.memory.weights import OPTIMIZERS
 from blur_trainer.memory.working import working_bytes
 from blur_trainer.models.early_exit import activations
+from blur_trainer.models.fused_heads import FUSED_FROM, logits_bytes
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.models.truncation import frozen_lower
 from blur_trainer.objectives.activations import RMU, ActivationMatch
@@ -441,11 +442,33 @@ def test_activations_and_heads():
     plain = activations(fused_lm_head=False)
     logits = 4 * 8 * 256 * 50000
     assert plain > 3 * logits
-    assert activations() < plain / 2  # on a GPU fused by itself
-    assert activations() > activations(activation_checkpointing=True)
+    fused = activations(fused_lm_head=True)
+    assert fused < plain / 2
+    assert fused > activations(fused_lm_head=True, activation_checkpointing=True)
     assert activations(retain_objective="kl") > plain
     assert activations(per_device_train_batch_size=4, fused_lm_head=False) == pytest.approx(plain / 2, rel=0.01)
     assert estimate(config, args=arguments(max_length=256, forget_objective="dpo")).activations > plain + logits
+
+
+def test_the_head_that_a_gpu_chooses():
+    """By default the fused one for large logits. Where it depends on the batch, the worst batch counts."""
+    config = LlamaConfig(
+        vocab_size=50000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+
+    def activations(length, fused=None, **kwargs):
+        args = arguments(max_length=length, per_device_train_batch_size=8, forget_objective="grad_ascent")
+        args.fused_lm_head = fused
+        return estimate(config, args=args, reference="none", **({"device": "cuda"} | kwargs)).activations
+
+    assert logits_bytes(8 * 1024, 50000) < FUSED_FROM < logits_bytes(8 * 2048, 50000)
+    assert activations(1024) == activations(1024, False) > activations(1024, True)
+    fused, logits = activations(2048, True), activations(2048, False)
+    assert fused < 3 * FUSED_FROM < activations(2048) < logits  # shorter batches take logits
+    for engine in ("fsdp", "zero1"):  # all batches go one way
+        assert activations(2048, sharding=engine) == activations(2048, True, sharding=engine)
+    assert activations(2048, device="cpu") == activations(2048, False, device="cpu")
 
 
 def test_rows_add_up_and_print():

@@ -158,6 +158,47 @@ def test_through_a_compiled_model():
         torch.testing.assert_close(activations(model, BATCH, 1), hidden(plain, 1))
 
 
+def compilations(model, batches, layers):
+    """How often `torch.compile` compiles while the batches go through the model, each up to every layer."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled, counts = torch.compile(model, backend=backend), []
+    for inputs in batches:
+        for layer in layers:
+            activations(compiled, inputs, layer).sum().backward()
+        counts.append(len(graphs))
+    torch.compiler.reset()
+    return counts
+
+
+def test_compiled_once_and_not_per_call():
+    assert compilations(tiny_llama(layers=2), [BATCH] * 3, [0]) == [1, 1, 1]
+
+
+def autocast():
+    """As accelerate: an own `forward`."""
+    model = tiny_llama(layers=LAYERS)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def adapted():
+    return get_peft_model(tiny_llama(layers=LAYERS), LoraConfig(r=2, target_modules="all-linear"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("make", [lambda: tiny_llama(layers=LAYERS), autocast, adapted])
+def test_compiled_once_per_layer_and_once_more_for_other_shapes(make):
+    """The second shape makes it compile for any."""
+    others = [{name: value[:, :-cut] for name, value in BATCH.items()} for cut in (1, 2)]
+    assert compilations(make(), [BATCH, BATCH, *others, BATCH], [0, 1]) == [2, 2, 4, 4, 4]
+
+
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 def test_no_such_layer(layer):
     model = tiny_llama(layers=LAYERS)

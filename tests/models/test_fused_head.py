@@ -1,6 +1,10 @@
 """The fused LM head: the same log-probabilities and gradients as from logits, for whom it suits, and only there."""
 
 import copy
+import subprocess
+import sys
+import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +13,7 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from support.cases import every
 from support.models import VOCAB, collate, examples, tiny_llama
+from support.processes import SUPPORT, torchrun
 from support.runs import distance, settings, train, weights
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -27,8 +32,10 @@ from transformers import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
+from trl.trainer import utils as trl_utils
 
 from blur_trainer import Objective
+from blur_trainer.models import fused_heads, fused_kernel
 from blur_trainer.models.forward import (
     answer_logps,
     causal_lm,
@@ -36,12 +43,16 @@ from blur_trainer.models.forward import (
     forward,
     fused_head_obstacle,
     has_fused_head,
+    takes_fused_head,
 )
+from blur_trainer.models.fused_heads import logits_bytes
+from blur_trainer.models.fused_kernel import kernel_obstacle
 from blur_trainer.models.logps import sequence_logps
 from blur_trainer.models.reference import CurrentModel, FrozenModel, OtherAdapter
 from blur_trainer.objectives.answers import NLL, reference_logps
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES
 from blur_trainer.objectives.losses import grad_ascent_loss
+from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -187,7 +198,27 @@ def test_a_batch_without_answers_is_zero_and_has_a_gradient():
 # ---- where it is used ----
 
 
-def test_chosen_by_device():
+@pytest.fixture
+def kernel(monkeypatch):
+    """As on a GPU where the kernel runs. Raises what is put into it."""
+    errors = []
+
+    def run(device):
+        if errors:
+            raise errors[0]
+
+    errors_module = types.ModuleType("triton.errors")
+    errors_module.TritonError = type("TritonError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "triton.errors", errors_module)
+    monkeypatch.setattr(fused_kernel, "is_triton_available", lambda: True)
+    monkeypatch.setattr(fused_kernel, "run_kernel", run)
+    fused_kernel.kernel_obstacle.cache_clear()
+    yield errors
+    fused_kernel.kernel_obstacle.cache_clear()
+
+
+def test_chosen_by_device(kernel):
     """On a CPU it costs time and memory: only where asked."""
     cases = [(None, CPU, False), (True, CPU, True), (False, CUDA, False), (None, CUDA, True)]
     for fused, device, expected in cases:
@@ -195,6 +226,124 @@ def test_chosen_by_device():
         choose_head(model, fused, device)
         assert has_fused_head(model) is expected
         assert has_fused_head(nn.Sequential(model)) is expected  # any wrapper
+
+
+def small_batches(monkeypatch, tokens):
+    """Batches of this many tokens are large from now on."""
+    monkeypatch.setattr(fused_heads, "FUSED_FROM", logits_bytes(tokens, VOCAB))
+
+
+def test_by_default_batches_with_large_logits_take_it(kernel, monkeypatch):
+    inputs = batch()
+    count = inputs["input_ids"].numel()
+    for least, takes in [(count, True), (count + 1, False)]:
+        small_batches(monkeypatch, least)
+        model = tiny_llama()
+        choose_head(model, None, CUDA)
+        assert takes_fused_head(model, inputs) is takes
+        with no_logits(model) if takes else nullcontext():
+            answer_logps(model, inputs)
+    choose_head(model, True, CUDA)
+    assert takes_fused_head(model, inputs)
+
+
+def test_processes_that_share_weights_all_go_one_way(kernel, monkeypatch):
+    """An engine that shards gathers the head where it is called: not for some batches only."""
+    small_batches(monkeypatch, 100)
+    short, long = ({"input_ids": torch.ones(1, length, dtype=torch.long)} for length in (99, 100))
+    for largest, by_batch, expected in [
+        *((99, True, [False, False]), (100, True, [False, True])),
+        *((99, False, [False, False]), (100, False, [True, True])),
+    ]:
+        model = tiny_llama()
+        choose_head(model, None, CUDA, largest, by_batch)
+        assert [takes_fused_head(model, inputs) for inputs in (short, long)] == expected
+        assert has_fused_head(model) is any(expected)
+
+
+@pytest.mark.full
+def test_under_ddp_each_process_may_go_its_own_way():
+    torchrun(SUPPORT / "mixed_heads_worker.py")
+
+
+@pytest.mark.parametrize("engine", [None, "fsdp", "deepspeed"])
+def test_a_trainer_knows_its_largest_batch(engine, kernel, monkeypatch, tmp_path):
+    """Two examples, of 30 tokens at most."""
+    args = settings(tmp_path, max_length=30, per_device_train_batch_size=2)
+    monkeypatch.setattr(UnlearningConfig, "device", CUDA)
+    if engine:
+        monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    for least, fused in [(60, True), (61, False)]:
+        small_batches(monkeypatch, least)
+        model, frozen = tiny_llama(), FrozenModel(tiny_llama())
+        setup.choose_heads(args, model, frozen, None)
+        assert has_fused_head(model) is has_fused_head(frozen.model) is fused
+        assert takes_fused_head(model, {"input_ids": torch.ones(1, 5)}) is (fused and engine is not None)
+
+
+def test_the_threshold_is_between_what_was_measured():
+    """docs/benchmarks.md: 2 x 2048 tokens of 128 256 words are faster through it, 2 x 1024 are not."""
+    assert logits_bytes(2 * 1024, 128256) < fused_heads.FUSED_FROM <= logits_bytes(2 * 2048, 128256)
+
+
+# ---- where its kernel does not run ----
+
+NO_COMPILER = RuntimeError("Failed to find C compiler. Please specify via CC environment variable or ...\nmore")
+
+
+def test_the_kernel_is_called_as_trl_calls_it():
+    """Here in torch's own operations: shapes and arguments are right, both passes run."""
+    fused_kernel.run_kernel(CPU)
+    assert trl_utils._ChunkedLogProbFunction is fused_kernel.ChunkedLogProbFunction
+    assert kernel_obstacle(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NO_COMPILER,
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        PermissionError("/root/.triton"),
+        AssertionError("libcuda.so cannot found!"),
+        "TritonError",
+    ],
+    ids=lambda error: getattr(type(error), "__name__", error),
+)
+def test_without_the_kernel_there_are_logits_and_a_word(error, kernel, caplog):
+    kernel.append(sys.modules["triton.errors"].TritonError("no ptxas") if error == "TritonError" else error)
+    PartialState()  # accelerate's logger speaks on the main process only, and asks which one that is
+    model = tiny_llama()
+    choose_head(model, None, CUDA)
+    assert not has_fused_head(model)
+    said = caplog.records[-1].getMessage()
+    assert (
+        "whole logits" in said and type(kernel[0]).__name__ in said and "gcc python3-dev" in said and "\n" not in said
+    )
+    answer_logps(model, batch())
+    with pytest.raises(
+        ValueError, match=r"`fused_lm_head=True`, but its Triton kernel does not run on cuda.*C compiler"
+    ):
+        choose_head(model, True, CUDA)
+    choose_head(model, False, CUDA)  # asks nobody
+
+
+def test_the_kernel_is_tried_once_and_only_for_whom_it_may_serve(kernel, monkeypatch):
+    tried = []
+    monkeypatch.setattr(fused_kernel, "run_kernel", tried.append)
+    small_batches(monkeypatch, 100)
+    choose_head(tiny_llama(), None, CUDA, largest=99)
+    choose_head(tiny_llama(), False, CUDA)
+    choose_head(BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)), None, CUDA)
+    assert tried == []
+    choose_head(tiny_llama(), None, CUDA), choose_head(tiny_llama(), True, CUDA)
+    assert tried == [CUDA]
+
+
+def test_without_triton(kernel, monkeypatch):
+    monkeypatch.setattr(fused_kernel, "is_triton_available", lambda: False)
+    with pytest.raises(ValueError, match=r"Triton.*is not installed: `pip install triton`"):
+        choose_head(tiny_llama(), True, CUDA)
+    choose_head(tiny_llama(), True, CPU)  # where TRL does not use it
 
 
 def test_chosen_again():

@@ -118,3 +118,24 @@ def test_kl_does_not_see_a_shift_of_the_logits(batch, logits):
 
 def test_grad_ascent_is_minus_nll():
     assert torch.equal(losses.grad_ascent_loss(LOGPS), -losses.nll_loss(LOGPS))
+
+
+def test_no_loss_waits_for_the_device(batch, logits):
+    """On the meta device what reads a number on the host is an error: a mask as an index, `bool`, `item`."""
+    z, labels, h = logits.to("meta").requires_grad_(), batch["labels"].to("meta"), torch.zeros(4, 9, 6, device="meta")
+    log_probs, mask = logps.sequence_logps(z, labels), torch.ones(4, 9, device="meta")
+    known = torch.zeros(4, device="meta")
+    found = [
+        losses.nll_loss(log_probs),
+        losses.grad_ascent_loss(log_probs),
+        losses.npo_loss(log_probs, known, 0.1),
+        losses.simnpo_loss(log_probs, logps.answer_mask(labels).sum(-1), 2.5, 0.0),
+        losses.dpo_loss(log_probs, known, log_probs, known, 0.1),
+        losses.kl_loss(z, torch.zeros_like(z), labels),
+        losses.uniform_loss(z, labels),
+        losses.activation_loss(h, h[:, :1], mask).requires_grad_(),
+    ]
+    torch.stack([loss.sum() for loss in found]).sum().backward()
+    assert z.grad.shape == z.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        z[labels != -100]  # this is how it would show
