@@ -144,7 +144,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         default=False, metadata={"help": "Push metrics.json and report.html too, which hold texts to be forgotten."}
     )
 
-    # Other defaults than TrainingArguments': by device, a gentle learning rate, frequent logs, and no look at each loss:
+    # Other defaults than TrainingArguments': by device, a gentle learning rate, frequent logs, no look at each loss:
     # the host would wait twice per micro-batch. A step that is not finite is skipped, and counts in no loss.
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bfloat16 autocast. Default: on GPUs that have it, unless fp16 is asked for."}
