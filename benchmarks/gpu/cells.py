@@ -30,7 +30,7 @@ from blur_trainer.objectives.answers import NPO
 
 DEFAULT = 1e-4
 # "rmu, inductor": in the first step the model is its frozen copy, and rounding is the whole retain gradient, times 800
-TOLERANCE = {"mgda": 5e-4, "rmu, inductor": 5e-4, "bf16": 0.15, "fp16": 0.05}
+TOLERANCE = {"mgda": 5e-4, "rmu, inductor": 5e-4, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 SMALL_SCALE = 2.0**10  # of the loss: 2^16, where GradScaler begins, skips the first steps
 parity.FEATURES |= {
     "BLUR-NPO": {"npo": True, "precompute_ref_logps": True},

@@ -24,6 +24,7 @@ CELLS = {
     "plain": "plain:BLUR-NPO;plain:blur;plain:rmu, lora;plain:NPO, lora;plain:offload;plain:one buffer, NPO;"
     "plain:fused head;plain:mgda;plain:bf16;plain:fp16;finite:bfloat16 weights;plain:compiled",
     "ddp_fsdp2": "ddp:NPO, kept logps;ddp:accumulation;ddp:tied;ddp:offload;ddp:bf16;fsdp2:NPO, kept logps;fsdp2:lora;"
+    "fsdp2:NPO, lora, bf16;ddp:one-sided, checkpointing;"
     "fsdp2:clipping;fsdp2:checkpointing;fsdp2:fp16;fsdp2:offload;fsdp2_lean:sum",
     "zero": "zero0:sum;zero1:sum;zero1:fp16;zero2:BLUR-NPO;zero2:rmu;zero3:BLUR-NPO;zero3:accumulation;zero3:bf16;"
     "zero2_offload:BLUR-NPO;zero2_offload_pinned:BLUR-NPO;zero2_offload_pinned:fp16;zero3_offload:offload;"

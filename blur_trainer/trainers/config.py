@@ -161,6 +161,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         prepare_cpu_engine(self)
         self.choose_by_device()
         super().__post_init__()
+        self.find_unused_parameters()
         join_cpu_processes(self)
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` has no meaning here: objectives define their own losses.")

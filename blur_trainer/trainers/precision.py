@@ -56,6 +56,16 @@ class ByDevice(_Base):
             self.activation_checkpointing = not self.use_cpu and torch.accelerator.is_available()
         self.by_device = frozenset(left_open)
 
+    def find_unused_parameters(self) -> None:
+        """Lets DDP look for parameters that an objective does not reach, under activation checkpointing too.
+
+        Trainer switches that off there, as it breaks reentrant checkpointing. RMU would then end in DDP's error.
+        """
+        kwargs: Any = self.activation_checkpointing_kwargs or {}
+        if self.activation_checkpointing and not kwargs.get("use_reentrant", False):
+            if self.ddp_find_unused_parameters is None:
+                self.ddp_find_unused_parameters = True
+
 
 def has_bfloat16(use_cpu: bool) -> bool:
     """Whether the training's device is a GPU (or the like) that computes in bfloat16."""

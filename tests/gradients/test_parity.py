@@ -14,8 +14,8 @@ ALWAYS = {"blur", "accumulation", "clipping"}
 #: a parameter in two places, few trainable ones, without a gradient; `<g_r, g_r>`; half precision
 SHAPES = {"tied", "lora", "one-sided", "mgda", "bf16"}
 EVERY_RUN = {
-    "ddp": ALWAYS | SHAPES | {"compiled", "NPO, kept logps", "rmu", "one buffer", "one buffer, sum"},
-    "fsdp2": ALWAYS | SHAPES | {"checkpointing", "fused head"},
+    "ddp": ALWAYS | SHAPES | {"compiled", "NPO, kept logps", "rmu", "one buffer", "one buffer, sum"} | {"one-sided, checkpointing"},
+    "fsdp2": ALWAYS | SHAPES | {"checkpointing", "fused head", "NPO, lora, bf16"},
     "fsdp2_lean": {"sum", "lora"},
     "zero0": {"blur", "accumulation"},
     "zero1": {"accumulation", "bf16", "tied"},

@@ -128,6 +128,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "frozen": {"rule": "sum", "frozen": True},
     "lora": {"rule": "sum", "lora": True},
     "one-sided": {"rule": "sum", "one_sided": True},
+    "one-sided, checkpointing": {"rule": "sum", "one_sided": True, "activation_checkpointing": True},
     "bf16": {"rule": "sum", "bf16": True},
     "fused head": {"rule": "sum", "fused_lm_head": True},
     "compiled": {"rule": "sum", "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"},
@@ -136,6 +137,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "NPO, kept logps": {"rule": "sum", "npo": True, "precompute_ref_logps": True},
     "NPO, fused head": {"rule": "sum", "npo": True, "precompute_ref_logps": True, "fused_lm_head": True},
     "NPO, lora": {"rule": "sum", "npo": True, "lora": True, "fresh": True},
+    "NPO, lora, bf16": {"rule": "sum", "npo": True, "lora": True, "fresh": True, "bf16": True},
     "rmu": {
         **{"rule": "blur_wmdp", "rmu": True, "accumulation": 2},
         **{"train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
@@ -145,12 +147,17 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
 #: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients. (A lost gradient: near 1.)
-TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "fp16": 0.05}
+TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
-FEW = {"rmu": {"ddp", "fsdp2", "zero2", "zero3"}, "NPO, fused head": {"ddp", "fsdp2", "zero3"}}
+FEW = {
+    "rmu": {"ddp", "fsdp2", "zero2", "zero3"},
+    "NPO, fused head": {"ddp", "fsdp2", "zero3"},
+    "NPO, lora, bf16": {"ddp", "fsdp2", "zero3"},
+    "one-sided, checkpointing": {"ddp", "fsdp2"},
+}
 CELLS = [
     f"{engine}:{feature}"
     for engine in ENGINES
