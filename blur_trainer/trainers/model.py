@@ -69,7 +69,8 @@ class ModelMixin(_Base):
         tokenizer = load_tokenizer(processing_class, model, args)
         setup.check_models(model, tokenizer, ref_model, args)
         setup.check_training(model, self.objectives, optimizer)
-        logger.info(describe(model, args))
+        if args.should_log:
+            logger.info(describe(model, args))
         if optimizer is None:  # the user's has a learning rate of its own
             warn_of_rounding(model, args)
         return tokenizer

@@ -62,9 +62,9 @@ class ByDevice(_Base):
         Trainer switches that off there, as it breaks reentrant checkpointing. RMU would then end in DDP's error.
         """
         kwargs: Any = self.activation_checkpointing_kwargs or {}
-        if self.activation_checkpointing and not kwargs.get("use_reentrant", False):
-            if self.ddp_find_unused_parameters is None:
-                self.ddp_find_unused_parameters = True
+        recomputes = self.activation_checkpointing and not kwargs.get("use_reentrant", False)
+        if recomputes and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
 
 
 def has_bfloat16(use_cpu: bool) -> bool:

@@ -14,7 +14,10 @@ from support.processes import SUPPORT, torchrun
 from blur_trainer.evaluation.distributed import in_shares
 
 pytestmark = pytest.mark.distributed
-FULL = ("fsdp2-tied", "fsdp2-lora", "zero3-tied", "ddp-train-lora", "fsdp2-train-full", "zero3-train-lora")
+FULL = (
+    *("fsdp2-tied", "fsdp2-lora", "zero3-tied"),
+    *("ddp-train-lora", "fsdp2-train-full", "fsdp2-train-lora", "zero3-train-lora"),
+)
 
 
 def cases(*kinds):

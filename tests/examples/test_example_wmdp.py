@@ -114,6 +114,7 @@ def test_robustness_is_in_the_file_and_the_report(first):
     assert "<h2>Robustness</h2>" in html and 'alt="Relearning' in html
 
 
+@pytest.mark.full
 def test_the_readme_s_lm_eval_line_gives_the_table_s_numbers(first, tmp_path):
     """`lm_eval` as a command on the saved model and the written tasks, as it stands in the README."""
     pytest.importorskip("lm_eval", reason="needs the extra wmdp")

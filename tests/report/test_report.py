@@ -375,7 +375,12 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("case", DEGENERATE)
+#: drawn as others are, and slow
+FULL = {"long names", "same place", "one point"}
+EVERY = [pytest.param(case, marks=pytest.mark.full) if case in FULL else case for case in DEGENERATE]
+
+
+@pytest.mark.parametrize("case", EVERY)
 def test_degenerate(tmp_path, case):
     state, metrics = DEGENERATE[case]
     page = write(tmp_path, state, metrics)

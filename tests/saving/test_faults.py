@@ -123,7 +123,7 @@ def test_killed_before_every_change_in_the_folder(told, request_):
     assert told[request_]["kills"] >= 30 and told[request_]["lost"] == 0
 
 
-@pytest.mark.parametrize("request_", ["late"])
+@pytest.mark.parametrize("request_", [full("late")])
 def test_a_process_killed_while_the_first_has_already_written_its_state(told, request_):
     """`trainer_state.json` of step 3 is there, the random numbers of the second process are not: step 2 counts."""
     found = told[request_]
@@ -139,7 +139,7 @@ def test_killed_while_a_model_replaces_an_older_one(told, request_):
     assert found["old"] >= 1 and found["new"] >= 1
 
 
-@pytest.mark.parametrize("request_", ["terminate", "terminate:2"])
+@pytest.mark.parametrize("request_", [full("terminate"), "terminate:2"])
 def test_sigterm_saves_and_stops(told, request_):
     """Sent to one process of two, it stops both after the same step."""
     found, processes = told[request_], 1 if request_ == "terminate" else 2
