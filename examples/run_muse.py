@@ -9,7 +9,6 @@ accelerate launch examples/run_muse.py --corpus news --recipe paper       # publ
 """
 
 import time
-from dataclasses import replace
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -20,6 +19,7 @@ from blur_trainer.data.formats import chunk_documents
 from blur_trainer.data.muse import AUC_RETRAIN, limit_documents, muse_stages
 from blur_trainer.scripts.attacks import PREFIX, relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.muse import parse, tiny_models
 from blur_trainer.scripts.output import settings_of, write_output
 from blur_trainer.scripts.running import begin, is_finished, run, train_and_save
@@ -83,7 +83,7 @@ def main():
                 by_name = isinstance(first, str)
                 trainer = bt.BLURTrainer(
                     first,
-                    replace(args, output_dir=str(stage_folder), model_init_kwargs=load.options if by_name else None),
+                    changed(args, output_dir=str(stage_folder), model_init_kwargs=load.options if by_name else None),
                     forget,
                     retain,
                     processing_class=tokenizer,

@@ -9,7 +9,6 @@ accelerate launch examples/run_tofu.py --recipe open-unlearning        # publish
 """
 
 import time
-from dataclasses import replace
 
 from accelerate import PartialState
 from trl import get_peft_config
@@ -20,6 +19,7 @@ from blur_trainer.data.tofu import TOFU_MODELS, TOFU_SPLITS
 from blur_trainer.data.tofu_templates import apply_template
 from blur_trainer.scripts.attacks import PREFIX, relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.output import settings_of, write_output
 from blur_trainer.scripts.running import begin, is_finished, run, train_and_save
 from blur_trainer.scripts.tofu import METHODS, configurations, parse, tiny_models, training_sets
@@ -78,7 +78,7 @@ def main():
         else:
             trainer = METHODS[method].trainer(
                 target,
-                replace(config, output_dir=str(folder), model_init_kwargs=load.options),
+                changed(config, output_dir=str(folder), model_init_kwargs=load.options),
                 processing_class=tokenizer,
                 peft_config=get_peft_config(model_args),
                 benchmarks={"tofu": evaluation} if config.eval_strategy != "no" else None,

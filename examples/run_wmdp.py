@@ -7,7 +7,6 @@ deepspeed examples/run_wmdp.py --deepspeed ds_configs/zero3.json \
 """
 
 import time
-from dataclasses import replace
 
 from accelerate import PartialState
 from datasets import concatenate_datasets
@@ -17,6 +16,7 @@ import blur_trainer as bt
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.scripts.attacks import relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.output import settings_of, write_output
 from blur_trainer.scripts.running import begin, is_finished, run, train_and_save
 from blur_trainer.scripts.wmdp import METHODS, configurations, parse, tiny_models
@@ -66,7 +66,7 @@ def main():
         else:
             trainer = METHODS[method].trainer(
                 target,
-                replace(config, output_dir=str(folder), model_init_kwargs=load.options),
+                changed(config, output_dir=str(folder), model_init_kwargs=load.options),
                 forget_dataset=topics,
                 retain_dataset=corpora["retain"],
                 processing_class=tokenizer,

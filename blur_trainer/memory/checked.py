@@ -1,7 +1,7 @@
 """Which estimates stand beside a measurement on a GPU. docs/benchmarks.md, section "Memory", has the numbers.
 
 Measured on one H100, in one process: full parameters and LoRA, float32, bfloat16 and autocast to bfloat16, AdamW and
-SGD, NPO with a copied and a precomputed reference, KL, RMU, checkpointing, the fused head, the forget slot on the CPU,
+SGD, NPO with a copied and a precomputed reference, RMU, checkpointing, the fused head, the forget slot on the CPU,
 one gradient buffer. Everything else was counted, or measured on a CPU only: [`unchecked`] names it.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
-from blur_trainer.objectives.answers import DPO
+from blur_trainer.objectives.answers import DPO, KL
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.config import UnlearningConfig
@@ -30,5 +30,6 @@ def unchecked(
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
         "DPO": isinstance(args.build_forget_objective(), DPO),
+        "the memory of `kl`": isinstance(args.build_retain_objective(), KL),  # measured before it had a closed form
     }
     return tuple(what for what, applies in found.items() if applies)

@@ -41,6 +41,7 @@ def parse(
         warnings.filterwarnings("ignore", message, FutureWarning)
     both: Any = (script_class, ModelConfig)
     first = TrlParser(both, add_help=False)  # what the rest depends on
+    first.set_defaults(dtype=None)  # TRL's is float32; the trainer chooses by device and by what is trained
     script, model_args, _ = first.parse_args_and_config(arguments, return_remaining_strings=True)
     named, given = recipe_of(script, model_args), {}
     if named is not None:
@@ -54,7 +55,7 @@ def parse(
     tiny = model_args.model_name_or_path is None
     all_three: Any = (script_class, config_class(script), ModelConfig)
     parser: Any = TrlParser(all_three)
-    parser.set_defaults(**defaults(script, tiny) | given)
+    parser.set_defaults(**{"dtype": None} | defaults(script, tiny) | given)
     script, args, model_args = parser.parse_args_and_config(arguments)
     check_fields(script, COUNTS)
     return script, args, model_args, tiny

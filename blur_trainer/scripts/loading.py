@@ -1,6 +1,7 @@
 """Models to evaluate beside the one that is trained, which the trainer loads itself."""
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,31 +38,33 @@ class ModelLoader:
     refused, unless `--model_init_kwargs` trusts it.
 
     Attributes:
-        options: what `from_pretrained` is given; `model_init_kwargs` of the model that is trained.
+        options: `model_init_kwargs` of the model that is trained. The dtype is in it only if it was named; otherwise
+            the trainer chooses it, and this class for what it loads itself.
     """
 
     def __init__(self, args: TrainingArguments, model_args: ModelConfig) -> None:
         self._args = args
         self._named = model_args.model_name_or_path
-        quantized = get_quantization_config(model_args)
-        frozen = model_args.use_peft or quantized is not None or isinstance(args, ULDConfig)
+        # computed with as under autocast
+        compute = model_args.dtype or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32")
+        quantized = get_quantization_config(replace(model_args, dtype=compute))
         given: dict[str, Any] = getattr(args, "model_init_kwargs", None) or {}
-        named = {"dtype": given.get("dtype", model_args.dtype)}
-        if named["dtype"] is None:
-            named = {}
+        dtype = given.get("dtype", model_args.dtype)
+        named = {} if dtype is None else {"dtype": dtype}
         self.options: dict[str, Any] = {
-            **loading_arguments(args, frozen),
             **named,
             "attn_implementation": model_args.attn_implementation,
             "quantization_config": quantized,
             "trust_remote_code": False,  # left open, the auto classes ask on stdin
             **({} if model_args.model_revision == "main" else {"revision": model_args.model_revision}),
         } | given
+        frozen = model_args.use_peft or quantized is not None or isinstance(args, ULDConfig)
+        self._chosen = loading_arguments(args, frozen)
         self._to_train = {"dtype": "float32", **named, "quantization_config": None}
 
     def __call__(self, name: str, to_train: bool = False) -> PreTrainedModel:
         """The model. `to_train`: all its weights will be trained, by an attack: none in few bits, and in float32."""
-        options = {"device_map": {"": PartialState().device}, **self._options_of(name)}
+        options = {"device_map": {"": PartialState().device}, **self._chosen, **self._options_of(name)}
         with unsharded_loading(self._args):
             model = AutoModelForCausalLM.from_pretrained(name, **options | (self._to_train if to_train else {}))
         return under_autocast(model, self._args)
@@ -85,8 +88,9 @@ def under_autocast(model: PreTrainedModel, args: TrainingArguments) -> PreTraine
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if dtype is None or engine_requested(args, "deepspeed"):
         return model
-    # unbound, so that a copy of the model runs the copy's weights
-    plain: Any = model.forward
-    autocast = convert_outputs_to_fp32(torch.autocast(model.device.type, dtype)(plain.__func__))
-    model.forward = types.MethodType(autocast, model)
+    plain, autocast = model.forward, torch.autocast(model.device.type, dtype)
+    if isinstance(plain, types.MethodType):  # unbound, so that a copy of the model runs the copy's weights
+        model.forward = types.MethodType(convert_outputs_to_fp32(autocast(plain.__func__)), model)
+    else:  # spread over several devices: accelerate's hooks
+        model.forward = convert_outputs_to_fp32(autocast(plain))  # type: ignore[method-assign]
     return model

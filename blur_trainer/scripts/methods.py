@@ -1,6 +1,7 @@
 """The methods that a command line can choose among and compare: a trainer and its settings, by name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
@@ -12,7 +13,15 @@ SHARED = (
     *("output_dir", "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
     *("max_steps", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm", "bf16", "fp16", "use_cpu"),
     *("eval_strategy", "eval_steps", "report_to", "resume_from_checkpoint"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "fused_lm_head"),
 )
+
+
+def changed(args: Any, **changes: Any) -> Any:
+    """A copy of the arguments with these changes. It remembers which settings were left to the device."""
+    copied = replace(args, **changes)
+    copied.by_device = args.by_device
+    return copied
 
 
 class Method(NamedTuple):
@@ -30,7 +39,9 @@ class Method(NamedTuple):
     def configure(self, defaults: Mapping[str, Any], args: Any, shared: Sequence[str] = SHARED) -> TrainingArguments:
         """Its configuration where the command line describes another method: for the same machine, seed and length."""
         taken = {name: getattr(args, name) for name in shared}
-        return self.trainer.config_class(**{**defaults, **taken, **self.settings})
+        config = self.trainer.config_class(**{**defaults, **taken, **self.settings})
+        config.by_device = args.by_device
+        return config
 
 
 def compared(script: Any, methods: Mapping[str, Method], default: Sequence[str]) -> list[str]:

@@ -61,10 +61,16 @@ class ByDevice(_Base):
 
         Trainer switches that off there, as it breaks reentrant checkpointing. RMU would then end in DDP's error.
         """
-        kwargs: Any = self.activation_checkpointing_kwargs or {}
-        recomputes = self.activation_checkpointing and not kwargs.get("use_reentrant", False)
-        if recomputes and self.ddp_find_unused_parameters is None:
+        if self.activation_checkpointing and not is_reentrant(self) and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
+
+
+def is_reentrant(args: Any) -> bool:
+    """Whether checkpointing is reentrant: torch's default, which transformers changes where it is given no setting."""
+    kwargs = dict(args.activation_checkpointing_kwargs or {})
+    for own in ("every_n_layers", "offload"):  # transformers' own, which torch does not see
+        kwargs.pop(own, None)
+    return bool(kwargs) and bool(kwargs.get("use_reentrant", True))
 
 
 def has_bfloat16(use_cpu: bool) -> bool:

@@ -22,6 +22,7 @@ from blur_trainer.gradients.forward_mode import directional_derivative
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.forward import evaluating, forward
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.precision import is_reentrant
 from blur_trainer.trainers.step import Step, objective_pass, record
 
 
@@ -29,7 +30,6 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
     """Raises `ValueError` for settings that a single gradient buffer does not support, before any model is loaded."""
     if not args.single_gradient_buffer:
         return
-    checkpointing: Any = args.activation_checkpointing_kwargs or {}
     obstacles: list[tuple[bool, str]] = [
         (
             getattr(rule, "needs_retain_norm", True),
@@ -44,7 +44,7 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
         (args.offload_forget_gradient, "`offload_forget_gradient=True` keeps a second one: choose one of both"),
         (args.fp16, "`fp16=True` scales the loss, and scaled gradients overflow in its forward mode: use `bf16=True`"),
         (
-            bool(args.activation_checkpointing) and checkpointing.get("use_reentrant", False),
+            bool(args.activation_checkpointing) and is_reentrant(args),
             "reentrant checkpointing has no forward mode: "
             "set `activation_checkpointing_kwargs={'use_reentrant': False}`",
         ),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig
 from support.models import examples, tiny_llama
 from support.runs import settings
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments, training_args
 from trl import ModelConfig
 
 from blur_trainer import BLURConfig, BLURTrainer, ULDConfig, ULDTrainer, estimate_memory
-from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts import muse
+from blur_trainer.scripts.loading import ModelLoader, under_autocast
+from blur_trainer.scripts.methods import changed
 from blur_trainer.trainers import precision
 from blur_trainer.trainers.precision import default_dtype, settle_checkpointing
 
@@ -212,3 +215,47 @@ def test_updates_that_rounding_loses_are_announced(tmp_path, caplog, dtype, more
         after = torch.cat([p.detach().flatten() for p in model.parameters()])
         share = int(re.search(r"For (\d+)% of them", caplog.text).group(1)) / 100
         assert abs((before == after).double().mean() - share) < 0.02
+
+
+@pytest.mark.parametrize(("more", "expected"), [(["--use_peft", "True"], "bfloat16"), ([], "float32")])
+def test_a_script_leaves_the_dtype_to_the_trainer(loads_for_gpu, folder, tmp_path, more, expected):
+    words = ["--model_name_or_path", folder, "--output_dir", str(tmp_path), *more]
+    _, args, model_args, _ = muse.parse(words)
+    load = ModelLoader(args, model_args)
+    assert "dtype" not in load.options and load.options["quantization_config"] is None
+    assert load(folder).dtype == getattr(torch, expected)
+    assert load(folder, to_train=True).dtype == torch.float32
+    _, args, model_args, _ = muse.parse([*words, "--dtype", "float16"])
+    assert ModelLoader(args, model_args).options["dtype"] == "float16"
+    _, args, model_args, _ = muse.parse([*words, "--load_in_4bit", "True"])
+    assert ModelLoader(args, model_args).options["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_a_model_that_hooks_spread_runs_under_autocast_too(tmp_path):
+    model = add_hook_to_module(tiny_llama(0), ModelHook())
+    assert not hasattr(model.forward, "__func__")
+    plain = model(torch.tensor([[1, 5]])).logits
+    logits = under_autocast(model, settings(tmp_path, bf16=True))(torch.tensor([[1, 5]])).logits
+    assert logits.dtype == torch.float32 and not torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "found"),
+    [
+        (None, True),
+        ({"use_reentrant": False}, True),
+        ({"every_n_layers": 2}, True),
+        ({"use_reentrant": True}, None),
+        ({"preserve_rng_state": False}, None),  # given anything, torch's own default counts
+    ],
+)
+def test_ddp_looks_for_unused_parameters_unless_checkpointing_is_reentrant(kwargs, found):
+    given = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs, "use_cpu": True}
+    assert BLURConfig("out", **given).ddp_find_unused_parameters is found
+    assert BLURConfig("out", **given, ddp_find_unused_parameters=False).ddp_find_unused_parameters is False
+    assert BLURConfig("out", use_cpu=True).ddp_find_unused_parameters is None
+
+
+def test_a_script_s_copies_know_what_was_left_to_the_device(gpu):
+    args = BLURConfig("out")
+    assert changed(args, output_dir="other").by_device == args.by_device == {"bf16", "activation_checkpointing"}
