@@ -92,5 +92,5 @@ def under_autocast(model: PreTrainedModel, args: TrainingArguments) -> PreTraine
     if isinstance(plain, types.MethodType):  # unbound, so that a copy of the model runs the copy's weights
         model.forward = types.MethodType(convert_outputs_to_fp32(autocast(plain.__func__)), model)
     else:  # spread over several devices: accelerate's hooks
-        model.forward = convert_outputs_to_fp32(autocast(plain))  # type: ignore[method-assign]
+        model.forward = convert_outputs_to_fp32(autocast(plain))
     return model
