@@ -45,7 +45,7 @@ class ModelLoader:
     def __init__(self, args: TrainingArguments, model_args: ModelConfig) -> None:
         self._args = args
         self._named = model_args.model_name_or_path
-        # computed with as under autocast
+        # weights of few bits are computed with in the dtype of autocast
         compute = model_args.dtype or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32")
         quantized = get_quantization_config(replace(model_args, dtype=compute))
         given: dict[str, Any] = getattr(args, "model_init_kwargs", None) or {}
@@ -59,7 +59,8 @@ class ModelLoader:
             **({} if model_args.model_revision == "main" else {"revision": model_args.model_revision}),
         } | given
         frozen = model_args.use_peft or quantized is not None or isinstance(args, ULDConfig)
-        self._chosen = loading_arguments(args, frozen)
+        # a revision among them is of the named model only
+        self._chosen = {key: item for key, item in loading_arguments(args, frozen).items() if key == "dtype"}
         self._to_train = {"dtype": "float32", **named, "quantization_config": None}
 
     def __call__(self, name: str, to_train: bool = False) -> PreTrainedModel:
