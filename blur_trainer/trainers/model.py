@@ -1,10 +1,10 @@
 """Loads the trainer's model and settles everything that belongs to it alone."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ModelMixin(_Base):
