@@ -48,7 +48,7 @@ class ByDevice(_Base):
         left_open = set()
         if self.bf16 is None:
             left_open.add("bf16")
-            self.bf16 = has_bfloat16(self.use_cpu) and _precision_asked_for(self) is None
+            self.bf16 = has_bfloat16(self.use_cpu) and not _asks_for_another(self)
         # FSDP recomputes by its own setting; transformers' gathers each layer once more
         given = (self.activation_checkpointing, self.gradient_checkpointing)
         if given == (None, None) and not engine_requested(self, "fsdp"):
@@ -78,24 +78,21 @@ def has_bfloat16(use_cpu: bool) -> bool:
     return not use_cpu and torch.accelerator.is_available() and bool(is_torch_bf16_gpu_available())
 
 
-def _precision_asked_for(args: TrainingArguments) -> str | None:
-    """The precision that the arguments, `accelerate launch` or DeepSpeed's file name, other than bfloat16."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.fp16 or launched in ("fp16", "fp8"):
-        return "fp16" if args.fp16 else launched
+def _asks_for_another(args: TrainingArguments) -> bool:
+    """Whether the arguments, `accelerate launch` or DeepSpeed's file name another precision than bfloat16."""
+    if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("fp16", "fp8"):
+        return True
     if not engine_requested(args, "deepspeed"):
-        return None
+        return False
     config = args.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or {}
     if isinstance(config, str | os.PathLike):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None  # DeepSpeed will say what is wrong with it
+            return False  # DeepSpeed will say what is wrong with it
     enabled = {kind: (config.get(kind) or {}).get("enabled", "auto") for kind in ("fp16", "bf16")}
-    if enabled["fp16"] is True:
-        return "fp16"
-    without_zero = config and (config.get("zero_optimization") or {}).get("stage", 0) == 0  # refused in bfloat16
-    return "float32" if enabled["bf16"] is False or without_zero else None
+    without_zero = bool(config) and (config.get("zero_optimization") or {}).get("stage", 0) == 0  # refused in bfloat16
+    return enabled["fp16"] is True or enabled["bf16"] is False or without_zero
 
 
 def on_device(args: Any, device: str) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.device import CHOSEN, EVERY_RUN
+from support.cases import chosen
+from support.device import CHOSEN, EVERY_RUN, cells
 
 #: they start processes and take longest: begun first
 LAUNCHES = ("test_gpu_zero.py", "test_gpu_data_parallel.py", "test_gpu_one_process.py", "test_gpu_compiled.py")
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, or BLUR_GPU_TESTS_ON=cpu for a dry run"))
     if CHOSEN:
         items.sort(key=lambda item: here not in item.path.parents or item.path.name not in LAUNCHES)
+
+
+@pytest.fixture(scope="module")
+def found(request, tmp_path_factory):
+    """What each cell that this run has chosen of the module gave. An engine's cells run under torchrun."""
+    names = chosen(request, "cell")
+    engine = any(name.split(":")[0] not in ("plain", "finite") for name in names)
+    return cells(names, tmp_path_factory.mktemp("cells") / "cells.json", launcher=engine)
 
 
 @pytest.fixture

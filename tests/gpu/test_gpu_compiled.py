@@ -4,8 +4,7 @@ RMU by Inductor was off by 2.0e-04 on an H100 (docs/benchmarks.md): its limit is
 """
 
 import pytest
-from support.cases import chosen
-from support.device import cells, needs_card
+from support.device import needs_card
 
 INDUCTOR = needs_card("Inductor's kernels are Triton's; for a CPU it would compile C++ for minutes")
 CELLS = [
@@ -14,11 +13,6 @@ CELLS = [
     pytest.param("plain:BLUR-NPO, inductor", marks=INDUCTOR),
     pytest.param("plain:rmu, inductor", marks=INDUCTOR),
 ]
-
-
-@pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    return cells(chosen(request, "cell"), tmp_path_factory.mktemp("cells") / "cells.json", launcher=False)
 
 
 @pytest.mark.parametrize("cell", CELLS)

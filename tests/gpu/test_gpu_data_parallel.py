@@ -1,8 +1,7 @@
 """DDP and FSDP2 with one process on the device against the literal training, under torchrun."""
 
 import pytest
-from support.cases import chosen
-from support.device import CARD, cells, needs_card
+from support.device import CARD, needs_card
 
 CELLS = [
     *("ddp:blur", "ddp:NPO, kept logps", "ddp:rmu", "ddp:accumulation", "ddp:offload", "ddp:one buffer", "ddp:bf16"),
@@ -10,11 +9,6 @@ CELLS = [
     *("fsdp2:offload", "fsdp2:bf16", "fsdp2_lean:sum"),
     *(pytest.param(f"{engine}:fp16", marks=needs_card("torch's loss scaler")) for engine in ("ddp", "fsdp2")),
 ]
-
-
-@pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    return cells(chosen(request, "cell"), tmp_path_factory.mktemp("cells") / "cells.json", launcher=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)

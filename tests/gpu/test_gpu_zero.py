@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.cases import chosen
-from support.device import CARD, cells, needs, needs_card
+from support.device import CARD, needs, needs_card
 
 pytestmark = needs("deepspeed", "deepspeed")
 PINNED = needs_card("page-locked memory")
@@ -15,11 +14,6 @@ CELLS = [
     pytest.param("zero2:fp16", marks=FP16),
     *(pytest.param(f"zero2_offload_pinned:{name}", marks=PINNED) for name in ("BLUR-NPO", "accumulation", "bf16")),
 ]
-
-
-@pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    return cells(chosen(request, "cell"), tmp_path_factory.mktemp("cells") / "cells.json", launcher=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -1,7 +1,8 @@
 """The README's launch lines from the repository root, on two CPU processes: `accelerate launch` and `deepspeed`.
 
-A launch costs half a minute of imports. Every run: `deepspeed` with run_wmdp.py, as in the README. `pytest -m full`:
-`accelerate` with run_muse.py and every file that the repository ships; test_engines.py trains with zero2.json.
+A launch costs half a minute of imports on both cores, so they are behind `full`. `.ci/run` runs `deepspeed` with
+run_wmdp.py, as in the README. The others: `accelerate` with run_muse.py and every file that the repository ships;
+test_engines.py trains with zero2.json.
 
 Each launch trains two steps on prepared models, and is told by its checkpoint which engine it ran on.
 """
@@ -141,12 +142,10 @@ def test_the_assistant_is_trained_and_loaded_again(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param("", id="as in the README"),
-        pytest.param("--num_gpus 2", id="two processes, ZeRO-3", marks=pytest.mark.full),
-    ],
+    [pytest.param("", id="as in the README"), pytest.param("--num_gpus 2", id="two processes, ZeRO-3")],
 )
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launcher would take the accelerator, not the CPU")
 def test_deepspeed_runs_wmdp(options, tmp_path):
