@@ -27,8 +27,10 @@ _HOMES = {
     "models.logit_difference": ["LogitDifferenceModel"],
     "models.task_vector": ["task_vector"],
     "objectives.activations": ["ActivationMatch", "RMU"],
-    "objectives.answers": ["DPO", "GradAscent", "IDK", "KL", "NLL", "NPO", "SimNPO", "Uniform"],
     "objectives.base": ["Objective"],
+    "objectives.distributions": ["KL", "Uniform"],
+    "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
+    "objectives.preference": ["DPO", "NPO", "SimNPO"],
     "recipes": ["recipe"],
     "report.html": ["write_report"],
     "report.results": ["Results"],
@@ -70,8 +72,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.models.logit_difference import LogitDifferenceModel
     from blur_trainer.models.task_vector import task_vector
     from blur_trainer.objectives.activations import RMU, ActivationMatch
-    from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO, Uniform
     from blur_trainer.objectives.base import Objective
+    from blur_trainer.objectives.distributions import KL, Uniform
+    from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+    from blur_trainer.objectives.preference import DPO, NPO, SimNPO
     from blur_trainer.recipes import recipe
     from blur_trainer.report.html import write_report
     from blur_trainer.report.results import Results

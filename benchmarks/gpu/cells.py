@@ -26,7 +26,7 @@ from support import parity
 from transformers.utils import logging
 
 from blur_trainer import BLUR
-from blur_trainer.objectives.answers import NPO
+from blur_trainer.objectives.preference import NPO
 
 DEFAULT = 1e-4
 # "rmu, inductor": in the first step the model is its frozen copy, and rounding is the whole retain gradient, times 800

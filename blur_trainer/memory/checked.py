@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
-from blur_trainer.objectives.answers import DPO, KL
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.preference import DPO
 
 if TYPE_CHECKING:
     from blur_trainer.trainers.config import UnlearningConfig

@@ -1,8 +1,10 @@
 """Objectives by their names on the command line."""
 
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+from blur_trainer.objectives.preference import DPO, NPO, SimNPO
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "grad_ascent": GradAscent,

@@ -6,8 +6,8 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from blur_trainer.models.forward import router_configs
-from blur_trainer.objectives.answers import IDK, NLL
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.likelihood import IDK, NLL
 
 logger = get_logger(__name__)
 

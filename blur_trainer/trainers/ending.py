@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import TrainerState
 
-from blur_trainer.objectives.answers import KL, NLL, GradAscent
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 
 #: Nats per token that the retain loss may rise: e^2 = 7 times the perplexity. Batches differ by less than one nat.
 BROKEN_RETAIN = 2.0

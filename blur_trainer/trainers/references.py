@@ -24,8 +24,8 @@ from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
 from blur_trainer.models.truncation import frozen_lower
-from blur_trainer.objectives.answers import reference_logps
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.preference import reference_logps
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
 from blur_trainer.trainers.precision import loading_arguments

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from blur_trainer.models.logit_composition import check_composition
 from blur_trainer.models.logit_difference import ADAPTER, LogitDifferenceModel
-from blur_trainer.objectives.answers import NLL, Uniform
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.distributions import Uniform
+from blur_trainer.objectives.likelihood import NLL
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import Mixture
 from blur_trainer.trainers.unlearning import UnlearningTrainer

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import blur_trainer as bt
 from blur_trainer.evaluation.scoring import token_logps
-from blur_trainer.objectives.answers import NPO
+from blur_trainer.objectives.preference import NPO
 
 pytestmark = needs("bitsandbytes", "quantization")
 DATA = examples(6, seed=5), examples(6, seed=6)

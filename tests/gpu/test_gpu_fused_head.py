@@ -9,7 +9,7 @@ from support.models import collate, examples, tiny_llama
 from support.runs import train, weights
 
 from blur_trainer.models.forward import answer_logps, choose_head, has_fused_head
-from blur_trainer.objectives.answers import NPO
+from blur_trainer.objectives.preference import NPO
 
 #: relative error against float64: value, gradient. An H100 gave 4.4e-08, 6.7e-07 and 7.5e-05, 6.6e-03 on wider models
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 5e-2)}

@@ -14,8 +14,8 @@ from support.runs import distance, training_logs, weights
 from transformers import TrainerCallback
 
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.answers import GradAscent
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.trainers.blur import BLURTrainer
 
 

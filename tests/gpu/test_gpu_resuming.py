@@ -13,7 +13,8 @@ from support.models import examples, tiny_llama
 from support.runs import train, training_logs, weights
 from transformers import AutoModelForCausalLM
 
-from blur_trainer.objectives.answers import KL, NPO
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer
 
 DATA = examples(8, seed=5), examples(5, seed=6)

@@ -9,7 +9,8 @@ from support.runs import train, training_logs, weights
 from blur_trainer.gradients import backend
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.answers import NPO, GradAscent
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 
 FORGET, RETAIN = examples(12, seed=5), examples(7, seed=6)
 START = weights(tiny_llama())

@@ -12,7 +12,7 @@ from support.runs import settings
 from blur_trainer.checks import check_fields, within
 from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.objectives.activations import ActivationMatch
-from blur_trainer.objectives.answers import NPO, SimNPO
+from blur_trainer.objectives.preference import NPO, SimNPO
 from blur_trainer.trainers.blur import BLURConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig
 from blur_trainer.trainers.ranges import RANGES

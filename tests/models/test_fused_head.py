@@ -49,9 +49,10 @@ from blur_trainer.models.fused_heads import logits_bytes
 from blur_trainer.models.fused_kernel import kernel_obstacle
 from blur_trainer.models.logps import sequence_logps
 from blur_trainer.models.reference import CurrentModel, FrozenModel, OtherAdapter
-from blur_trainer.objectives.answers import NLL, reference_logps
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES
+from blur_trainer.objectives.likelihood import NLL
 from blur_trainer.objectives.losses import grad_ascent_loss
+from blur_trainer.objectives.preference import reference_logps
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 

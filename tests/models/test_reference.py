@@ -25,7 +25,9 @@ from blur_trainer.models.reference import (
     evaluating,
     trains_beside_adapter,
 )
-from blur_trainer.objectives.answers import DPO, KL, NLL, NPO, GradAscent, reference_logps
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import DPO, NPO, reference_logps
 from blur_trainer.trainers.blur import BLURTrainer
 
 FORGET, RETAIN = examples(6), examples(5, 1)

@@ -7,9 +7,11 @@ from support.models import collate, examples, tiny_llama
 
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.control_vectors import control_vector
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+from blur_trainer.objectives.preference import DPO, NPO, SimNPO
 
 ALL = {**FORGET_OBJECTIVES, **RETAIN_OBJECTIVES}
 #: the model has two layers, and their default layer is the eighth

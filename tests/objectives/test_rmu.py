@@ -17,8 +17,8 @@ from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.models.reference import FrozenModel, OtherAdapter
 from blur_trainer.models.truncation import frozen_lower
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import NLL, GradAscent
 from blur_trainer.objectives.control_vectors import NAME, control_vector, load_vectors, save_vectors
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.losses import activation_loss
 from blur_trainer.trainers.blur import BLURTrainer
 

@@ -8,7 +8,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from blur_trainer.evaluation.scoring import token_logps
 from blur_trainer.models.forward import answer_logps, choose_head, evaluating
-from blur_trainer.objectives.answers import IDK, KL, NLL, GradAscent, SimNPO
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+from blur_trainer.objectives.preference import SimNPO
 from blur_trainer.objectives.router import check_router
 from blur_trainer.trainers.blur import BLURTrainer
 

@@ -15,7 +15,9 @@ from support.runs import distance, logits, settings, train, training_logs, weigh
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from blur_trainer.gradients.rules import BLUR
-from blur_trainer.objectives.answers import KL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "loss/forget", "loss/retain", "grad/forget_norm", "grad/retain_norm")

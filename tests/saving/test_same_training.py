@@ -13,7 +13,9 @@ from support.models import examples, tiny_llama
 from support.runs import distance, settings, weights
 
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.answers import KL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.saving.manifest import MANIFEST_NAME
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.record import describe, model_record, settings_record

@@ -16,7 +16,8 @@ from support.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from blur_trainer.gradients.rules import BLUR
-from blur_trainer.objectives.answers import KL, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.report.model_card import MARKER
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
 from blur_trainer.saving.output_dir import check_output_dir, staged

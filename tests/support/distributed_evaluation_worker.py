@@ -29,7 +29,7 @@ from blur_trainer.evaluation.muse import MUSEEvaluation
 from blur_trainer.evaluation.robustness.battery import robustness
 from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.gradients.rules import Sum
-from blur_trainer.objectives.answers import NLL, GradAscent
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

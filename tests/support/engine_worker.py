@@ -20,7 +20,9 @@ from support.models import tiny_llama
 from support.processes import freeze_imports
 from torch import Tensor
 
-from blur_trainer.objectives.answers import KL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 
 ENGINES = ["ddp", "fsdp2", "fsdp2_lean", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
 FILE = Path(__file__).parents[2] / "ds_configs" / "zero2.json"  # what users pass

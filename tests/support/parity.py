@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, trainin
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import NLL, NPO, GradAscent
 from blur_trainer.objectives.control_vectors import control_vector
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

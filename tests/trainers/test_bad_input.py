@@ -21,7 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+from blur_trainer.objectives.preference import DPO, NPO, SimNPO
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from blur_trainer.gradients.engines import check_unchanged
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.answers import NLL, GradAscent
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer

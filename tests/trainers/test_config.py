@@ -12,8 +12,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from blur_trainer.gradients.rules import BLUR, MGDA, RULES, PCGrad, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
-from blur_trainer.objectives.answers import DPO, IDK, KL, NLL, NPO, GradAscent, SimNPO
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
+from blur_trainer.objectives.preference import DPO, NPO, SimNPO
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer

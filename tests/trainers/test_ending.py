@@ -13,7 +13,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from blur_trainer.gradients.rules import BLUR, PCGrad, Sum
-from blur_trainer.objectives.answers import KL, NLL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers import ending
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.effect import check_batches, check_effect

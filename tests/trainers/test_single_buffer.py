@@ -18,7 +18,9 @@ from test_step import RULES, case, literal, update_error
 from blur_trainer.gradients.forward_mode import directional_derivative
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
 from blur_trainer.models.reference import REFERENCE_ADAPTER
-from blur_trainer.objectives.answers import KL, NLL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers import single_buffer
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

@@ -14,8 +14,9 @@ from support.runs import distance, settings, train, training_logs, weights
 from transformers import TrainerCallback
 
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
-from blur_trainer.objectives.answers import NLL, NPO, GradAscent
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer
 
 STEPS, BATCH = 5, 2

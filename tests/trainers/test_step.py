@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
-from blur_trainer.objectives.answers import KL, NLL, NPO, GradAscent
+from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.likelihood import NLL, GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

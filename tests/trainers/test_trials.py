@@ -10,7 +10,8 @@ from support.models import examples, tiny_llama
 from support.runs import distance, settings, training_logs, weights
 
 from blur_trainer.gradients.rules import BLUR
-from blur_trainer.objectives.answers import NPO, GradAscent
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer
 
 FORGET, RETAIN = examples(14, seed=1), examples(9, seed=2)

@@ -12,7 +12,7 @@ from support.runs import settings, train
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blur_trainer.objectives.answers import IDK
+from blur_trainer.objectives.likelihood import IDK
 from blur_trainer.trainers.blur import BLURTrainer
 
 FORGET, RETAIN = examples(6), examples(6, 1)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from blur_trainer.models.logit_composition import COMPOSITIONS, composition_named
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
 from blur_trainer.models.truncation import lora_assistant, without_adapter
-from blur_trainer.objectives.answers import NPO, GradAscent
+from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.grad_diff import GradDiffTrainer
 

@@ -20,7 +20,8 @@ from blur_trainer.evaluation.tofu.attacks import gradient_norms
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.models.truncation import decoder_layers, lora_assistant, quarter, shortened, truncated_view
-from blur_trainer.objectives.answers import NLL, GradAscent, Uniform
+from blur_trainer.objectives.distributions import Uniform
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.losses import uniform_loss
 from blur_trainer.saving.merging import merge_and_save
 from blur_trainer.toy.memorize import memorize

@@ -1,4 +1,4 @@
-"""Objectives on answers: on their log-probabilities, or on the distributions over their tokens."""
+"""Preference objectives: the forget answer is the one that is not wanted."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -6,19 +6,11 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields
-from blur_trainer.models.forward import answer_logps, answer_logps_and_router_loss, forward
+from blur_trainer.models.forward import answer_logps
 from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
-from blur_trainer.objectives.losses import (
-    dpo_loss,
-    grad_ascent_loss,
-    kl_loss,
-    nll_loss,
-    npo_loss,
-    simnpo_loss,
-    uniform_loss,
-)
+from blur_trainer.objectives.losses import dpo_loss, npo_loss, simnpo_loss
 
 
 def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
@@ -28,44 +20,6 @@ def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
     if reference is None:
         raise ValueError("The batch has no `ref_logps` and there is no reference model to compute them with.")
     return reference.logps(batch)
-
-
-@dataclass(frozen=True)
-class NLL(Objective):
-    """Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set.
-
-    As in the model's own loss, a mixture of experts with `config.output_router_logits=True` adds its load-balancing
-    loss (over several micro-batches: their mean, weighted by their numbers of answer tokens).
-    """
-
-    def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        logps, router_loss = answer_logps_and_router_loss(model, batch)
-        if router_loss is None:
-            return nll_loss(logps)
-        return nll_loss(logps) + router_loss * answer_mask(batch["labels"]).sum(-1)
-
-
-@dataclass(frozen=True)
-class GradAscent(Objective):
-    """Gradient ascent on the token-mean NLL."""
-
-    def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return grad_ascent_loss(answer_logps(model, batch))
-
-
-@dataclass(frozen=True)
-class KL(Objective):
-    """`KL(p_ref || p_theta)`, mean over the answer tokens."""
-
-    needs_reference: ClassVar[bool] = True
-    needs_reference_logits: ClassVar[bool] = True
-
-    def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        if reference is None:
-            raise ValueError("KL needs a reference model's logits; pass `reference`.")
-        # run the reference first, so that its activations are freed before the model's graph is built
-        ref_logits = reference.logits(batch)
-        return kl_loss(forward(model, batch), ref_logits, batch["labels"])
 
 
 @dataclass(frozen=True)
@@ -121,24 +75,3 @@ class DPO(Objective):
             rejected_ref_logps=reference_logps(batch, reference),
             beta=self.beta,
         )
-
-
-@dataclass(frozen=True)
-class IDK(Objective):
-    """NLL on refusals: learn to answer forget questions with "I don't know" (TOFU's IDK baseline)."""
-
-    needs_refusal: ClassVar[bool] = True
-
-    def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return NLL().losses(model, batch["refusal"], reference)
-
-    def num_items(self, batch: Batch) -> Tensor:
-        return answer_mask(batch["refusal"]["labels"]).sum()
-
-
-@dataclass(frozen=True)
-class Uniform(Objective):
-    """`KL(U || p_theta)`, mean over the answer tokens (`losses.uniform_loss`). ULD's assistant descends it."""
-
-    def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return uniform_loss(forward(model, batch), batch["labels"])
