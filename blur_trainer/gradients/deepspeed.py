@@ -202,14 +202,8 @@ class Stage3(_Sharded):
             safe_set_local_grad(parameter, gradient)
 
     def _weights(self) -> Iterator[Tensor]:
-        self.optimizer._partition_all_parameters()  # some are still gathered, and would be computed with
+        self.optimizer._partition_all_parameters()  # small ones stay gathered, and would be computed with
         yield from (parameter.ds_tensor.data for parameter in self.parameters)  # type: ignore[attr-defined]
-
-    def _publish(self) -> None:
-        persistent = self.optimizer.persistent_parameters  # small ones, which stay gathered
-        if persistent:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
 
     @property
     def _on_cpu(self) -> bool:

@@ -27,12 +27,12 @@ class Rule(Protocol):
 
     | member | what happens |
     |---|---|
-    | `update(losses, epoch)` | Called after each step that was made (none that was skipped), with the losses of both \
+    | `update(losses, epoch)` | Called after each step that was made (not skipped), with the losses of both \
 objectives, `(2,)` float64 on the CPU, over all processes, and the epochs finished before the step. |
-    | `state_dict()`, `load_state_dict(state)` | The state, tensors by name. Checkpoints hold it, and every \
-`train()` that does not resume begins with the first one. |
-    | `retain_smoothing: float` | The trainer keeps `m <- s g_r + (1-s) m` from `m = 0`. The Gramian is `(3, 3)` and has \
-`m`, with this step's gradient, as the third; the rule answers three weights. It takes a gradient's memory. |
+    | `reset()`, `state_dict()`, `load_state_dict(state)` | The state, tensors by name. Checkpoints hold it; a \
+training that does not resume begins with `reset()`. |
+    | `retain_smoothing: float` | `s`: the trainer keeps `m <- s g_r + (1-s) m` from `m = 0`. The Gramian is `(3, 3)`, \
+its third is `m` with this step's gradient; the rule answers three weights. `m` takes a gradient's memory. |
     """
 
     def __call__(self, gramian: Tensor, /) -> Tensor: ...

@@ -78,6 +78,9 @@ class Constrained:
             raise TypeError(f"{name}: `rule` must be a rule such as `Sum()` or `BLUR(gamma=0.2)`, got {self.rule!r}.")
         if any(hasattr(self.rule, member) for member in ("update", "state_dict", "retain_smoothing")):
             raise ValueError(f"{name}: `rule` must have no state of its own, got {self.rule!r}: take `Sum()`.")
+        self.reset()
+
+    def reset(self) -> None:
         self._state["multiplier"] = torch.tensor(float(self.initial), dtype=torch.float64)
 
     @property

@@ -21,11 +21,14 @@ from blur_trainer.gradients.rules import Rule
 STATE_NAME = "rule_state.safetensors"
 MEAN_NAME = "retain_mean-{process:05}-of-{processes:05}.safetensors"
 
+_CONTRACT = ("reset", "state_dict", "load_state_dict")
+
 
 def check_rule_state(rule: Rule, fp16: bool) -> None:
     """Raises for half a contract, and where a kept gradient would be of another loss scale than the next one."""
-    if hasattr(rule, "state_dict") != hasattr(rule, "load_state_dict"):
-        raise TypeError(f"The rule {rule!r} has one of `state_dict` and `load_state_dict`: it needs both, or none.")
+    missing = [name for name in _CONTRACT if not hasattr(rule, name)]
+    if 0 < len(missing) < len(_CONTRACT):
+        raise TypeError(f"The rule {rule!r} has no {missing}: a rule with a state has {', '.join(_CONTRACT)}.")
     if fp16 and _smoothing(rule) is not None:
         raise ValueError(
             f"The rule {rule!r} keeps gradients from step to step, and with `fp16=True` their scale changes: use "
@@ -54,7 +57,6 @@ class RuleStateCallback(TrainerCallback):
         self.rules, self.accelerator = rules, accelerator
         self.resumed_from: str | None = None
         self.mean: RetainMean | None = None
-        self._first: dict[int, tuple[Rule, dict[str, Tensor]]] = {}
 
     def _stateful(self) -> list[Any]:
         return list({id(rule): rule for rule in self.rules() if hasattr(rule, "state_dict")}.values())
@@ -63,9 +65,7 @@ class RuleStateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for rule in self._stateful():
-            if id(rule) not in self._first:
-                self._first[id(rule)] = (rule, _copied(rule.state_dict()))
-            rule.load_state_dict(_copied(self._first[id(rule)][1]))
+            rule.reset()
         smoothing = next((s for s in map(_smoothing, self.rules()) if s is not None), None)
         self.mean = None if smoothing is None else RetainMean(smoothing)
         if self.resumed_from is not None:
@@ -99,7 +99,9 @@ class RuleStateCallback(TrainerCallback):
             path = _there(whole if whole.exists() else checkpoint / self._mean_name(sharded=True))
             with safe_open(path, framework="pt") as file:
                 held, count = set(file.keys()), int(file.metadata()["parts"])
-                self.mean.restore([file.get_tensor(str(i)) if str(i) in held else None for i in range(count)])
+                # a copy: the file's own memory is not aligned, and inner products would round in another way
+                parts = [file.get_tensor(str(i)).clone() if str(i) in held else None for i in range(count)]
+            self.mean.restore(parts)
 
 
 def _smoothing(rule: Rule) -> float | None:

@@ -73,10 +73,13 @@ def fsdp2(**config: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": {"version": 2, **layers, **config}}
 
 
-def zero(stage: int, *offload: str, **config: Any) -> dict[str, Any]:
+def zero(stage: int, *offload: str, persistent: int = 0, **config: Any) -> dict[str, Any]:
     optimization: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        optimization |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        optimization |= {
+            "stage3_param_persistence_threshold": persistent,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     optimization |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in offload}
     return {
         "deepspeed": {
@@ -101,6 +104,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": zero(1),
     "zero2": zero(2),
     "zero3": zero(3),
+    "zero3_persistent": zero(3, persistent=300),  # small parameters stay gathered
     "zero1_offload": zero(1, "optimizer"),
     "zero2_offload": zero(2, "optimizer"),
     "zero3_offload": zero(3, "optimizer"),
@@ -166,7 +170,12 @@ FEATURES: dict[str, dict[str, Any]] = {
 TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
-ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
+ONLY = {
+    "zero3_persistent": {"sam"},
+    "fsdp2_lean": {"sum", "lora", "tied"},
+    "zero1_fp32_sums": {"bf16"},
+    "zero2_fp32_sums": {"bf16"},
+}
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
     "rmu": {"ddp", "fsdp2", "zero2", "zero3"},
