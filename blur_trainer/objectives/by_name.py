@@ -14,4 +14,8 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "idk": IDK,
     "rmu": RMU,
 }
-RETAIN_OBJECTIVES: dict[str, type[Objective]] = {"nll": NLL, "kl": KL, "activation_match": ActivationMatch}
+RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
+    "nll": NLL,
+    "kl": KL,
+    "activation_match": ActivationMatch,
+}
