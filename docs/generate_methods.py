@@ -57,7 +57,7 @@ def needs(objective: Objective) -> str:
     elif objective.needs_reference:
         found.append("reference log-probabilities")
     if objective.needs_refusal:
-        found.append("refusals")
+        found.append("generated alternatives" if getattr(objective, "needs_alternatives", False) else "refusals")
     return ", ".join(found) or "nothing"
 
 
@@ -70,7 +70,8 @@ def defaults(objective: Objective) -> str:
 
 def row(name: str, kind: type[Objective]) -> str:
     said, objective = labeled_lines(kind), kind()
-    texts = [said["Formula"], ITEMS[int(objective.num_items(PROBE))], said["Bounded"].rstrip("."), needs(objective)]
+    said = {label: text.removesuffix(".") for label, text in said.items()}
+    texts = [said["Formula"], ITEMS[int(objective.num_items(PROBE))], said["Bounded"], needs(objective)]
     texts += [defaults(objective), said["Use it"], said["Source"]]
     return f"| `{name}` | {' | '.join(map(cell, texts))} |"
 

@@ -13,9 +13,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from blur_trainer.gradients.rules import BLUR, MGDA, RULES, PCGrad, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
@@ -84,6 +86,10 @@ def test_sum_weights_from_the_command_line():
         ("dpo", DPO()),
         ("idk", IDK()),
         ("rmu", RMU()),
+        ("wga", WGA()),
+        ("satimp", SatImp()),
+        ("jensun", JensUn()),
+        ("flat", FLAT()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -94,6 +100,10 @@ def test_every_forget_name(name, expected):
         "dpo",
         "idk",
         "rmu",
+        "wga",
+        "satimp",
+        "jensun",
+        "flat",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
