@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.preference import DPO
 
@@ -31,6 +32,7 @@ def unchecked(
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
         "DPO": isinstance(args.build_forget_objective(), DPO),
+        "FLAT": isinstance(args.build_forget_objective(), FLAT),
         "the memory of `kl`": isinstance(args.build_retain_objective(), KL),  # measured before it had a closed form
     }
     return tuple(what for what, applies in found.items() if applies)
