@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.preference import DPO
 
@@ -33,6 +34,7 @@ def unchecked(
         "DPO": isinstance(args.build_forget_objective(), DPO),
         "SAM": args.sam_rho is not None,
         "the mean of retain gradients": hasattr(args.build_rule(), "retain_smoothing"),
+        "FLAT": isinstance(args.build_forget_objective(), FLAT),
         "the memory of `kl`": isinstance(args.build_retain_objective(), KL),  # measured before it had a closed form
     }
     return tuple(what for what, applies in found.items() if applies)

@@ -459,7 +459,8 @@ def test_activations_and_heads():
     assert fused > activations(fused_lm_head=True, activation_checkpointing=True)
     assert activations(retain_objective="kl") > plain
     assert activations(per_device_train_batch_size=4, fused_lm_head=False) == pytest.approx(plain / 2, rel=0.01)
-    assert estimate(config, args=arguments(max_length=256, forget_objective="dpo")).activations > plain + logits
+    for two in ("dpo", "flat"):  # graphs, of the answer and of the refusal
+        assert estimate(config, args=arguments(max_length=256, forget_objective=two)).activations > plain + logits
 
 
 def test_the_head_that_a_gpu_chooses():

@@ -57,6 +57,52 @@ def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(totals)
 
 
+# ---- functions of the probabilities of answer tokens ----
+
+
+def weighted_ascent(logits: Tensor, labels: Tensor, weight: Callable[[float], float]) -> Tensor:
+    """Per example the sum over its answer tokens of `weight(p) log p`, where the weight is a number."""
+    return torch.stack([sum(weight(math.exp(logp.item())) * logp for logp in row) for row in log_prob(logits, labels)])
+
+
+def jensen_shannon(p: Tensor, q: list[float]) -> Tensor:
+    """Both halves over the vocabulary, with `0 log 0 = 0`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for p_v, q_v in zip(p, q, strict=True):
+        mean = (p_v + q_v) / 2
+        if p_v > 0:
+            total = total + p_v * torch.log(p_v / mean) / 2
+        if q_v > 0:
+            total = total + q_v * torch.log(q_v / mean) / 2
+    return total
+
+
+def jensun(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per example the sum over a refusal's tokens of the divergence from the distribution that is this token."""
+    totals = []
+    for b in range(labels.shape[0]):
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(labels.shape[1] - 1):
+            if int(labels[b, t + 1]) != -100:
+                token = [1.0 if v == int(labels[b, t + 1]) else 0.0 for v in range(logits.shape[-1])]
+                total = total + jensen_shannon(torch.softmax(logits[b, t].double(), -1), token)
+        totals.append(total)
+    return torch.stack(totals)
+
+
+def flat(logits: Tensor, labels: Tensor, refusal_logits: Tensor, refusal_labels: Tensor) -> Tensor:
+    """The loss that maximizes the total variation: g* and f*(g*) are tanh(x) / 2, and x is a mean probability."""
+
+    def tanh(x: Tensor) -> Tensor:
+        return (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x))
+
+    values = []
+    for forget, refusal in zip(log_prob(logits, labels), log_prob(refusal_logits, refusal_labels), strict=True):
+        bad, good = (sum(torch.exp(logp) for logp in row) / len(row) for row in (forget, refusal))
+        values.append(-tanh(good) / 2 + tanh(bad) / 2)
+    return torch.stack(values)
+
+
 # ---- rules, in the space of the gradients themselves rather than of their Gramian ----
 
 
