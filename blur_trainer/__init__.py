@@ -28,9 +28,11 @@ _HOMES = {
     "models.task_vector": ["task_vector"],
     "objectives.activations": ["ActivationMatch", "RMU"],
     "objectives.base": ["Objective"],
+    "objectives.contrast": ["FLAT", "JensUn"],
     "objectives.distributions": ["KL", "Uniform"],
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
     "objectives.preference": ["DPO", "NPO", "SimNPO"],
+    "objectives.weighted": ["SatImp", "WGA"],
     "recipes": ["recipe"],
     "report.html": ["write_report"],
     "report.results": ["Results"],
@@ -73,9 +75,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.models.task_vector import task_vector
     from blur_trainer.objectives.activations import RMU, ActivationMatch
     from blur_trainer.objectives.base import Objective
+    from blur_trainer.objectives.contrast import FLAT, JensUn
     from blur_trainer.objectives.distributions import KL, Uniform
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
     from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+    from blur_trainer.objectives.weighted import WGA, SatImp
     from blur_trainer.recipes import recipe
     from blur_trainer.report.html import write_report
     from blur_trainer.report.results import Results

@@ -12,7 +12,10 @@ TASKS = {
         *("BLURTrainer", "BLURConfig", "GradDiffTrainer", "GradDiffConfig", "UnlearningTrainer", "UnlearningConfig"),
         *("ULDTrainer", "ULDConfig", "task_vector", "TrainingInterrupted"),
     ],
-    "Choose what to descend on the forget set": ["NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU"],
+    "Choose what to descend on the forget set": [
+        *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU"),
+        *("WGA", "SatImp", "JensUn", "FLAT"),
+    ],
     "Choose what to descend on the retain set": ["NLL", "KL", "ActivationMatch", "Uniform"],
     "Choose how the two gradients meet": ["BLUR", "Sum", "PCGrad", "MGDA"],
     "Load data": ["load_muse", "load_tofu", "load_wmdp", "load_wmdp_questions", "tokenize_dataset"],

@@ -13,9 +13,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from blur_trainer.gradients.rules import BLUR, MGDA, RULES, PCGrad, Sum
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
@@ -84,16 +86,42 @@ def test_sum_weights_from_the_command_line():
         ("dpo", DPO()),
         ("idk", IDK()),
         ("rmu", RMU()),
+        ("wga", WGA()),
+        ("satimp", SatImp()),
+        ("jensun", JensUn()),
+        ("flat", FLAT()),
     ],
 )
 def test_every_forget_name(name, expected):
-    assert set(FORGET_OBJECTIVES) == {"grad_ascent", "npo", "simnpo", "dpo", "idk", "rmu"}
+    assert set(FORGET_OBJECTIVES) == {
+        "grad_ascent",
+        "npo",
+        "simnpo",
+        "dpo",
+        "idk",
+        "rmu",
+        "wga",
+        "satimp",
+        "jensun",
+        "flat",
+    }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("nll", NLL()), ("kl", KL()), ("activation_match", ActivationMatch())])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nll", NLL()),
+        ("kl", KL()),
+        ("activation_match", ActivationMatch()),
+    ],
+)
 def test_every_retain_name(name, expected):
-    assert set(RETAIN_OBJECTIVES) == {"nll", "kl", "activation_match"}
+    assert set(RETAIN_OBJECTIVES) == {
+        "nll",
+        "kl",
+        "activation_match",
+    }
     assert parse(BLURConfig, "--retain_objective", name).build_retain_objective() == expected
 
 
