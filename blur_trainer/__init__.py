@@ -30,13 +30,14 @@ _HOMES = {
     "objectives.base": ["Objective"],
     "objectives.distributions": ["KL", "Uniform"],
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
-    "objectives.preference": ["DPO", "NPO", "SimNPO"],
+    "objectives.preference": ["DPO", "NPO", "AltPO", "SimNPO"],
     "recipes": ["recipe"],
     "report.html": ["write_report"],
     "report.results": ["Results"],
     "report.seeds": ["mean_and_spread"],
     "report.tables": ["format_table"],
     "saving.merging": ["merge_and_save"],
+    "trainers.alternatives": ["generate_alternatives"],
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
     "trainers.callbacks": ["ProgressBarCallback", "ReportCallback"],
     "trainers.config": ["UnlearningConfig"],
@@ -75,13 +76,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.objectives.base import Objective
     from blur_trainer.objectives.distributions import KL, Uniform
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-    from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+    from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
     from blur_trainer.recipes import recipe
     from blur_trainer.report.html import write_report
     from blur_trainer.report.results import Results
     from blur_trainer.report.seeds import mean_and_spread
     from blur_trainer.report.tables import format_table
     from blur_trainer.saving.merging import merge_and_save
+    from blur_trainer.trainers.alternatives import generate_alternatives
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
     from blur_trainer.trainers.callbacks import ProgressBarCallback, ReportCallback
     from blur_trainer.trainers.config import UnlearningConfig

@@ -4,7 +4,7 @@ from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "grad_ascent": GradAscent,
@@ -13,5 +13,6 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DPO,
     "idk": IDK,
     "rmu": RMU,
+    "altpo": AltPO,
 }
 RETAIN_OBJECTIVES: dict[str, type[Objective]] = {"nll": NLL, "kl": KL, "activation_match": ActivationMatch}
