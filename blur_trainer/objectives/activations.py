@@ -53,7 +53,7 @@ class ActivationObjective(Objective):
 
 @dataclass(frozen=True)
 class RMU(ActivationObjective):
-    """Representation misdirection (arXiv 2403.03218): activations of one layer towards `coefficient * u`, token mean.
+    r"""Representation misdirection (arXiv 2403.03218): activations of one layer towards `coefficient * u`, token mean.
 
     `u` is a random unit vector per topic, drawn from `seed` and the topic's name ([`control_vector`]) and kept in
     checkpoints. Batches have `topic` `(B,)`, the index in `topics`. Without it all examples are of the first topic.
@@ -64,6 +64,11 @@ class RMU(ActivationObjective):
         coefficient: the length of the target vector, one number or one per topic.
         topics: names. A trainer sets them if it gets several forget sets by name.
         seed: seed of the vectors.
+
+    Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
+    Bounded: below by 0.
+    Use it: to forget a field of knowledge from texts without questions, as in WMDP.
+    Source: Li et al., arXiv 2403.03218.
     """
 
     coefficient: float | Mapping[str, float] = 6.5
@@ -145,9 +150,14 @@ class RMU(ActivationObjective):
 
 @dataclass(frozen=True)
 class ActivationMatch(ActivationObjective):
-    """Squared distance to the frozen model's activations in one layer, token mean: RMU's retain objective.
+    r"""Squared distance to the frozen model's activations in one layer, token mean: RMU's retain objective.
 
     Only the frozen model's layers up to this one are kept and run. `blur_trainer.models.reference` has the cost.
+
+    Formula: $\frac1H \|h_t(\theta) - h_t(\mathrm{ref})\|^2$
+    Bounded: below by 0.
+    Use it: with `rmu`.
+    Source: Li et al., arXiv 2403.03218.
     """
 
     needs_reference: ClassVar[bool] = True

@@ -15,4 +15,8 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "rmu": RMU,
     "altpo": AltPO,
 }
-RETAIN_OBJECTIVES: dict[str, type[Objective]] = {"nll": NLL, "kl": KL, "activation_match": ActivationMatch}
+RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
+    "nll": NLL,
+    "kl": KL,
+    "activation_match": ActivationMatch,
+}

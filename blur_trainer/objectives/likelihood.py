@@ -14,10 +14,15 @@ from blur_trainer.objectives.losses import grad_ascent_loss, nll_loss
 
 @dataclass(frozen=True)
 class NLL(Objective):
-    """Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set.
+    r"""Negative log-likelihood, token mean: MUSE's GDR and TOFU's "NLL" on the retain set.
 
     As in the model's own loss, a mixture of experts with `config.output_router_logits=True` adds its load-balancing
     loss (over several micro-batches: their mean, weighted by their numbers of answer tokens).
+
+    Formula: $-\log p_t$
+    Bounded: below by 0.
+    Use it: with any forget objective; it is the retain half of most papers.
+    Source: MUSE's "GDR", arXiv 2407.06460; TOFU's gradient difference, arXiv 2401.06121.
     """
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
@@ -29,7 +34,13 @@ class NLL(Objective):
 
 @dataclass(frozen=True)
 class GradAscent(Objective):
-    """Gradient ascent on the token-mean NLL."""
+    r"""Gradient ascent on the token-mean NLL.
+
+    Formula: $\log p_t$
+    Bounded: no.
+    Use it: as a baseline, for few steps. It never ends by itself, and the model falls apart.
+    Source: Jang et al., arXiv 2210.01504.
+    """
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         return grad_ascent_loss(answer_logps(model, batch))
@@ -37,7 +48,13 @@ class GradAscent(Objective):
 
 @dataclass(frozen=True)
 class IDK(Objective):
-    """NLL on refusals: learn to answer forget questions with "I don't know" (TOFU's IDK baseline)."""
+    r"""NLL on refusals: learn to answer forget questions with "I don't know" (TOFU's IDK baseline).
+
+    Formula: $-\log \tilde p_t$
+    Bounded: below by 0.
+    Use it: to teach a refusal. It does not push the old answer down itself.
+    Source: Maini et al. (TOFU), arXiv 2401.06121.
+    """
 
     needs_refusal: ClassVar[bool] = True
 

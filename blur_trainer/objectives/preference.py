@@ -24,7 +24,14 @@ def reference_logps(batch: Batch, reference: Reference | None) -> Tensor:
 
 @dataclass(frozen=True)
 class NPO(Objective):
-    """Negative preference optimization, mean over examples (`losses.npo_loss`)."""
+    r"""Negative preference optimization, mean over examples (`losses.npo_loss`).
+
+    Formula: $-\frac{2}{\beta}\log\sigma\big(-\beta\log\frac{p_\theta(y|x)}{p_\mathrm{ref}(y|x)}\big)$
+    Bounded: below by 0.
+    Use it: as a start. Its first steps are those of gradient ascent; it fades out as $p_\theta$ falls below
+        $p_\mathrm{ref}$.
+    Source: Zhang et al., arXiv 2404.05868.
+    """
 
     beta: float = 0.1
     per: ClassVar[Literal["token", "example"]] = "example"
@@ -40,7 +47,13 @@ class NPO(Objective):
 
 @dataclass(frozen=True)
 class SimNPO(Objective):
-    """SimNPO, mean over examples (`losses.simnpo_loss`): no reference model."""
+    r"""SimNPO, mean over examples (`losses.simnpo_loss`): no reference model.
+
+    Formula: $-\frac{2}{\beta}\log\sigma\big(-\frac{\beta}{|y|}\log p_\theta(y|x) - \beta\delta\big)$
+    Bounded: below by 0.
+    Use it: instead of `npo` where a reference costs too much, or answers differ much in length.
+    Source: Fan et al., arXiv 2410.07163.
+    """
 
     beta: float = 4.5
     delta: float = 0.0
@@ -56,7 +69,14 @@ class SimNPO(Objective):
 
 @dataclass(frozen=True)
 class DPO(Objective):
-    """DPO with a refusal preferred to the forget answer, mean over examples (`losses.dpo_loss`)."""
+    r"""DPO with a refusal preferred to the forget answer, mean over examples (`losses.dpo_loss`).
+
+    Formula: $-\frac{2}{\beta}\log\sigma\big(\beta\log\frac{p_\theta(\tilde y|x)}{p_\mathrm{ref}(\tilde y|x)}
+        - \beta\log\frac{p_\theta(y|x)}{p_\mathrm{ref}(y|x)}\big)$
+    Bounded: below by 0.
+    Use it: to push the answer down and a refusal up, by one loss.
+    Source: Rafailov et al., arXiv 2305.18290; with refusals: TOFU, arXiv 2401.06121.
+    """
 
     beta: float = 0.1
     per: ClassVar[Literal["token", "example"]] = "example"

@@ -87,13 +87,31 @@ def test_sum_weights_from_the_command_line():
     ],
 )
 def test_every_forget_name(name, expected):
-    assert set(FORGET_OBJECTIVES) == {"grad_ascent", "npo", "simnpo", "dpo", "idk", "rmu"}
+    assert set(FORGET_OBJECTIVES) == {
+        "grad_ascent",
+        "npo",
+        "simnpo",
+        "dpo",
+        "idk",
+        "rmu",
+    }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("nll", NLL()), ("kl", KL()), ("activation_match", ActivationMatch())])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nll", NLL()),
+        ("kl", KL()),
+        ("activation_match", ActivationMatch()),
+    ],
+)
 def test_every_retain_name(name, expected):
-    assert set(RETAIN_OBJECTIVES) == {"nll", "kl", "activation_match"}
+    assert set(RETAIN_OBJECTIVES) == {
+        "nll",
+        "kl",
+        "activation_match",
+    }
     assert parse(BLURConfig, "--retain_objective", name).build_retain_objective() == expected
 
 
