@@ -102,10 +102,10 @@ class AltPO(DPO):
     r"""Alternate preference optimization: DPO with another answer of the model itself preferred to the forget answer.
 
     Formula: $-\frac{2}{\beta}\log\sigma\big(\beta\log\frac{p_\theta(\tilde y|x)}{p_\mathrm{ref}(\tilde y|x)} -
-        \beta\log\frac{p_\theta(y|x)}{p_\mathrm{ref}(y|x)}\big)$, $\tilde y$ an alternative answer.
+        \beta\log\frac{p_\theta(y|x)}{p_\mathrm{ref}(y|x)}\big)$, $\tilde y$ an alternative answer
     Bounded: below by 0.
-    Use it: where questions shall be answered plausibly and wrongly, not refused.
-    Source: Mekala et al., arXiv 2409.13474; defaults: the authors' code (generate.yaml; `beta` is searched there).
+    Use it: where questions are to be answered as if nothing were missing, by something else, instead of a refusal.
+    Source: Mekala et al., arXiv 2409.13474; defaults of the sampling: the authors' code.
 
     An alternative is what the forget set's column `alternative` says. Without it the model answers each question
     `num_alternatives` times before training: see [`generate_alternatives`], whose arguments the others are. Each

@@ -15,7 +15,7 @@ from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
@@ -84,6 +84,7 @@ def test_sum_weights_from_the_command_line():
         ("dpo", DPO()),
         ("idk", IDK()),
         ("rmu", RMU()),
+        ("altpo", AltPO()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -94,6 +95,7 @@ def test_every_forget_name(name, expected):
         "dpo",
         "idk",
         "rmu",
+        "altpo",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
