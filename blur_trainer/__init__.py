@@ -32,14 +32,15 @@ _HOMES = {
     "objectives.contrast": ["FLAT", "JensUn"],
     "objectives.distributions": ["KL", "Uniform"],
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
-    "objectives.preference": ["DPO", "NPO", "SimNPO"],
     "objectives.weighted": ["SatImp", "WGA"],
+    "objectives.preference": ["DPO", "NPO", "AltPO", "SimNPO"],
     "recipes": ["recipe"],
     "report.html": ["write_report"],
     "report.results": ["Results"],
     "report.seeds": ["mean_and_spread"],
     "report.tables": ["format_table"],
     "saving.merging": ["merge_and_save"],
+    "trainers.alternatives": ["generate_alternatives"],
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
     "trainers.callbacks": ["ProgressBarCallback", "ReportCallback"],
     "trainers.config": ["UnlearningConfig"],
@@ -81,7 +82,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.objectives.contrast import FLAT, JensUn
     from blur_trainer.objectives.distributions import KL, Uniform
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-    from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+    from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
     from blur_trainer.objectives.weighted import WGA, SatImp
     from blur_trainer.recipes import recipe
     from blur_trainer.report.html import write_report
@@ -89,6 +90,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.report.seeds import mean_and_spread
     from blur_trainer.report.tables import format_table
     from blur_trainer.saving.merging import merge_and_save
+    from blur_trainer.trainers.alternatives import generate_alternatives
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
     from blur_trainer.trainers.callbacks import ProgressBarCallback, ReportCallback
     from blur_trainer.trainers.config import UnlearningConfig

@@ -5,7 +5,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {
@@ -19,6 +19,7 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "satimp": SatImp,
     "jensun": JensUn,
     "flat": FLAT,
+    "altpo": AltPO,
 }
 RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
     "nll": NLL,

@@ -103,12 +103,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
     ):
         check_unknown(type(self), unknown)
         topics = topic_names(forget_dataset)
-        self._choice = MethodChoice(
-            rule, forget_procedure, forget_objective, retain_objective, topics, retain_dataset is not None
-        )
+        objects = (rule, forget_procedure, forget_objective, retain_objective)
+        self._choice = MethodChoice(*objects, topics, retains=retain_dataset is not None)
         args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
-        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
-        self.forget_procedure = self._choice.procedure(args)
+        self._settle_method(args)
         own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
         check_effect(args, self._topic_rules or [self.rule], own_optimizer, "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed

@@ -58,7 +58,7 @@ def literal(name, model, ref_model, rows, refusals):
     if name == "idk":
         refused, counts = logps(model, refusals)
         return -refused.sum() / counts.sum()
-    if name == "dpo":
+    if name in ("dpo", "altpo"):
         return reference.dpo(logps(model, refusals)[0], logps(ref_model, refusals)[0].detach(), logp, ref, 0.1).mean()
     if name == "rmu":
         return reference.token_mean_distance(0, reference.towards(control_vector("forget", 16, 0), 6.5))(model, rows)

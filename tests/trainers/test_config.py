@@ -18,7 +18,7 @@ from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
@@ -92,6 +92,7 @@ def test_sum_weights_from_the_command_line():
         ("satimp", SatImp()),
         ("jensun", JensUn()),
         ("flat", FLAT()),
+        ("altpo", AltPO()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -106,6 +107,7 @@ def test_every_forget_name(name, expected):
         "satimp",
         "jensun",
         "flat",
+        "altpo",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
