@@ -23,7 +23,7 @@ _HOMES = {
     "gradients.backend": ["GradientBackend"],
     "gradients.rules": ["BLUR", "MGDA", "PCGrad", "Rule", "Sum"],
     "memory.estimate": ["estimate_memory"],
-    "models.forward": ["answer_logps", "forward"],
+    "models.forward": ["answer_logps", "answer_token_logps", "forward"],
     "models.logit_difference": ["LogitDifferenceModel"],
     "models.task_vector": ["task_vector"],
     "objectives.activations": ["ActivationMatch", "RMU"],
@@ -70,7 +70,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.gradients.backend import GradientBackend
     from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Rule, Sum
     from blur_trainer.memory.estimate import estimate_memory
-    from blur_trainer.models.forward import answer_logps, forward
+    from blur_trainer.models.forward import answer_logps, answer_token_logps, forward
     from blur_trainer.models.logit_difference import LogitDifferenceModel
     from blur_trainer.models.task_vector import task_vector
     from blur_trainer.objectives.activations import RMU, ActivationMatch
