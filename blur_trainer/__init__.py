@@ -21,7 +21,8 @@ _HOMES = {
     "evaluation.tofu.suite": ["TOFUEvaluation"],
     "evaluation.wmdp": ["WMDPEvaluation"],
     "gradients.backend": ["GradientBackend"],
-    "gradients.rules": ["BLUR", "MGDA", "PCGrad", "Rule", "Sum"],
+    "gradients.rules": ["BLUR", "MGDA", "NGDiff", "PCGrad", "Rule", "Sum"],
+    "gradients.stateful_rules": ["GRU", "PDU", "Constrained"],
     "memory.estimate": ["estimate_memory"],
     "models.forward": ["answer_logps", "answer_token_logps", "forward"],
     "models.logit_difference": ["LogitDifferenceModel"],
@@ -44,6 +45,7 @@ _HOMES = {
     "trainers.config": ["UnlearningConfig"],
     "trainers.ending": ["TrainingInterrupted"],
     "trainers.grad_diff": ["GradDiffConfig", "GradDiffTrainer"],
+    "trainers.procedures": ["SAM"],
     "trainers.unlearning": ["UnlearningTrainer"],
     "uld.augment": ["paraphrases", "perturbed_answers"],
     "uld.trainer": ["ULDConfig", "ULDTrainer"],
@@ -68,7 +70,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
     from blur_trainer.evaluation.wmdp import WMDPEvaluation
     from blur_trainer.gradients.backend import GradientBackend
-    from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Rule, Sum
+    from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Rule, Sum
+    from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
     from blur_trainer.memory.estimate import estimate_memory
     from blur_trainer.models.forward import answer_logps, answer_token_logps, forward
     from blur_trainer.models.logit_difference import LogitDifferenceModel
@@ -91,6 +94,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.trainers.config import UnlearningConfig
     from blur_trainer.trainers.ending import TrainingInterrupted
     from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
+    from blur_trainer.trainers.procedures import SAM
     from blur_trainer.trainers.unlearning import UnlearningTrainer
     from blur_trainer.uld.augment import paraphrases, perturbed_answers
     from blur_trainer.uld.trainer import ULDConfig, ULDTrainer

@@ -22,7 +22,7 @@ from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_s
 from blur_trainer.models.fused_heads import fused_from, logits_bytes
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT
-from blur_trainer.objectives.divergence import SLICES
+from blur_trainer.objectives.sliced import SLICES
 from blur_trainer.objectives.preference import DPO
 from blur_trainer.trainers.batch_shape import longest_example
 

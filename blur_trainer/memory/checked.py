@@ -32,6 +32,8 @@ def unchecked(
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
         "DPO": isinstance(args.build_forget_objective(), DPO),
+        "SAM": args.sam_rho is not None,
+        "the mean of retain gradients": hasattr(args.build_rule(), "retain_smoothing"),
         "FLAT": isinstance(args.build_forget_objective(), FLAT),
         "the memory of `kl`": isinstance(args.build_retain_objective(), KL),  # measured before it had a closed form
     }

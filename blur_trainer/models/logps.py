@@ -34,3 +34,9 @@ def per_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """`log p(answer | prompt)` `(B,)`: the sum of `per_token_logps` over the answer."""
     return per_token_logps(logits, labels).sum(-1)
+
+
+def answer_sum(values: Tensor, labels: Tensor) -> Tensor:
+    """`(B,)`: the sum of `values` `(B, T)`, one per position, over the positions that predict an answer's token."""
+    # masked, not indexed: with indexing the host would have to wait for the device
+    return values[:, :-1].masked_fill(~answer_mask(labels), 0.0).sum(-1)

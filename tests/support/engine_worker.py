@@ -55,14 +55,14 @@ def write(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def resumed(engine: str, folder: Path) -> None:
-    """Four steps at once; then two of them, and a new trainer that goes on from the checkpoint."""
-    trainer = parity.train(engine, "sum", str(folder / "straight"), **HALF)
+    """Four steps at once; then two of them, and a new trainer that goes on. GRU's mean is part of the checkpoint."""
+    trainer = parity.train(engine, "gru", str(folder / "straight"), **HALF)
     write(masters(trainer, engine), folder / f"{engine}-straight.safetensors")
-    source, target = (folder / kind / f"{engine}-sum" for kind in ("straight", "resumed"))
+    source, target = (folder / kind / f"{engine}-gru" for kind in ("straight", "resumed"))
     if PartialState().is_main_process:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-4"))
     PartialState().wait_for_everyone()
-    again = parity.make(engine, "sum", str(folder / "resumed"), **HALF)
+    again = parity.make(engine, "gru", str(folder / "resumed"), **HALF)
     again.train(resume_from_checkpoint=True)
     write(masters(again, engine), folder / f"{engine}-resumed.safetensors")
     history = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, again)]
