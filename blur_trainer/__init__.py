@@ -24,7 +24,7 @@ _HOMES = {
     "gradients.rules": ["BLUR", "MGDA", "NGDiff", "PCGrad", "Rule", "Sum"],
     "gradients.stateful_rules": ["GRU", "PDU", "Constrained"],
     "memory.estimate": ["estimate_memory"],
-    "models.forward": ["answer_logps", "forward"],
+    "models.forward": ["answer_logps", "answer_token_logps", "forward"],
     "models.logit_difference": ["LogitDifferenceModel"],
     "models.task_vector": ["task_vector"],
     "objectives.activations": ["ActivationMatch", "RMU"],
@@ -74,7 +74,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Rule, Sum
     from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
     from blur_trainer.memory.estimate import estimate_memory
-    from blur_trainer.models.forward import answer_logps, forward
+    from blur_trainer.models.forward import answer_logps, answer_token_logps, forward
     from blur_trainer.models.logit_difference import LogitDifferenceModel
     from blur_trainer.models.task_vector import task_vector
     from blur_trainer.objectives.activations import RMU, ActivationMatch

@@ -38,7 +38,10 @@ TASKS = {
     ],
     "Unlearn by logit difference": ["LogitDifferenceModel", "tune_weight", "paraphrases", "perturbed_answers"],
     "Plan and publish": ["estimate_memory", "recipe", "merge_and_save"],
-    "Write one's own": ["Objective", "Rule", "Evaluation", "GradientBackend", "forward", "answer_logps"],
+    "Write one's own": [
+        *("Objective", "Rule", "Evaluation", "GradientBackend"),
+        *("forward", "answer_logps", "answer_token_logps"),
+    ],
 }
 INTRO = """# Public names, by what one wants to do
 
