@@ -15,8 +15,9 @@ TASKS = {
     "Choose what to descend on the forget set": [
         *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU"),
         *("WGA", "SatImp", "JensUn", "FLAT"),
+        *("UNDIAL", "CEU", "Uniform", "ClampedEntropy", "Margin"),
     ],
-    "Choose what to descend on the retain set": ["NLL", "KL", "ActivationMatch", "Uniform"],
+    "Choose what to descend on the retain set": ["NLL", "KL", "JSD", "ActivationMatch"],
     "Choose how the two gradients meet": ["BLUR", "Sum", "PCGrad", "MGDA"],
     "Load data": ["load_muse", "load_tofu", "load_wmdp", "load_wmdp_questions", "tokenize_dataset"],
     "Measure": [

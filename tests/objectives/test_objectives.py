@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import reference
 from support.models import collate, examples, tiny_llama
+from test_distribution_objectives import TOKENS as OF_DISTRIBUTIONS
+from test_distribution_objectives import literal as literal_of_distributions
 
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.activations import RMU, ActivationMatch
@@ -61,6 +63,8 @@ def literal(name, model, ref_model, rows, refusals):
         return reference.token_mean_distance(0, reference.towards(control_vector("forget", 16, 0), 6.5))(model, rows)
     if name == "activation_match":
         return reference.token_mean_distance(0, reference.as_frozen(ref_model, 0))(model, rows)
+    if name in OF_DISTRIBUTIONS:
+        return literal_of_distributions(name, model, ref_model, rows)
     total = 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
