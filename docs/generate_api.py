@@ -15,8 +15,9 @@ TASKS = {
     "Choose what to descend on the forget set": [
         *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU", "AltPO"),
         *("WGA", "SatImp", "JensUn", "FLAT"),
+        *("UNDIAL", "CEU", "Uniform", "ClampedEntropy", "Margin"),
     ],
-    "Choose what to descend on the retain set": ["NLL", "KL", "ActivationMatch", "Uniform"],
+    "Choose what to descend on the retain set": ["NLL", "KL", "JSD", "ActivationMatch"],
     "Choose how the two gradients meet": [
         *("BLUR", "Sum", "PCGrad", "MGDA", "NGDiff", "GRU", "Constrained", "PDU", "SAM"),
     ],

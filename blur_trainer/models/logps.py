@@ -16,6 +16,11 @@ def answer_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE_INDEX
 
 
+def without_first(labels: Tensor, count: int) -> Tensor:
+    """The labels `(B, T)` without the first `count` answer tokens of each example."""
+    return labels.masked_fill((labels != IGNORE_INDEX).cumsum(-1) <= count, IGNORE_INDEX)
+
+
 def per_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each answer token, 0 elsewhere.
 

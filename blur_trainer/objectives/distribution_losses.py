@@ -11,7 +11,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.models.logps import answer_sum
 from blur_trainer.objectives.divergence import js_divergence, missing_entropy, soft_cross_entropy, squared_margin
 
@@ -30,7 +29,7 @@ def ce_u_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     So the gradient by the logits is `p_y` at the label and `-p_v p_y / (1 - p_y)` elsewhere: bounded by 1, and 0 once
     `p_y` is 0. Source: Yang 2025, arXiv 2503.01224.
-    Differs from the authors' code, which leaves out the first answer token: `answers_from` does that.
+    Differs from the authors' code, which leaves out the first answer token (`logps.without_first`).
     """
     return answer_sum(soft_cross_entropy(logits, logits, _next(labels), math.inf), labels)
 
@@ -63,11 +62,6 @@ def jsd_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     return answer_sum(js_divergence(logits, ref_logits), labels)
 
 
-def answers_from(labels: Tensor, first: int) -> Tensor:
-    """The labels `(B, T)` without the first `first` answer tokens of each example."""
-    return labels.masked_fill((labels != IGNORE_INDEX).cumsum(-1) <= first, IGNORE_INDEX)
-
-
 def _next(labels: Tensor) -> Tensor:
-    """`(B, T)`: the label that each position predicts. Where none counts it is 0, an entry that every vocabulary has."""
+    """`(B, T)`: the label that each position predicts. Where none counts it is 0, as every vocabulary has it."""
     return F.pad(labels[:, 1:], (0, 1)).clamp(min=0)

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields
 from blur_trainer.models.forward import forward
-from blur_trainer.models.logps import answer_mask
+from blur_trainer.models.logps import answer_mask, without_first
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.distribution_losses import (
-    answers_from,
     ce_u_loss,
     clamped_entropy_loss,
     jsd_loss,
@@ -78,12 +77,13 @@ class JSD(ReferenceObjective):
 
 @dataclass(frozen=True)
 class UNDIAL(ReferenceObjective):
-    r"""UNDIAL, self-distillation with adjusted logits: towards the reference with the answer token's logit lowered.
+    r"""UNDIAL, self-distillation: towards the reference with the answer token's logit lowered by `beta`.
 
-    Formula: $-\sum_v Q_t(v)\log P_t(v)$, $Q_t = \mathrm{softmax}\big(z^\mathrm{ref}_t - \beta\,\mathrm{onehot}(y_t)\big)$
+    Formula: $-\sum_v Q_t(v)\log P_t(v)$,
+        $Q_t = \mathrm{softmax}\big(z^\mathrm{ref}_t - \beta\,\mathrm{onehot}(y_t)\big)$
     Bounded: below by the entropy of $Q_t$.
     Use it: for a fixed goal, which many steps cannot overshoot, often without a retain objective.
-    Source: Dong et al., arXiv 2402.10052; default: open-unlearning's (learning rate 1e-4, 10 epochs, no retain loss).
+    Source: Dong et al., arXiv 2402.10052; default: open-unlearning's (rate 1e-4, 10 epochs, no retain loss).
     """
 
     beta: float = 10.0
@@ -115,10 +115,10 @@ class CEU(DistributionObjective):
         check_fields(self, {"skip": "[0, inf)"}, owner="CEU")
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
-        return ce_u_loss(forward(model, batch), answers_from(batch["labels"], self.skip))
+        return ce_u_loss(forward(model, batch), without_first(batch["labels"], self.skip))
 
     def num_items(self, batch: Batch) -> Tensor:
-        return answer_mask(answers_from(batch["labels"], self.skip)).sum()
+        return answer_mask(without_first(batch["labels"], self.skip)).sum()
 
 
 @dataclass(frozen=True)

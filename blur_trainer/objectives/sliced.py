@@ -22,9 +22,9 @@ _LEAST = 2**16
 class Formula(NamedTuple):
     """A value per token, and its derivative by the logits. N: the tokens of a slice.
 
-    `value(z, *beside)` returns `(N,)`, `slope(z, weight, *beside)` the derivative times `weight` `(N, 1)`, `(N, V)`. `z`
-    are the logits `(N, V)`, at least in float32. `beside` are `(N, V)` logits of the same precision, an index `(N, 1)`,
-    or numbers. Both must be finite at every token: where a token does not count, its weight is 0.
+    `value(z, *beside)` returns `(N,)`. `slope(z, weight, *beside)` returns `(N, V)`, the derivative times `weight`
+    `(N, 1)`. `z` are the logits `(N, V)`, at least in float32. `beside` are `(N, V)` logits of the same precision, an
+    index `(N, 1)`, or numbers. Both must be finite at every token: where one does not count, its weight is 0.
     """
 
     value: Callable[..., Tensor]

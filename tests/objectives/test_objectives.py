@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import reference
 from support.models import collate, examples, tiny_llama
+from test_distribution_objectives import TOKENS as OF_DISTRIBUTIONS
+from test_distribution_objectives import literal as literal_of_distributions
 from test_token_objectives import LITERAL as OF_TOKENS
 
 from blur_trainer.models.reference import FrozenModel
@@ -66,6 +68,8 @@ def literal(name, model, ref_model, rows, refusals):
         return reference.token_mean_distance(0, reference.as_frozen(ref_model, 0))(model, rows)
     if name in OF_TOKENS:
         return OF_TOKENS[name](model, rows, refusals)
+    if name in OF_DISTRIBUTIONS:
+        return literal_of_distributions(name, model, ref_model, rows)
     total = 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])

@@ -16,7 +16,7 @@ from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
-from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
@@ -93,6 +93,11 @@ def test_sum_weights_from_the_command_line():
         ("jensun", JensUn()),
         ("flat", FLAT()),
         ("altpo", AltPO()),
+        ("undial", UNDIAL()),
+        ("ce_u", CEU()),
+        ("uniform", Uniform()),
+        ("clamped_entropy", ClampedEntropy()),
+        ("margin", Margin()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -108,6 +113,11 @@ def test_every_forget_name(name, expected):
         "jensun",
         "flat",
         "altpo",
+        "undial",
+        "ce_u",
+        "uniform",
+        "clamped_entropy",
+        "margin",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
@@ -118,6 +128,7 @@ def test_every_forget_name(name, expected):
         ("nll", NLL()),
         ("kl", KL()),
         ("activation_match", ActivationMatch()),
+        ("jsd", JSD()),
     ],
 )
 def test_every_retain_name(name, expected):
@@ -125,6 +136,7 @@ def test_every_retain_name(name, expected):
         "nll",
         "kl",
         "activation_match",
+        "jsd",
     }
     assert parse(BLURConfig, "--retain_objective", name).build_retain_objective() == expected
 
