@@ -24,11 +24,16 @@ PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 SECTIONS = {"muse-news": ("MUSE", "News"), "muse-books": ("MUSE", "Books"), "tofu": ("TOFU", ""), "wmdp": ("WMDP", "")}
 LINKS = {  # what a source begins with, and where that is
     "BLUR's code": "https://github.com/OptimAI-Lab/BLURLLMUnlearning",
+    "FLAT's code": "https://github.com/UCSC-REAL/FLAT",
+    "GRU's code": "https://github.com/tmlr-group/GRU",
     "MUSE's code": "https://github.com/swj0419/muse_bench",
+    "PDU's code": "https://github.com/tahaEntesari/open-unlearning",
+    "SAM-NPO's code": "https://github.com/OPTML-Group/Unlearn-Smooth",
     "SimNPO's code": "https://github.com/OPTML-Group/Unlearn-Simple",
     "TOFU's code": "https://github.com/locuslab/tofu",
     "ULD's code": "https://github.com/UCSB-NLP-Chang/ULD",
     "WMDP's code": "https://github.com/centerforaisafety/wmdp",
+    "closer-look's code": "https://github.com/sail-sg/closer-look-LLM-unlearning",
     "open-unlearning": "https://github.com/locuslab/open-unlearning",
     "second hand: BLUR's paper": "https://arxiv.org/abs/2506.08164",
 }
@@ -77,6 +82,9 @@ def test_arguments_build_their_configuration(examples, tmp_path):
             assert getattr(config, key) == value, key
         given = found["arguments"].get("forget_objective_kwargs", {})
         assert {key: getattr(config.build_forget_objective(), key) for key in given} == given
+        assert {key: getattr(config.build_rule(), key) for key in found["arguments"].get("rule_kwargs", {})} == (
+            found["arguments"].get("rule_kwargs", {})
+        )
         for key in ("gamma", "alpha", "forget_weight", "retain_weight"):
             if key in found["arguments"]:  # and not of another rule, which would ignore it
                 assert getattr(config.build_rule(), key) == found["arguments"][key]
@@ -115,6 +123,10 @@ def test_each_benchmark_has_what_its_authors_did():
     assert {name for benchmark, name in ALL if benchmark == "wmdp"} >= {"paper", "official", "rmu"}
     assert all({"paper", "official"} <= set(recipe_names(f"muse-{corpus}")) for corpus in ("news", "books"))
     assert {"official", "open-unlearning", "simnpo", "uld"} <= set(recipe_names("tofu"))
+    assert {"undial", "wga", "satimp", "ce-u", "altpo", "pdu", "maximal-entropy", "gru", "flat"} <= set(
+        recipe_names("tofu")
+    )
+    assert all({"pdu", "sam-npo"} <= set(recipe_names(f"muse-{corpus}")) for corpus in ("news", "books"))
 
 
 def test_wmdp_has_a_topic_each():
@@ -129,7 +141,7 @@ def test_a_recipe_is_a_copy():
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(ValueError, match=r"tofu has no recipe 'papre'; there are: official, .*uld\."):
+    with pytest.raises(ValueError, match=r"tofu has no recipe 'papre'; there are: official, .*uld, .*flat\."):
         bt.recipe("tofu", "papre")
     for ask in (lambda: bt.recipe("muse", "paper"), lambda: recipe_names("muse")):
         with pytest.raises(ValueError, match=r"no recipes for 'muse'; there are for: muse-news, .*wmdp\."):
@@ -153,10 +165,10 @@ def section(benchmark):
     return PAGE.split(f"\n## {SECTIONS[benchmark][0]}\n")[1].split("\n## ")[0]
 
 
-def rows(text, first):
-    """The cells of the table whose header begins so."""
-    lines = text[text.index(first) :].split("\n\n")[0].split("\n")
-    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+def tables(text, first):
+    """The cells of each table whose header begins so."""
+    found = [part for part in text.split("\n\n") if part.startswith(first)]
+    return [[[cell.strip() for cell in line[1:-1].split("|")] for line in part.split("\n")] for part in found]
 
 
 def value_of(text):
@@ -186,16 +198,17 @@ def second_hand(source):
 
 def test_the_table_has_the_numbers_of_the_data():
     def check(benchmark):
-        (_, *names), _, *lines = rows(section(benchmark), "| | `")
-        names = [name.strip("`") for name in names]
-        assert names == recipe_names(benchmark)
-        table = {name: {} for name in names}
-        for key, *cells in lines:
-            assert len(cells) == len(names), key
-            for name, cell in zip(names, cells, strict=True):
-                if cell:
-                    table[name][key.strip("`")] = in_cell(cell, SECTIONS[benchmark][1])
-        for name in names:
+        table = {}
+        for (_, *heads), _, *lines in tables(section(benchmark), "| | `"):
+            names = [name.strip("`") for name in heads]
+            table |= {name: {} for name in names}
+            for key, *cells in lines:
+                assert len(cells) == len(names), key
+                for name, cell in zip(names, cells, strict=True):
+                    if cell:
+                        table[name][key.strip("`")] = in_cell(cell, SECTIONS[benchmark][1])
+        assert list(table) == recipe_names(benchmark)
+        for name in table:
             found = bt.recipe(benchmark, name)
             values = {"model_name_or_path": found["model_name_or_path"], **found["arguments"], **found["script"]}
             expected = {key: (value, second_hand(found["source"][key])) for key, value in values.items()}
@@ -208,7 +221,8 @@ def test_the_table_has_the_numbers_of_the_data():
 def test_published_numbers_are_those_of_the_data():
     def check(benchmark):
         corpus, listed = SECTIONS[benchmark][1], []
-        for name, what, numbers in rows(section(benchmark), "| recipe | what")[2:]:
+        (results,) = tables(section(benchmark), "| recipe | what")
+        for name, what, numbers in results[2:]:
             if corpus and not what.startswith(f"{corpus}: "):
                 assert what.startswith(("News: ", "Books: "))
                 continue
