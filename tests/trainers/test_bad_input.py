@@ -304,7 +304,7 @@ SETTINGS_THAT_SAY_NOTHING = [
     ({"forget_objective": "NPO"}, ["forget_objective", "'NPO'", "npo"]),
     ({"forget_objective": "nll"}, ["forget_objective", "'nll'", "grad_ascent"]),
     ({"retain_objective": "npo"}, ["retain_objective", "'npo'", ", ".join(sorted(RETAIN_OBJECTIVES))]),
-    ({"rule": "blurr"}, ["rule", "'blurr'", "blur, mgda, pcgrad, sum"]),
+    ({"rule": "blurr"}, ["rule", "'blurr'", "blur, constrained, gru, mgda, ngdiff, pcgrad, pdu, sum"]),
     ({"forget_objective_kwargs": {"betta": 1}}, ["forget_objective", "'npo'", "'betta'", "'beta'"]),
     ({"retain_objective_kwargs": {"beta": 1}}, ["retain_objective", "'nll'", "'beta'", "none"]),
     ({"forget_objective_kwargs": "{beta: 1}"}, ["`forget_objective_kwargs`", "JSON", "{beta: 1}"]),
