@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -157,8 +157,7 @@ def _text(answer: Any) -> str:
     """An answer without its white space at both ends."""
     if isinstance(answer, str):
         return answer.strip()
-    texts: list[Mapping[str, Any]] = with_texts(answer)
-    return "\n".join(message.get("content") or "" for message in texts).strip()
+    return "\n".join(message.get("content") or "" for message in with_texts(answer)).strip()
 
 
 def usable_answers(samples: Sequence[str], answer: str) -> list[str]:

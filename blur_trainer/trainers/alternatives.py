@@ -124,7 +124,8 @@ def settle_alternatives(
             "give the forget set a column `alternative` (by `generate_alternatives`, in a script of one process)."
         )
     settings = objective if isinstance(objective, AltPO) else AltPO()
-    how = {"qa_template": args.qa_template, "day": parse_day(args.chat_template_date), "instruct": settings.instruct}
+    how: dict[str, Any] = {"qa_template": args.qa_template, "instruct": settings.instruct}
+    how["day"] = parse_day(args.chat_template_date)
     questions = {name: ask(sets[name], tokenizer, role=roles[name], **how) for name in missing}
     found = _kept_or_sampled(questions, model, tokenizer, args, settings)
     sets |= {name: questions[name].completed(found[name]) for name in missing}
