@@ -162,16 +162,14 @@ def test_an_adapter_answers_as_it_is_at_the_start(tmp_path):
 
 def test_topics_are_answered_one_by_one(tmp_path):
     given = [row | {"alternative": ["A", "B"]} for row in FORGET]
-    trainer = made(tmp_path, {"own": given, "asked": FORGET}, max_steps=2)
+    trainer = made(tmp_path, {"own": given, "asked": FORGET}, max_steps=1)
     by_topic = trainer.train_dataset.forget_by_topic
     assert len(by_topic["own"]) == 8 and list(kept(tmp_path)["alternatives"]) == ["asked"]
     trainer.train()
 
 
 def test_the_file_is_never_uploaded(tmp_path):
-    trainer = made(tmp_path, max_steps=1)
-    trainer.train()
-    trainer.save_model()
+    made(tmp_path).save_model()
     assert (tmp_path / ALTERNATIVES_NAME).exists()
     assert ALTERNATIVES_NAME not in {*model_files(tmp_path), *REPORT}
 
