@@ -12,9 +12,15 @@ TASKS = {
         *("BLURTrainer", "BLURConfig", "GradDiffTrainer", "GradDiffConfig", "UnlearningTrainer", "UnlearningConfig"),
         *("ULDTrainer", "ULDConfig", "task_vector", "TrainingInterrupted"),
     ],
-    "Choose what to descend on the forget set": ["NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU", "AltPO"],
-    "Choose what to descend on the retain set": ["NLL", "KL", "ActivationMatch", "Uniform"],
-    "Choose how the two gradients meet": ["BLUR", "Sum", "PCGrad", "MGDA"],
+    "Choose what to descend on the forget set": [
+        *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU", "AltPO"),
+        *("WGA", "SatImp", "JensUn", "FLAT"),
+        *("UNDIAL", "CEU", "Uniform", "ClampedEntropy", "Margin"),
+    ],
+    "Choose what to descend on the retain set": ["NLL", "KL", "JSD", "ActivationMatch"],
+    "Choose how the two gradients meet": [
+        *("BLUR", "Sum", "PCGrad", "MGDA", "NGDiff", "GRU", "Constrained", "PDU", "SAM"),
+    ],
     "Load data": [
         "load_muse",
         "load_tofu",
@@ -33,7 +39,10 @@ TASKS = {
     ],
     "Unlearn by logit difference": ["LogitDifferenceModel", "tune_weight", "paraphrases", "perturbed_answers"],
     "Plan and publish": ["estimate_memory", "recipe", "merge_and_save"],
-    "Write one's own": ["Objective", "Rule", "Evaluation", "GradientBackend", "forward", "answer_logps"],
+    "Write one's own": [
+        *("Objective", "Rule", "Evaluation", "GradientBackend"),
+        *("forward", "answer_logps", "answer_token_logps"),
+    ],
 }
 INTRO = """# Public names, by what one wants to do
 

@@ -70,7 +70,8 @@ def defaults(objective: Objective) -> str:
 
 def row(name: str, kind: type[Objective]) -> str:
     said, objective = labeled_lines(kind), kind()
-    texts = [said["Formula"], ITEMS[int(objective.num_items(PROBE))], said["Bounded"].rstrip("."), needs(objective)]
+    said = {label: text.removesuffix(".") for label, text in said.items()}
+    texts = [said["Formula"], ITEMS[int(objective.num_items(PROBE))], said["Bounded"], needs(objective)]
     texts += [defaults(objective), said["Use it"], said["Source"]]
     return f"| `{name}` | {' | '.join(map(cell, texts))} |"
 

@@ -76,7 +76,7 @@ class Constrained:
         check_fields(self, {"epsilon": "(-inf, inf)"} | ranges, owner=name, skipped=("rule", "_state"))
         if not callable(self.rule) or isinstance(self.rule, type):
             raise TypeError(f"{name}: `rule` must be a rule such as `Sum()` or `BLUR(gamma=0.2)`, got {self.rule!r}.")
-        if any(hasattr(self.rule, member) for member in ("update", "state_dict", "retain_smoothing")):
+        if any(hasattr(self.rule, member) for member in ("update", "reset", "retain_smoothing")):
             raise ValueError(f"{name}: `rule` must have no state of its own, got {self.rule!r}: take `Sum()`.")
         self.reset()
 

@@ -21,8 +21,9 @@ from blur_trainer.memory.working import working_bytes
 from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_size
 from blur_trainer.models.fused_heads import fused_from, logits_bytes
 from blur_trainer.objectives.base import Objective
-from blur_trainer.objectives.divergence import SLICES
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.preference import DPO
+from blur_trainer.objectives.sliced import SLICES
 from blur_trainer.trainers.batch_shape import longest_example
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 #: float32 copies of `(tokens, vocabulary)` at the peak of `cross_entropy`: the saved log-softmax and two gradients
 _CROSS_ENTROPY = 3
-#: `kl_loss`, in the dtype of the logits: both logits and the gradient; in float32: copies of one slice of them
-_KL_LOGITS, _KL_SLICES = 3, 5
+#: objectives on distributions, in the dtype of the logits: logits and gradient, and the reference's logits; in float32:
+#: copies of one slice of them, the most that one of them makes (`jsd`)
+_LOGITS, _REFERENCE_LOGITS, _LOGITS_SLICES = 2, 1, 8
 #: float32 copies of `(tokens, hidden)` at the peak of `activation_loss`, during its backward pass: the saved
 #: difference, the gradient of its square, and three copies in the derivative of the square
 _ACTIVATION_LOSS = 5
@@ -106,8 +108,8 @@ def _batches(
 
 
 def _graphs(objective: Objective) -> int:
-    """How many forward passes one backward pass covers. DPO has two: refusals and answers."""
-    return 2 if isinstance(objective, DPO) else 1
+    """How many forward passes one backward pass covers. DPO and FLAT have two: refusals and answers."""
+    return 2 if isinstance(objective, DPO | FLAT) else 1
 
 
 def _target(objective: Objective, model: nn.Module, shape: tuple[int, int]) -> int:
@@ -123,9 +125,10 @@ def _head(objective: Objective, model: nn.Module, tokens: int, fused: bool, devi
         return 4 * tokens * hidden_size(model) * _ACTIVATION_LOSS
     head = causal_lm(model).get_output_embeddings()
     vocabulary, width = head.weight.shape
-    if objective.needs_reference_logits:
+    if objective.needs_logits or objective.needs_reference_logits:
         itemsize = 4 if autocast else head.weight.itemsize  # accelerate makes float32 of what autocast computed
-        return int(tokens * vocabulary * (itemsize * _KL_LOGITS + 4 * _KL_SLICES / SLICES))
+        copies = _LOGITS + _REFERENCE_LOGITS * objective.needs_reference_logits
+        return int(tokens * vocabulary * (itemsize * copies + 4 * _LOGITS_SLICES / SLICES))
     if not fused:  # each earlier graph keeps its log-softmax
         return logits_bytes(tokens, vocabulary) * (_CROSS_ENTROPY + _graphs(objective) - 1)
     tile = min(tokens, _TILE_TOKENS) * _TILE_VOCABULARY * head.weight.itemsize

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
-from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.preference import DPO
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def unchecked(
     args: "UnlearningConfig", sharding: Sharding, processes: int, optim: str, bits: int | None, compute: torch.dtype
 ) -> tuple[str, ...]:
     """What of this training was never measured on a GPU, in words."""
+    objectives = {"forget": args.build_forget_objective(), "retain": args.build_retain_objective()}
+    names = {"forget": args.forget_objective, "retain": args.retain_objective}
     found = {
         f"{processes} processes": processes > 1,
         "the engine's sharding": sharding != SHARDINGS["none"],
@@ -30,7 +32,11 @@ def unchecked(
         f"the state of {optim}": optim not in _OPTIMIZERS,
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
-        "DPO": isinstance(args.build_forget_objective(), DPO),
-        "the memory of `kl`": isinstance(args.build_retain_objective(), KL),  # measured before it had a closed form
+        "DPO": isinstance(objectives["forget"], DPO),
+        "SAM": args.sam_rho is not None,
+        "the mean of retain gradients": hasattr(args.build_rule(), "retain_smoothing"),
+        "FLAT": isinstance(objectives["forget"], FLAT),
+        # `kl` was measured before it had a closed form
+        **{f"the memory of `{name}`": objectives[role].needs_logits for role, name in names.items()},
     }
     return tuple(what for what, applies in found.items() if applies)

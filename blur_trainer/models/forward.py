@@ -22,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from blur_trainer.models.fused_heads import CHECKED, fused_from, logits_bytes
 from blur_trainer.models.fused_kernel import TRITON_DEVICES, kernel_obstacle
-from blur_trainer.models.logps import sequence_logps
+from blur_trainer.models.logps import per_token_logps
 
 logger = get_logger(__name__)
 
@@ -37,22 +37,31 @@ def answer_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return answer_logps_and_router_loss(model, batch)[0]
 
 
+def answer_token_logps(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """`log p` of each answer token `(B, T-1)`, 0 at other positions; computed as [`answer_logps`] does."""
+    return _token_logps_and_output(model, batch)[0]
+
+
 def answer_logps_and_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """
     `log p(answer | prompt)` `(B,)`, and what a mixture of experts with `config.output_router_logits=True` adds to its
     own loss: the load-balancing loss of this batch times `config.router_aux_loss_coef`, 0-d. Else `None`.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if takes_fused_head(model, batch):
-        output = model(**inputs, labels=batch["labels"], fused_lm_head=True)
-        logps = output.log_probs.sum(-1)
-    else:
-        output = model(**inputs, use_cache=False)
-        logps = sequence_logps(output.logits, batch["labels"])
+    token_logps, output = _token_logps_and_output(model, batch)
+    logps = token_logps.sum(-1)
     balance = getattr(output, "aux_loss", None)
     if balance is None:
         return logps, None
     return logps, causal_lm(model).config.get_text_config().router_aux_loss_coef * balance
+
+
+def _token_logps_and_output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if takes_fused_head(model, batch):
+        output = model(**inputs, labels=batch["labels"], fused_lm_head=True)
+        return output.log_probs, output
+    output = model(**inputs, use_cache=False)
+    return per_token_logps(output.logits, batch["labels"]), output
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -16,6 +16,11 @@ def answer_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE_INDEX
 
 
+def without_first(labels: Tensor, count: int) -> Tensor:
+    """The labels `(B, T)` without the first `count` answer tokens of each example."""
+    return labels.masked_fill((labels != IGNORE_INDEX).cumsum(-1) <= count, IGNORE_INDEX)
+
+
 def per_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each answer token, 0 elsewhere.
 
@@ -34,3 +39,9 @@ def per_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """`log p(answer | prompt)` `(B,)`: the sum of `per_token_logps` over the answer."""
     return per_token_logps(logits, labels).sum(-1)
+
+
+def answer_sum(values: Tensor, labels: Tensor) -> Tensor:
+    """`(B,)`: the sum of `values` `(B, T)`, one per position, over the positions that predict an answer's token."""
+    # masked, not indexed: with indexing the host would have to wait for the device
+    return values[:, :-1].masked_fill(~answer_mask(labels), 0.0).sum(-1)

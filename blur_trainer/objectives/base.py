@@ -26,6 +26,8 @@ class Objective:
     needs_reference: ClassVar[bool] = False
     #: needs the reference's distributions or activations, which cannot be precomputed
     needs_reference_logits: ClassVar[bool] = False
+    #: reads whole distributions of the model, so that its logits are kept and a fused head is of no use
+    needs_logits: ClassVar[bool] = False
     #: needs `batch["refusal"]`: the same prompts with a refusal as the answer
     needs_refusal: ClassVar[bool] = False
     #: needs other answers than a built-in refusal in `batch["refusal"]`: those of the column `alternative`, an example

@@ -2,9 +2,11 @@
 
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.base import Objective
-from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.contrast import FLAT, JensUn
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
+from blur_trainer.objectives.weighted import WGA, SatImp
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "grad_ascent": GradAscent,
@@ -13,10 +15,20 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DPO,
     "idk": IDK,
     "rmu": RMU,
+    "wga": WGA,
+    "satimp": SatImp,
+    "jensun": JensUn,
+    "flat": FLAT,
     "altpo": AltPO,
+    "undial": UNDIAL,
+    "ce_u": CEU,
+    "uniform": Uniform,
+    "clamped_entropy": ClampedEntropy,
+    "margin": Margin,
 }
 RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
     "nll": NLL,
     "kl": KL,
     "activation_match": ActivationMatch,
+    "jsd": JSD,
 }

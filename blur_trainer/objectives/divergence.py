@@ -1,93 +1,130 @@
-"""`KL(p_ref || p)` and `KL(U || p)` per token, from logits, with few copies of them in memory.
+"""Divergences of distributions over the vocabulary, and other values of whole logits: one number per token.
 
-Shapes: B batch, T tokens, V vocabulary. Left to autograd, either divergence keeps about five float32 copies of
-`(B, T, V)`. Their gradients have a closed form, `p - p_ref` and `p - 1/V`. So only the logits are kept, in their own
-dtype, and both passes go through the tokens in slices. What is beyond the logits is the gradient itself, and a slice.
+Shapes: B batch, T tokens, V vocabulary. Each is a pair of a value and its derivative by the logits `z`
+(`objectives.sliced`). `p` is `softmax(z)`, `p_ref` the reference's, `y` the token's label. Every function returns
+`(B, T)`, at least in float32.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: A pass works on one slice of the tokens at a time: a sixteenth of them. A GPU gets enough work per launch, and a few
-#: float32 copies of a slice are less than half a copy of the logits.
-SLICES = 16
-#: Logits in a slice, at least. Fewer are not worth a launch.
-_LEAST = 2**16
+from blur_trainer.objectives.sliced import Formula, per_token
 
 
 def kl_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """`KL(p_ref || p)` of each token, `(B, T)`, at least in float32. `ref_logits` get no gradient."""
-    return _Divergence.apply(logits, ref_logits.detach())
+    """`KL(p_ref || p)`. `ref_logits` get no gradient."""
+    return per_token(_KL, logits, ref_logits)
 
 
 def uniform_divergence(logits: Tensor) -> Tensor:
-    """`KL(U || p)` of each token, `(B, T)`, at least in float32: `logsumexp(z) - mean(z) - log V`."""
-    return _Divergence.apply(logits, None)
+    """`KL(U || p) = logsumexp(z) - mean(z) - log V`, `U` uniform."""
+    return per_token(_UNIFORM, logits)
 
 
-class _Divergence(torch.autograd.Function):
-    """`(B, T, V)` logits, and those of the reference or `None` for a uniform one -> `(B, T)`.
+def js_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """`JSD(p_ref, p) = (KL(p_ref || m) + KL(p || m)) / 2`, `m = (p_ref + p) / 2`. `ref_logits` get no gradient.
 
-    `backward` uses differentiable operations, so it has derivatives of its own. `jvp` is the forward mode, which
-    `single_gradient_buffer` needs.
+    Between 0 and `log 2`. No probability is divided by another, so it stays finite where both underflow.
     """
-
-    @staticmethod
-    def forward(logits: Tensor, ref_logits: Tensor | None) -> Tensor:
-        values = [_value(z, ref) for _, z, ref in _slices(logits, ref_logits)]
-        return torch.cat(values).view(logits.shape[:-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
-        logits, ref_logits = ctx.saved_tensors
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows, weights = gradient.view(-1, logits.shape[-1]), weights.reshape(-1, 1)
-        for here, z, ref in _slices(logits, ref_logits):
-            rows[here] = _slope(z, ref, weights[here])
-        return gradient, None
-
-    @staticmethod
-    def jvp(ctx: Any, direction: Tensor, _: None) -> Tensor:
-        logits, ref_logits = ctx.saved_tensors
-        one = torch.ones((), dtype=_precision(logits), device=logits.device)
-        along = direction.flatten(0, -2)
-        parts = [(_slope(z, ref, one) * along[here]).sum(-1) for here, z, ref in _slices(logits, ref_logits)]
-        return torch.cat(parts).view(logits.shape[:-1])
+    return per_token(_JS, logits, ref_logits)
 
 
-def _slices(logits: Tensor, ref_logits: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Each slice's place among all tokens, its logits `(tokens, V)`, the reference's; both at least in float32."""
-    rows, ref_rows = logits.flatten(0, -2), None if ref_logits is None else ref_logits.flatten(0, -2)
-    size = max(math.ceil(len(rows) / SLICES), math.ceil(_LEAST / logits.shape[-1]))
-    for start in range(0, len(rows), size):
-        here = slice(start, start + size)
-        ref = None if ref_rows is None else ref_rows[here].to(_precision(logits))
-        yield here, rows[here].to(_precision(logits)), ref
+def soft_cross_entropy(logits: Tensor, goal_logits: Tensor, targets: Tensor, less: float) -> Tensor:
+    """`CE(q, p) = -sum_v q_v log p_v`, `q = softmax(goal_logits - less * onehot(y))`. `q` gets no gradient.
+
+    `targets` `(B, T)` int64 are the labels `y`, each in `[0, V)`. `less=inf` takes the label out.
+    """
+    return per_token(_SOFT_CROSS_ENTROPY, logits, goal_logits, targets, less)
 
 
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def missing_entropy(logits: Tensor, level: float) -> Tensor:
+    """`max(0, level - H(p))`, `H` the entropy, in nats. Where it is 0 its gradient is 0."""
+    return per_token(_MISSING_ENTROPY, logits, level)
 
 
-def _value(z: Tensor, ref: Tensor | None) -> Tensor:
-    if ref is None:
-        return z.logsumexp(-1) - z.mean(-1) - math.log(z.shape[-1])
+def squared_margin(logits: Tensor) -> Tensor:
+    """`(max(z) - mean(z))^2`. Of several highest logits the first has the derivative."""
+    return per_token(_SQUARED_MARGIN, logits)
+
+
+def _kl(z: Tensor, ref: Tensor) -> Tensor:
     logp, ref_logp = F.log_softmax(z, dim=-1), F.log_softmax(ref, dim=-1)
     return F.kl_div(logp, ref_logp, log_target=True, reduction="none").sum(-1)
 
 
-def _slope(z: Tensor, ref: Tensor | None, weight: Tensor) -> Tensor:
-    """The derivative by the logits, times `weight`."""
-    if ref is None:
-        return (z - z.logsumexp(-1, keepdim=True)).exp() * weight - weight / z.shape[-1]
+def _kl_slope(z: Tensor, weight: Tensor, ref: Tensor) -> Tensor:
     return (z.softmax(-1) - ref.softmax(-1)) * weight
+
+
+def _uniform(z: Tensor) -> Tensor:
+    return z.logsumexp(-1) - z.mean(-1) - math.log(z.shape[-1])
+
+
+def _uniform_slope(z: Tensor, weight: Tensor) -> Tensor:
+    return (z - z.logsumexp(-1, keepdim=True)).exp() * weight - weight / z.shape[-1]
+
+
+def _over_mean(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """`log(p / m)` and `log(p_ref / m)`, `m = (p + p_ref) / 2`; exactly 0 where both are equal.
+
+    Ratios beyond `e^80` are cut off: the smaller of both probabilities is then 0 beside the other.
+    """
+    log_ratio = (logp - ref_logp).clamp(-80.0, 80.0)
+    over = math.log(2) - (1 + (-log_ratio).exp()).log()
+    return over, over - log_ratio
+
+
+def _js(z: Tensor, ref: Tensor) -> Tensor:
+    logp, ref_logp = F.log_softmax(z, dim=-1), F.log_softmax(ref, dim=-1)
+    over, ref_over = _over_mean(logp, ref_logp)
+    return (logp.exp() * over + ref_logp.exp() * ref_over).sum(-1) / 2
+
+
+def _js_slope(z: Tensor, weight: Tensor, ref: Tensor) -> Tensor:
+    logp = F.log_softmax(z, dim=-1)
+    p, (over, _) = logp.exp(), _over_mean(logp, F.log_softmax(ref, dim=-1))
+    return p * (over - (p * over).sum(-1, keepdim=True)) * (weight / 2)
+
+
+def _goal(goal: Tensor, target: Tensor, less: float) -> Tensor:
+    return goal.scatter_add(-1, target, goal.new_full(target.shape, -less)).softmax(-1)
+
+
+def _soft_cross_entropy(z: Tensor, goal: Tensor, target: Tensor, less: float) -> Tensor:
+    return F.cross_entropy(z, _goal(goal, target, less), reduction="none")
+
+
+def _soft_cross_entropy_slope(z: Tensor, weight: Tensor, goal: Tensor, target: Tensor, less: float) -> Tensor:
+    return (z.softmax(-1) - _goal(goal, target, less)) * weight
+
+
+def _missing_entropy(z: Tensor, level: float) -> Tensor:
+    logp = F.log_softmax(z, dim=-1)
+    return (level + (logp.exp() * logp).sum(-1)).relu()
+
+
+def _missing_entropy_slope(z: Tensor, weight: Tensor, level: float) -> Tensor:
+    logp = F.log_softmax(z, dim=-1)
+    p = logp.exp()
+    negative = (p * logp).sum(-1, keepdim=True)
+    return p * (logp - negative) * (weight * (level + negative > 0))
+
+
+def _squared_margin(z: Tensor) -> Tensor:
+    return (z.amax(-1) - z.mean(-1)).square()
+
+
+def _squared_margin_slope(z: Tensor, weight: Tensor) -> Tensor:
+    highest, first = z.max(-1, keepdim=True)
+    twice = 2 * weight * (highest - z.mean(-1, keepdim=True))
+    return (-twice / z.shape[-1]).expand_as(z).scatter_add(-1, first, twice)
+
+
+_KL = Formula(_kl, _kl_slope)
+_UNIFORM = Formula(_uniform, _uniform_slope)
+_JS = Formula(_js, _js_slope)
+_SOFT_CROSS_ENTROPY = Formula(_soft_cross_entropy, _soft_cross_entropy_slope)
+_MISSING_ENTROPY = Formula(_missing_entropy, _missing_entropy_slope)
+_SQUARED_MARGIN = Formula(_squared_margin, _squared_margin_slope)

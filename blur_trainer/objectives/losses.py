@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blur_trainer.models.logps import answer_mask
+from blur_trainer.models.logps import answer_sum
 from blur_trainer.objectives.divergence import kl_divergence, uniform_divergence
 
 
@@ -63,7 +63,7 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     `ref_logits` get no gradient. Differs from MUSE and BLUR/MUSE (`kl_div` of raw logits: no divergence, unbounded
     below) and from TOFU, ULD and open-unlearning (a real KL, but over prompt and padding too).
     """
-    return _over_answers(kl_divergence(logits, ref_logits), labels)
+    return answer_sum(kl_divergence(logits, ref_logits), labels)
 
 
 def uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,12 +75,7 @@ def uniform_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Differs from ULD's code, whose mean includes prompt and padding. There a batch's loss depends on the length of its
     longest example, and the assistant also learns to be uniform on the prompt.
     """
-    return _over_answers(uniform_divergence(logits), labels)
-
-
-def _over_answers(divergence: Tensor, labels: Tensor) -> Tensor:
-    # masked, not indexed: with indexing the host would have to wait for the device
-    return divergence[:, :-1].masked_fill(~answer_mask(labels), 0.0).sum(-1)
+    return answer_sum(uniform_divergence(logits), labels)
 
 
 def activation_loss(hidden: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,32 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from blur_trainer.data.tofu import TOFU_SPLITS, tofu_training_rows
 from blur_trainer.data.tofu_templates import TOFU_TEMPLATES, apply_template
 from blur_trainer.scripts import command_line
-from blur_trainer.scripts.methods import Method, compared
+from blur_trainer.scripts.methods import compared
 from blur_trainer.scripts.tiny import memorized_models
+from blur_trainer.scripts.tofu_methods import FORGET_ONLY, METHODS
 from blur_trainer.toy.model import train_tokenizer
-from blur_trainer.trainers.blur import BLURTrainer
-from blur_trainer.trainers.grad_diff import GradDiffTrainer
-from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.augment import paraphrases, perturbed_answers
-from blur_trainer.uld.trainer import ULDTrainer
 
-NPO, SIMNPO, DPO, IDK = ({"forget_objective": name} for name in ("npo", "simnpo", "dpo", "idk"))
-TINY_NPO = {"forget_objective_kwargs": {"beta": 0.03}, "precompute_ref_logps": True}
-TINY_SIMNPO = {"forget_objective_kwargs": {"beta": 0.5}, "forget_weight": 0.3}
-TINY_ULD = {
-    "num_assistant_layers": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "num_train_epochs": 15,
-    "retain_weight": 1.0, "weight": -1.5, "top_logit_filter": 0.1,
-}  # fmt: skip
-METHODS = {
-    "blur-npo": Method("BLUR-NPO", BLURTrainer, NPO, TINY_NPO | {"gamma": 0.1}),
-    "npo": Method("NPO", UnlearningTrainer, NPO, TINY_NPO | {"forget_weight": 0.1}),
-    "graddiff": Method("GradDiff", GradDiffTrainer, {}, {"forget_weight": 0.3}),
-    "gradascent": Method("GradAscent", GradDiffTrainer, {"retain_weight": 0.0}, {}),
-    "simnpo": Method("SimNPO", UnlearningTrainer, SIMNPO, TINY_SIMNPO),
-    "dpo": Method("DPO", UnlearningTrainer, DPO, TINY_NPO),
-    "idk": Method("IDK", UnlearningTrainer, IDK, {}),
-    "uld": Method("ULD", ULDTrainer, {"eval_strategy": "no"}, TINY_ULD),
-}
 TINY = {
     "output_dir": "outputs/tofu", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 5,
     "per_device_train_batch_size": 8, "max_length": 256, "logging_steps": 5, "save_strategy": "no",
@@ -110,7 +90,7 @@ def configurations(script: TOFUArguments, args: Any, tiny: bool) -> dict[str, An
 def training_sets(method: str, data: Mapping[str, Any], script: TOFUArguments) -> dict[str, Any]:
     """What a method trains on, as its trainer's arguments."""
     sets = {name: apply_template(data[name], script.template) for name in ("forget", "retain")}
-    given = {"forget_dataset": sets["forget"], "retain_dataset": None if method == "gradascent" else sets["retain"]}
+    given = {"forget_dataset": sets["forget"], "retain_dataset": None if method in FORGET_ONLY else sets["retain"]}
     if method == "uld":
         for role, make in (("forget", paraphrases), ("retain", perturbed_answers)):
             by = getattr(script, f"augment_{role}")

@@ -1,13 +1,17 @@
 """How the gradient of an objective is made: by one pass, or by passes at weights that were moved (SAM)."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from blur_trainer.checks import check_fields
 from blur_trainer.gradients.perturbation import perturbed
+from blur_trainer.models.reference import partition_shape
 from blur_trainer.trainers.step import Step, objective_pass
+
+logger = get_logger(__name__)
 
 
 class Procedure(Protocol):
@@ -48,3 +52,14 @@ class SAM:
         with perturbed(step.backend, role, scale):
             objective_pass(step, role)
         return loss
+
+
+def warn_of_rounding(procedure: Procedure | None, model: Any, half: bool) -> None:
+    """Says so where SAM moves weights by less than the forward pass can see. `half`: it computes in 16 bits."""
+    if isinstance(procedure, SAM) and half:
+        count = sum(partition_shape(p).numel() for p in model.parameters() if p.requires_grad)
+        logger.warning(
+            f"SAM moves each of {count:.2g} weights by about {procedure.rho / max(count, 1) ** 0.5:.1e}. The passes "
+            "compute in 16 bits, where a weight of .02 has steps of 1e-4: most moves are lost in rounding. Set "
+            "`bf16=False` (float32), or a larger `sam_rho`."
+        )

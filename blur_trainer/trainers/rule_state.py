@@ -1,5 +1,6 @@
 """What rules remember: set back before each training, written into checkpoints, the same on every process."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,17 @@ from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.retain_mean import RetainMean
 from blur_trainer.gradients.rules import Rule
 
+logger = logging.getLogger(__name__)
 #: files in a checkpoint
 STATE_NAME = "rule_state.safetensors"
 MEAN_NAME = "retain_mean-{process:05}-of-{processes:05}.safetensors"
 
-_CONTRACT = ("reset", "state_dict", "load_state_dict")
-
 
 def check_rule_state(rule: Rule, fp16: bool) -> None:
     """Raises for half a contract, and where a kept gradient would be of another loss scale than the next one."""
-    missing = [name for name in _CONTRACT if not hasattr(rule, name)]
-    if 0 < len(missing) < len(_CONTRACT):
-        raise TypeError(f"The rule {rule!r} has no {missing}: a rule with a state has {', '.join(_CONTRACT)}.")
+    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(rule, name)]
+    if hasattr(rule, "reset") and missing:
+        raise TypeError(f"The rule {rule!r} has `reset`, but no {missing}: checkpoints could not hold its state.")
     if fp16 and _smoothing(rule) is not None:
         raise ValueError(
             f"The rule {rule!r} keeps gradients from step to step, and with `fp16=True` their scale changes: use "
@@ -59,7 +59,7 @@ class RuleStateCallback(TrainerCallback):
         self.mean: RetainMean | None = None
 
     def _stateful(self) -> list[Any]:
-        return list({id(rule): rule for rule in self.rules() if hasattr(rule, "state_dict")}.values())
+        return list({id(rule): rule for rule in self.rules() if hasattr(rule, "reset")}.values())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +89,10 @@ class RuleStateCallback(TrainerCallback):
 
     def _load(self, checkpoint: Path) -> None:
         rules = self._stateful()
-        if rules:
+        for rule in rules:
+            if not rule.state_dict():  # a `Weighting` of TorchJD that keeps arrays
+                logger.warning("The state of the rule %r is in no checkpoint: it begins anew.", rule)
+        if any(rule.state_dict() for rule in rules):
             state = load_file(_there(checkpoint / STATE_NAME))
             for i, rule in enumerate(rules):
                 own = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith(f"{i}.")}

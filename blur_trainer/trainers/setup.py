@@ -84,8 +84,8 @@ def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> N
     if precompute and not reads_logps_only(objectives["forget"]):
         raise ValueError(
             "`precompute_ref_logps=True`, but the forget objective reads no reference log-probabilities "
-            f"({', '.join(map(str, objectives.values()))}): leave it off, or choose `npo` or `dpo`. (`kl` needs whole "
-            "distributions, which are too large to keep.)"
+            f"({', '.join(map(str, objectives.values()))}): leave it off, or choose `npo` or `dpo`. (`kl`, `jsd` and "
+            "`undial` need whole distributions, which are too large to keep.)"
         )
 
 

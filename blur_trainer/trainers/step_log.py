@@ -51,7 +51,7 @@ class StepLog:
                 self._values[f"grad/{role}_norm"].append(norms[index])
         if len(weights) > len(ROLES):
             self._values["grad/weight_retain_mean"].append(weights[-1])
-        for name, value in rule.state_dict().items() if hasattr(rule, "state_dict") else ():
+        for name, value in rule.state_dict().items() if hasattr(rule, "reset") else ():
             if torch.as_tensor(value).numel() == 1:
                 self._values[f"rule/{name}"].append(torch.as_tensor(value).reshape(()))
         if len(losses) == 2 and not norms.isnan().any():

@@ -128,6 +128,10 @@ class TrialMixin(_Base):
             getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
+    def _settle_method(self, args: UnlearningConfig) -> None:
+        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+        self.forget_procedure = self._choice.procedure(args)
+
     def _begin_anew(self) -> None:
         """What a new trainer would have, with the settings as they are now."""
         args = self.args
@@ -139,8 +143,7 @@ class TrialMixin(_Base):
                 f"new trainer. Of this package's settings, {read} may change between trainings."
             )
         if changed:
-            self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
-            self.forget_procedure = self._choice.procedure(args)
+            self._settle_method(args)
         if self._settings.pairs != pairs_of(args):
             self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)
         self._settings = Settings(args)

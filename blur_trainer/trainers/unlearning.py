@@ -26,7 +26,7 @@ from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.model import ModelMixin
-from blur_trainer.trainers.procedures import Procedure
+from blur_trainer.trainers.procedures import Procedure, warn_of_rounding
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.saving import SavingMixin
@@ -103,12 +103,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
     ):
         check_unknown(type(self), unknown)
         topics = topic_names(forget_dataset)
-        self._choice = MethodChoice(
-            rule, forget_procedure, forget_objective, retain_objective, topics, retain_dataset is not None
-        )
+        objects = (rule, forget_procedure, forget_objective, retain_objective)
+        self._choice = MethodChoice(*objects, topics, retains=retain_dataset is not None)
         args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
-        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
-        self.forget_procedure = self._choice.procedure(args)
+        self._settle_method(args)
         own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
         check_effect(args, self._topic_rules or [self.rule], own_optimizer, "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
@@ -148,6 +146,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         check_engine(self.accelerator, self.args)
         if self.args.tf32 is False:  # accelerate switches it on for compiled models, whatever was asked
             torch.backends.cuda.matmul.fp32_precision = "ieee"
+        warn_of_rounding(self.forget_procedure, self.model, self.args.bf16 or self.args.fp16)
         check_forward_mode(self.model, self.args, self.accelerator.distributed_type)
         setup.choose_heads(self.args, self.model, self.reference, ref_model)
         if isinstance(self.reference, FrozenModel):

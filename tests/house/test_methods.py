@@ -74,8 +74,8 @@ def test_an_objective_without_its_lines_is_an_error(generator):
 def test_a_row_is_made_of_docstring_and_attributes(generator):
     assert generator.row("said", Said) == (
         r"| `said` | $\Vert a\Vert + \vert b\vert - p(y\vert x) \cdot 2$ | examples | above, by 1 | "
-        "reference log-probabilities, refusals | `strength=0.5` | never. | "
-        "Nobody, [1234.56789](https://arxiv.org/abs/1234.56789). |"
+        "reference log-probabilities, refusals | `strength=0.5` | never | "
+        "Nobody, [1234.56789](https://arxiv.org/abs/1234.56789) |"
     )
 
 

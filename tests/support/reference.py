@@ -57,6 +57,52 @@ def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(totals)
 
 
+# ---- functions of the probabilities of answer tokens ----
+
+
+def weighted_ascent(logits: Tensor, labels: Tensor, weight: Callable[[float], float]) -> Tensor:
+    """Per example the sum over its answer tokens of `weight(p) log p`, where the weight is a number."""
+    return torch.stack([sum(weight(math.exp(logp.item())) * logp for logp in row) for row in log_prob(logits, labels)])
+
+
+def jensen_shannon(p: Tensor, q: list[float]) -> Tensor:
+    """Both halves over the vocabulary, with `0 log 0 = 0`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for p_v, q_v in zip(p, q, strict=True):
+        mean = (p_v + q_v) / 2
+        if p_v > 0:
+            total = total + p_v * torch.log(p_v / mean) / 2
+        if q_v > 0:
+            total = total + q_v * torch.log(q_v / mean) / 2
+    return total
+
+
+def jensun(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per example the sum over a refusal's tokens of the divergence from the distribution that is this token."""
+    totals = []
+    for b in range(labels.shape[0]):
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(labels.shape[1] - 1):
+            if int(labels[b, t + 1]) != -100:
+                token = [1.0 if v == int(labels[b, t + 1]) else 0.0 for v in range(logits.shape[-1])]
+                total = total + jensen_shannon(torch.softmax(logits[b, t].double(), -1), token)
+        totals.append(total)
+    return torch.stack(totals)
+
+
+def flat(logits: Tensor, labels: Tensor, refusal_logits: Tensor, refusal_labels: Tensor) -> Tensor:
+    """The loss that maximizes the total variation: g* and f*(g*) are tanh(x) / 2, and x is a mean probability."""
+
+    def tanh(x: Tensor) -> Tensor:
+        return (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x))
+
+    values = []
+    for forget, refusal in zip(log_prob(logits, labels), log_prob(refusal_logits, refusal_labels), strict=True):
+        bad, good = (sum(torch.exp(logp) for logp in row) / len(row) for row in (forget, refusal))
+        values.append(-tanh(good) / 2 + tanh(bad) / 2)
+    return torch.stack(values)
+
+
 # ---- rules, in the space of the gradients themselves rather than of their Gramian ----
 
 
@@ -244,3 +290,60 @@ def towards(vector: Tensor, coefficient: float) -> Callable[[dict], Tensor]:
 def as_frozen(model: nn.Module, layer: int) -> Callable[[dict], Tensor]:
     frozen = copy.deepcopy(model)
     return lambda row: layer_output(frozen, row, layer).detach()
+
+
+# ---- values of whole distributions: one answer token's logits at a time, in float64 ----
+
+
+def undial(z: Tensor, ref: Tensor, label: int, beta: float = 10.0) -> Tensor:
+    """Cross entropy of the model under the reference's distribution, whose label has `beta` less."""
+    lowered = ref.clone()
+    lowered[label] = ref[label] - beta
+    return cross_entropy(torch.softmax(lowered, -1), torch.softmax(z, -1))
+
+
+def ce_u(z: Tensor, ref: Tensor, label: int) -> Tensor:
+    """Cross entropy of the model under what it says itself beside the label."""
+    others = torch.softmax(z.detach(), -1)
+    others[label] = 0.0
+    return cross_entropy(others / others.sum(), torch.softmax(z, -1))
+
+
+def cross_entropy(q: Tensor, p: Tensor) -> Tensor:
+    return -sum(q[v].item() * torch.log(p[v]) for v in range(len(p)) if q[v] > 0)
+
+
+def uniform(z: Tensor, ref: Tensor, label: int) -> Tensor:
+    p = torch.softmax(z, -1)
+    return sum(math.log(1 / len(p)) - torch.log(p[v]) for v in range(len(p))) / len(p)
+
+
+def clamped_entropy(z: Tensor, ref: Tensor, label: int, tau: float = 0.7) -> Tensor:
+    p = torch.softmax(z, -1)
+    missing = tau * math.log(len(p)) + sum(p[v] * torch.log(p[v]) for v in range(len(p)))
+    return missing if missing > 0 else 0.0 * missing
+
+
+def margin(z: Tensor, ref: Tensor, label: int) -> Tensor:
+    return (max(z.unbind()) - sum(z.unbind()) / len(z)) ** 2
+
+
+def jsd(z: Tensor, ref: Tensor, label: int) -> Tensor:
+    p, q = torch.softmax(z, -1), torch.softmax(ref, -1)
+    total = torch.zeros((), dtype=torch.float64)
+    for v in range(len(p)):
+        middle = (p[v] + q[v]) / 2
+        total = total + (p[v] * torch.log(p[v] / middle) + q[v] * torch.log(q[v] / middle)) / 2
+    return total
+
+
+def at_answer_tokens(
+    value: Callable[[Tensor, Tensor, int], Tensor], logits: Tensor, ref_logits: Tensor, labels: Tensor, skip: int = 0
+) -> list[list[Tensor]]:
+    """Per example, `value` of each answer token but the first `skip`: position `t` says token `t + 1`."""
+    rows = []
+    for b in range(labels.shape[0]):
+        places = [t for t in range(labels.shape[1] - 1) if int(labels[b, t + 1]) != -100][skip:]
+        pairs = [(logits[b, t].double(), ref_logits[b, t].double()) for t in places]
+        rows.append([value(z, ref, int(labels[b, t + 1])) for (z, ref), t in zip(pairs, places, strict=True)])
+    return rows

@@ -15,9 +15,11 @@ from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
 from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
-from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.contrast import FLAT, JensUn
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
+from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
@@ -86,7 +88,16 @@ def test_sum_weights_from_the_command_line():
         ("dpo", DPO()),
         ("idk", IDK()),
         ("rmu", RMU()),
+        ("wga", WGA()),
+        ("satimp", SatImp()),
+        ("jensun", JensUn()),
+        ("flat", FLAT()),
         ("altpo", AltPO()),
+        ("undial", UNDIAL()),
+        ("ce_u", CEU()),
+        ("uniform", Uniform()),
+        ("clamped_entropy", ClampedEntropy()),
+        ("margin", Margin()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -97,7 +108,16 @@ def test_every_forget_name(name, expected):
         "dpo",
         "idk",
         "rmu",
+        "wga",
+        "satimp",
+        "jensun",
+        "flat",
         "altpo",
+        "undial",
+        "ce_u",
+        "uniform",
+        "clamped_entropy",
+        "margin",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
@@ -108,6 +128,7 @@ def test_every_forget_name(name, expected):
         ("nll", NLL()),
         ("kl", KL()),
         ("activation_match", ActivationMatch()),
+        ("jsd", JSD()),
     ],
 )
 def test_every_retain_name(name, expected):
@@ -115,6 +136,7 @@ def test_every_retain_name(name, expected):
         "nll",
         "kl",
         "activation_match",
+        "jsd",
     }
     assert parse(BLURConfig, "--retain_objective", name).build_retain_objective() == expected
 

@@ -102,11 +102,24 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path, rule, name):
 
 def test_half_a_state_is_refused(tmp_path):
     class Half(Listening):
-        def state_dict(self):
-            return {}
+        def reset(self):
+            self.heard.clear()
 
-    with pytest.raises(TypeError, match=r"no \['reset', 'load_state_dict'\]: a rule with a state has"):
+    with pytest.raises(TypeError, match=r"has `reset`, but no \['state_dict', 'load_state_dict'\]"):
         start(tmp_path, Half())
+
+
+def test_a_state_that_cannot_be_kept_is_said(tmp_path, caplog):
+    class Elsewhere(torch.nn.Module):  # as TorchJD's NashMTL
+        def forward(self, gramian):
+            return torch.ones(2, dtype=gramian.dtype)
+
+        def reset(self):
+            pass
+
+    start(tmp_path, Elsewhere(), save_strategy="steps", save_steps=1, max_steps=2).train()
+    start(tmp_path / "on", Elsewhere(), max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "The state of the rule Elsewhere() is in no checkpoint: it begins anew." in caplog.text
 
 
 def test_fp16_is_refused_where_gradients_are_kept():

@@ -99,3 +99,10 @@ def test_settings():
         BLURTrainer(tiny_llama(), settings("out"), examples(4), examples(4, 1), forget_procedure=SAM)
     trainer = BLURTrainer(tiny_llama(), settings("out", sam_rho=0.1), examples(4), examples(4, 1))
     assert trainer.forget_procedure == SAM(0.1) and trainer.method == "BLUR-NPO-SAM"
+
+
+def test_a_move_that_16_bits_cannot_see_is_said(caplog):
+    for bf16 in (False, True):
+        caplog.clear()
+        BLURTrainer(tiny_llama(), settings("out", sam_rho=0.01, bf16=bf16), examples(4), examples(4, 1))
+        assert ("most moves are lost in rounding" in caplog.text) == bf16

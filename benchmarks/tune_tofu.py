@@ -1,0 +1,104 @@
+"""Chooses the tiny settings of every method of `run_tofu.py` with equal effort, on a seed that no table reports.
+
+Four values of the one setting that says how strongly a method forgets; all else is as published. The rule of choice is
+the same for all: the largest model utility among those with a forget quality of .05 or more; where there is none, the
+largest forget quality.
+
+python benchmarks/tune_tofu.py --out tried.jsonl                    # resumes: what is in the file is not run again
+python benchmarks/tune_tofu.py --out tried.jsonl --methods npo wga
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import blur_trainer as bt
+from blur_trainer.scripts.loading import ModelLoader
+from blur_trainer.scripts.methods import changed
+from blur_trainer.scripts.tofu import METHODS, parse, tiny_models, training_sets
+
+WEIGHTS, RATES = (0.03, 0.1, 0.3, 1.0), (3e-5, 1e-4, 3e-4, 1e-3)
+#: method -> its setting and the values that are tried; the others: the weight of the forget gradient
+TRIED = {
+    "blur-npo": ("gamma", WEIGHTS),
+    **dict.fromkeys(("gradascent", "undial", "ce-u", "flat", "ngdiff", "gru"), ("learning_rate", RATES)),
+    "pdu": ("initial", (30.0, 100.0, 300.0, 1000.0)),
+    "uld": ("weight", (-0.5, -0.8, -1.1, -1.5)),
+}
+LEAST_QUALITY = 0.05
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="one line of JSON per run")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--models_dir", default="outputs/tofu-models")
+    return parser.parse_args()
+
+
+def with_value(args, name: str, value: float):
+    """The arguments with the tried value; PDU's first multiplier is among the arguments of its rule."""
+    own = {"rule_kwargs": {**args.rule_kwargs, name: value}} if name == "initial" else {name: value}
+    return changed(args, **own)
+
+
+def measured(method: str, name: str, value: float, options: argparse.Namespace) -> dict[str, float]:
+    given = ["--method", method, "--seed", str(options.seed), "--compare", "none", "--eval_strategy", "no"]
+    script, args, model_args, _ = parse([*given, "--models_dir", options.models_dir, "--disable_tqdm", "True"])
+    data = bt.load_tofu("embedded", script.split)
+    load = ModelLoader(args, model_args)
+    tokenizer, target, retrained = tiny_models(data, script)
+    how = {"template": script.template, "protocol": script.protocol, "progress": False, "max_new_tokens": 32}
+    reference = bt.TOFUEvaluation(data, tokenizer, **how).reference(load(retrained))
+    with tempfile.TemporaryDirectory() as folder:
+        config = changed(with_value(args, name, value), output_dir=folder, model_init_kwargs=load.options)
+        sets = training_sets(method, data, script)
+        trainer = METHODS[method].trainer(target, config, processing_class=tokenizer, **sets)
+        trainer.train()
+        trainer.save_model()
+        model = load(folder) if method == "uld" else trainer.model
+        return bt.TOFUEvaluation(data, tokenizer, reference=reference, **how)(model)
+
+
+def chosen(runs: list[dict]) -> dict:
+    good = [run for run in runs if run["forget_quality"] >= LEAST_QUALITY]
+    if good:
+        return max(good, key=lambda run: run["model_utility"])
+    return max(runs, key=lambda run: run["forget_quality_log10"])
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(run["method"], run["value"]) for run in known if run["seed"] == options.seed}
+    for method in options.methods:
+        name, values = TRIED.get(method, ("forget_weight", WEIGHTS))
+        for value in values:
+            if (method, value) in done:
+                continue
+            numbers = measured(method, name, value, options)
+            run = {"method": method, "setting": name, "value": value, "seed": options.seed, **numbers}
+            known.append(run)
+            with options.out.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+    rows = []
+    for method in options.methods:
+        runs = [run for run in known if run["method"] == method and run["seed"] == options.seed]
+        best = chosen(runs)
+        rows += [
+            [method if run is runs[0] else "", f"{run['setting']} {run['value']:g}{' *' if run is best else ''}"]
+            + [f"{run[key]:.3g}" for key in ("forget_quality", "model_utility", "forget_rouge", "retain_rouge")]
+            for run in runs
+        ]
+    heads = ["method", "tried (* chosen)", "forget quality", "utility", "ROUGE forget", "ROUGE retain"]
+    print(tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
