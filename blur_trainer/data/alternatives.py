@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -61,21 +61,26 @@ class Questions:
             digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes() + answer.encode() + b"\0")
         return digest.hexdigest()
 
-    def usable(self, samples: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The samples of each question without those that say nothing, or the true answer. Logs how many these are.
-
-        Raises `ValueError` if nothing is left.
-        """
-        kept = [usable_answers(texts, answer) for texts, answer in zip(samples, self.answers, strict=True)]
+    def usable(self, which: Sequence[int], samples: Sequence[Sequence[str]], temperature: float) -> list[list[str]]:
+        """The samples of some questions without those that say nothing, or the true answer. Logs how many these are."""
+        kept = [usable_answers(texts, self.answers[row]) for row, texts in zip(which, samples, strict=True)]
         drawn, left = sum(map(len, samples)), sum(map(len, kept))
-        said = f"{drawn - left} of the {drawn} answers sampled for the `{self.role}` dataset are empty or the true one"
-        if not left:
-            raise ValueError(
-                f"{said}: no alternative is left. Raise `temperature` or `num_alternatives`, ask with an instruction "
-                "(a chat template, `instruct=True`), or give the dataset a column `alternative`."
-            )
-        (logger.warning if left < drawn else logger.info)("%s. They are dropped.", said)
+        logger.log(
+            logging.WARNING if left < drawn else logging.INFO,
+            "%d of the %d answers sampled for the `%s` dataset at temperature %g are empty or the true one. "
+            "They are dropped.",
+            *(drawn - left, drawn, self.role, temperature),
+        )
         return kept
+
+    def check(self, alternatives: Sequence[Sequence[str]]) -> None:
+        """Raises `ValueError` if no question has an alternative."""
+        if not any(alternatives):
+            raise ValueError(
+                f"The model answers every question of the `{self.role}` dataset truly: no alternative is left. "
+                "Raise `temperature` or `num_alternatives`, ask with an instruction (a chat template, "
+                "`instruct=True`), or give the dataset a column `alternative`."
+            )
 
     def completed(self, alternatives: Sequence[Sequence[str]]) -> Dataset:
         """The rows with the column `alternative`; those that have none are left out, with a warning."""
@@ -152,8 +157,7 @@ def _text(answer: Any) -> str:
     """An answer without its white space at both ends."""
     if isinstance(answer, str):
         return answer.strip()
-    texts: list[Mapping[str, Any]] = with_texts(answer)
-    return "\n".join(message.get("content") or "" for message in texts).strip()
+    return "\n".join(message.get("content") or "" for message in with_texts(answer)).strip()
 
 
 def usable_answers(samples: Sequence[str], answer: str) -> list[str]:

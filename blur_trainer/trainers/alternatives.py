@@ -29,6 +29,8 @@ from blur_trainer.trainers.topics import topic_names
 
 #: file in `output_dir` with the alternatives; a resumed training reads them there
 ALTERNATIVES_NAME = "alternatives.json"
+#: a question without an alternative is asked so many times in all, each time at a temperature so many times higher
+_ROUNDS, _WARMER = 5, 1.5
 Alternatives = dict[str, list[list[str]]]
 
 
@@ -50,8 +52,9 @@ def generate_alternatives(
     r"""
     Sample other answers to the questions of a forget set, for the objective `altpo`. Look at them, edit them, train.
 
-    Samples that are empty, that contain the true answer or are a piece of it are dropped. Rows without any other answer
-    are left out, with a warning.
+    Samples that are empty, that contain the true answer or are a piece of it are dropped. A question that is left
+    without any is asked again, up to four times, each time at 1.5 times the temperature. If that does not help, its
+    row is left out, with a warning.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -80,8 +83,8 @@ def generate_alternatives(
         `ValueError`: texts or tokens, which have no question; nothing usable was sampled.
 
     Source: Mekala et al. 2024, arXiv 2409.13474: five samples per question at temperature 1.
-    Differs from the authors' code, which keeps samples that repeat the true answer, and where transformers' own top-k
-    of 50 cuts the distribution. The instruction is worded anew.
+    Differs from the authors' code, which asks once and keeps samples that repeat the true answer, and where
+    transformers' own top-k of 50 cuts the distribution. The instruction is worded anew.
     """
     if not lacks_alternatives(dataset, "forget"):
         raise ValueError(
@@ -121,7 +124,8 @@ def settle_alternatives(
             "give the forget set a column `alternative` (by `generate_alternatives`, in a script of one process)."
         )
     settings = objective if isinstance(objective, AltPO) else AltPO()
-    how = {"qa_template": args.qa_template, "day": parse_day(args.chat_template_date), "instruct": settings.instruct}
+    how: dict[str, Any] = {"qa_template": args.qa_template, "instruct": settings.instruct}
+    how["day"] = parse_day(args.chat_template_date)
     questions = {name: ask(sets[name], tokenizer, role=roles[name], **how) for name in missing}
     found = _kept_or_sampled(questions, model, tokenizer, args, settings)
     sets |= {name: questions[name].completed(found[name]) for name in missing}
@@ -174,21 +178,30 @@ def _sampled(
     alone: bool = False,
     desc: str | None = None,
 ) -> list[list[str]]:
-    samples = sample(
-        model,
-        tokenizer,
-        questions.ids,
-        num=settings.num_alternatives,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        batch_size=batch_size,
-        stop_strings=questions.stops,
-        alone=alone,
-        desc=desc,
-    )
-    return questions.usable(samples)
+    found: list[list[str]] = [[] for _ in questions.ids]
+    for again in range(_ROUNDS):
+        bare = [row for row, texts in enumerate(found) if not texts]
+        if not bare:
+            break
+        temperature = settings.temperature * _WARMER**again
+        samples = sample(
+            model,
+            tokenizer,
+            [questions.ids[row] for row in bare],
+            num=settings.num_alternatives,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=temperature,
+            top_p=settings.top_p,
+            seed=seed + again,
+            batch_size=batch_size,
+            stop_strings=questions.stops,
+            alone=alone,
+            desc=desc,
+        )
+        for row, texts in zip(bare, questions.usable(bare, samples, temperature), strict=True):
+            found[row] = texts
+    questions.check(found)
+    return found
 
 
 @contextmanager

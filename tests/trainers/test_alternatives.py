@@ -13,6 +13,7 @@ from support.runs import distance, settings, weights
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blur_trainer.data.alternatives import ask
 from blur_trainer.objectives.preference import DPO, AltPO
 from blur_trainer.saving.lock import OutputLock
 from blur_trainer.saving.upload import REPORT, model_files
@@ -108,11 +109,13 @@ def test_the_public_function_gives_what_the_trainer_uses(tmp_path):
 def test_the_same_training_asks_once_and_another_one_anew(tmp_path, sampled):
     made(tmp_path), made(tmp_path)
     assert len(sampled) == 1
-    first = kept(tmp_path)
+    file = tmp_path / ALTERNATIVES_NAME
+    first = file.read_bytes()
 
     def check(count, kwargs):
+        file.write_bytes(first)
         made(tmp_path, **kwargs)
-        assert len(sampled) == count and kept(tmp_path)["alternatives"] != first["alternatives"]
+        assert len(sampled) == count and kept(tmp_path)["alternatives"] != json.loads(first)["alternatives"]
 
     changed = [{"seed": 1}, {"of": model(1)}, {"forget": FORGET[:3]}, {"objective": AltPO(0.1, 3, max_new_tokens=6)}]
     every(list(enumerate(changed, 2)), check)
@@ -159,16 +162,14 @@ def test_an_adapter_answers_as_it_is_at_the_start(tmp_path):
 
 def test_topics_are_answered_one_by_one(tmp_path):
     given = [row | {"alternative": ["A", "B"]} for row in FORGET]
-    trainer = made(tmp_path, {"own": given, "asked": FORGET}, max_steps=2)
+    trainer = made(tmp_path, {"own": given, "asked": FORGET}, max_steps=1)
     by_topic = trainer.train_dataset.forget_by_topic
     assert len(by_topic["own"]) == 8 and list(kept(tmp_path)["alternatives"]) == ["asked"]
     trainer.train()
 
 
 def test_the_file_is_never_uploaded(tmp_path):
-    trainer = made(tmp_path, max_steps=1)
-    trainer.train()
-    trainer.save_model()
+    made(tmp_path).save_model()
     assert (tmp_path / ALTERNATIVES_NAME).exists()
     assert ALTERNATIVES_NAME not in {*model_files(tmp_path), *REPORT}
 
@@ -184,15 +185,28 @@ def test_a_folder_in_which_another_training_runs_is_left_alone(tmp_path):
     assert (tmp_path / ALTERNATIVES_NAME).exists() and not (tmp_path / ".training").exists()
 
 
-def test_nothing_usable_is_an_error_before_training(tmp_path, monkeypatch, caplog):
-    true = [[row["answer"]] * 2 for row in FORGET]
-    monkeypatch.setattr(alternatives, "sample", lambda *args, **kwargs: true)
-    with pytest.raises(ValueError, match=r"8 of the 8 answers .* no alternative is left"):
+def test_questions_are_asked_again_and_nothing_usable_is_an_error(tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def sample(model, tokenizer, prompt_ids, **kwargs):
+        """The true answers; the second question, asked at 2.25 times the temperature, gets another one."""
+        asked.append((kwargs["temperature"], kwargs["seed"], len(prompt_ids)))
+        answers = {tuple(ids): [row["answer"]] * 2 for ids, row in zip(prompts, FORGET, strict=True)}
+        if kwargs["temperature"] == 2.25 * warm:
+            answers[tuple(prompts[1])] = ["Tove Arn.", FORGET[1]["answer"]]
+        return [answers[tuple(ids)] for ids in prompt_ids]
+
+    options = {"role": "forget", "instruct": None, "qa_template": "Question: {question}\nAnswer:", "day": None}
+    prompts, warm = ask(FORGET, TOKENIZER, **options).ids, 0
+    monkeypatch.setattr(alternatives, "sample", sample)
+    with pytest.raises(ValueError, match="no alternative is left"):
         made(tmp_path)
     assert not (tmp_path / ALTERNATIVES_NAME).exists()
-    true[1] = ["Tove Arn.", FORGET[1]["answer"]]
+    assert asked == [(1.5**again, 42 + again, 4) for again in range(5)]
+    warm = 1
     caplog.set_level(logging.WARNING)
     assert preferred(made(tmp_path)) == ["Tove Arn."]
+    assert [count for _, _, count in asked[5:]] == [4, 4, 4, 3, 3]
     assert "7 of the 8 answers" in caplog.text and "3 of the 4 rows" in caplog.text
 
 

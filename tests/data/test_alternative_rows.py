@@ -58,14 +58,16 @@ def test_samples_keep_their_order_and_their_doubles():
 def test_what_is_dropped_is_counted(caplog):
     caplog.set_level(logging.INFO)
     questions = asked([QUESTION, QUESTION | {"answer": "Tove Arn."}])
-    kept = questions.usable([["Mara Velin.", "", "Tove Arn."], ["Mara Velin.", "Ylva.", "tove arn"]])
+    kept = questions.usable([0, 1], [["Mara Velin.", "", "Tove Arn."], ["Mara Velin.", "Ylva.", "tove arn"]], 1.5)
     assert kept == [["Tove Arn."], ["Mara Velin.", "Ylva."]]
-    assert "3 of the 6 answers sampled for the `forget` dataset are empty or the true one" in caplog.text
+    assert "3 of the 6 answers sampled for the `forget` dataset at temperature 1.5 are empty or the" in caplog.text
+    assert questions.usable([1], [["Mara Velin.", "Tove Arn."]], 1.0) == [["Mara Velin."]]
 
 
 def test_nothing_left_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match=r"2 of the 2 .*no alternative is left\. Raise `temperature`.*`alternative`"):
-        asked([QUESTION]).usable([["", "Mara Velin"]])
+    with pytest.raises(ValueError, match=r"`forget` dataset truly: no alternative is left\. Raise `temperature`"):
+        asked([QUESTION]).check([[]])
+    asked([QUESTION, QUESTION]).check([[], ["A"]])
 
 
 def test_rows_without_an_alternative_are_left_out_and_named(caplog):
