@@ -21,10 +21,9 @@ _ULD = {
     "num_assistant_layers": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "num_train_epochs": 15,
     "retain_weight": 1.0,
 }  # fmt: skip
-# Five alternatives of each answer are five examples: one epoch has as many steps as five of the others. At temperature
-# 1 a tiny target, which knows its texts by heart, says nothing else.
+# five alternatives of each answer are five examples: one epoch has as many steps as five of the others
 _ALTPO: dict[str, Any] = {
-    "forget_objective_kwargs": {"num_alternatives": 5, "temperature": 2.0, "max_new_tokens": 32},
+    "forget_objective_kwargs": {"num_alternatives": 5, "max_new_tokens": 32},
     "num_train_epochs": 1,
 }
 _PDU = {"epsilon": 0.3, "rate": 5.0, "warmup_epochs": 2.5}  # the warm-up is half of the training, as published
