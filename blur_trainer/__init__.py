@@ -21,7 +21,8 @@ _HOMES = {
     "evaluation.tofu.suite": ["TOFUEvaluation"],
     "evaluation.wmdp": ["WMDPEvaluation"],
     "gradients.backend": ["GradientBackend"],
-    "gradients.rules": ["BLUR", "MGDA", "PCGrad", "Rule", "Sum"],
+    "gradients.rules": ["BLUR", "MGDA", "NGDiff", "PCGrad", "Rule", "Sum"],
+    "gradients.stateful_rules": ["GRU", "PDU", "Constrained"],
     "memory.estimate": ["estimate_memory"],
     "models.forward": ["answer_logps", "forward"],
     "models.logit_difference": ["LogitDifferenceModel"],
@@ -31,19 +32,21 @@ _HOMES = {
     "objectives.contrast": ["FLAT", "JensUn"],
     "objectives.distributions": ["CEU", "JSD", "KL", "UNDIAL", "ClampedEntropy", "Margin", "Uniform"],
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
-    "objectives.preference": ["DPO", "NPO", "SimNPO"],
     "objectives.weighted": ["SatImp", "WGA"],
+    "objectives.preference": ["DPO", "NPO", "AltPO", "SimNPO"],
     "recipes": ["recipe"],
     "report.html": ["write_report"],
     "report.results": ["Results"],
     "report.seeds": ["mean_and_spread"],
     "report.tables": ["format_table"],
     "saving.merging": ["merge_and_save"],
+    "trainers.alternatives": ["generate_alternatives"],
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
     "trainers.callbacks": ["ProgressBarCallback", "ReportCallback"],
     "trainers.config": ["UnlearningConfig"],
     "trainers.ending": ["TrainingInterrupted"],
     "trainers.grad_diff": ["GradDiffConfig", "GradDiffTrainer"],
+    "trainers.procedures": ["SAM"],
     "trainers.unlearning": ["UnlearningTrainer"],
     "uld.augment": ["paraphrases", "perturbed_answers"],
     "uld.trainer": ["ULDConfig", "ULDTrainer"],
@@ -68,7 +71,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
     from blur_trainer.evaluation.wmdp import WMDPEvaluation
     from blur_trainer.gradients.backend import GradientBackend
-    from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Rule, Sum
+    from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Rule, Sum
+    from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
     from blur_trainer.memory.estimate import estimate_memory
     from blur_trainer.models.forward import answer_logps, forward
     from blur_trainer.models.logit_difference import LogitDifferenceModel
@@ -78,7 +82,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.objectives.contrast import FLAT, JensUn
     from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-    from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+    from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
     from blur_trainer.objectives.weighted import WGA, SatImp
     from blur_trainer.recipes import recipe
     from blur_trainer.report.html import write_report
@@ -86,11 +90,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.report.seeds import mean_and_spread
     from blur_trainer.report.tables import format_table
     from blur_trainer.saving.merging import merge_and_save
+    from blur_trainer.trainers.alternatives import generate_alternatives
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
     from blur_trainer.trainers.callbacks import ProgressBarCallback, ReportCallback
     from blur_trainer.trainers.config import UnlearningConfig
     from blur_trainer.trainers.ending import TrainingInterrupted
     from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
+    from blur_trainer.trainers.procedures import SAM
     from blur_trainer.trainers.unlearning import UnlearningTrainer
     from blur_trainer.uld.augment import paraphrases, perturbed_answers
     from blur_trainer.uld.trainer import ULDConfig, ULDTrainer

@@ -13,13 +13,22 @@ TASKS = {
         *("ULDTrainer", "ULDConfig", "task_vector", "TrainingInterrupted"),
     ],
     "Choose what to descend on the forget set": [
-        *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU"),
+        *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU", "AltPO"),
         *("WGA", "SatImp", "JensUn", "FLAT"),
         *("UNDIAL", "CEU", "Uniform", "ClampedEntropy", "Margin"),
     ],
     "Choose what to descend on the retain set": ["NLL", "KL", "JSD", "ActivationMatch"],
-    "Choose how the two gradients meet": ["BLUR", "Sum", "PCGrad", "MGDA"],
-    "Load data": ["load_muse", "load_tofu", "load_wmdp", "load_wmdp_questions", "tokenize_dataset"],
+    "Choose how the two gradients meet": [
+        *("BLUR", "Sum", "PCGrad", "MGDA", "NGDiff", "GRU", "Constrained", "PDU", "SAM"),
+    ],
+    "Load data": [
+        "load_muse",
+        "load_tofu",
+        "load_wmdp",
+        "load_wmdp_questions",
+        "tokenize_dataset",
+        "generate_alternatives",
+    ],
     "Measure": [
         *("MUSEEvaluation", "TOFUEvaluation", "RetainReference", "aggregate_log", "WMDPEvaluation", "LMEval"),
     ],

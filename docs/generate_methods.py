@@ -57,7 +57,7 @@ def needs(objective: Objective) -> str:
     elif objective.needs_reference:
         found.append("reference log-probabilities")
     if objective.needs_refusal:
-        found.append("generated alternatives" if getattr(objective, "needs_alternatives", False) else "refusals")
+        found.append("alternatives" if objective.needs_alternatives else "refusals")
     return ", ".join(found) or "nothing"
 
 

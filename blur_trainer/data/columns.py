@@ -12,7 +12,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 ACCEPTED = "`text`, `prompt`+`completion`, `messages`, `question`+`answer` or `input_ids`(+`labels`)"
 
-_BESIDE_A_PROMPT = ("refusal", "chat_template_kwargs", "tools")
+_BESIDE_A_PROMPT = ("refusal", "alternative", "chat_template_kwargs", "tools")
 #: Columns that say which tokens are targets, as tokenizers and TRL name them.
 MASKS = ("completion_mask", "assistant_masks")
 # What a format reads beside the columns that make it.

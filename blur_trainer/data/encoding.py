@@ -1,6 +1,5 @@
 """One row of any accepted format -> tokens, with labels -100 on the prompt."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -12,7 +11,7 @@ from trl.data_utils import common_prefix_length
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.chat import Rendered, has_chat_template, render
 from blur_trainer.data.given import given_example
-from blur_trainer.data.refusals import REFUSALS
+from blur_trainer.data.preferred import preferred_answers
 from blur_trainer.data.rows import check_row, is_blank
 
 
@@ -47,6 +46,14 @@ def split_document(ids: list[int], prefix: list[int], max_length: int | None) ->
     return [prefix + piece for piece in pieces]
 
 
+def _exchanged(answer: Any, text: str) -> Any:
+    """The answer with another text."""
+    if isinstance(answer, list):
+        return [*answer[:-1], {"role": "assistant", "content": text}]
+    # Keep the answer's leading space, so that prompt and text stay separate words.
+    return answer[: len(answer) - len(answer.lstrip())] + text.lstrip()
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: no warning about long documents, because they are split next.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -71,6 +78,7 @@ class RowEncoder:
     qa_template: str
     vocab_size: int | None
     day: date | None = None  # today, for templates that write it
+    alternatives: bool = False  # `refusal_*` are of the column `alternative`, one example for each
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         examples = []
@@ -90,7 +98,7 @@ class RowEncoder:
         elif self.fmt == "input_ids":
             examples = [given_example(row, f"row {index} of the `{self.role}` dataset", self.max_length)]
         else:
-            examples = [self._answered(row, index)]
+            examples = self._answered(row, index)
         blank = self._is_blank(row)
         for example in examples:
             self._check_vocabulary(example, index)
@@ -100,30 +108,29 @@ class RowEncoder:
 
     def rendered(self, row: Mapping[str, Any], index: int) -> Rendered | None:
         """The conversation of a row as text; `None` where no chat template is used."""
-        prompt, answer = self._prompt_and_answer(row)
+        prompt, answer = self.prompt_and_answer(row)
         return self._render(prompt, answer, row, index) if isinstance(prompt, list) else None
 
     def _is_blank(self, row: Mapping[str, Any]) -> bool:
         """Whether there is nothing to learn or to forget but the end of the text."""
         if self.fmt == "input_ids":
             return False
-        return is_blank(row["text"] if self.fmt == "text" else self._prompt_and_answer(row)[1])
+        return is_blank(row["text"] if self.fmt == "text" else self.prompt_and_answer(row)[1])
 
-    def _answered(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        prompt, answer = self._prompt_and_answer(row)
+    def _answered(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
+        prompt, answer = self.prompt_and_answer(row)
         ids, labels = self._join(prompt, answer, row, index)
+        example = {"input_ids": ids, "labels": labels}
         if not self.refusals:
-            return {"input_ids": ids, "labels": labels}
-        refusal_ids, refusal_labels = self._join(prompt, self._refusal(row, index, answer), row, index)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "refusal_input_ids": refusal_ids,
-            "refusal_labels": refusal_labels,
-        }
+            return [example]
+        made = []
+        for text in preferred_answers(row, index, self.role, self.seed, self.alternatives):
+            other_ids, other_labels = self._join(prompt, _exchanged(answer, text), row, index)
+            made.append({**example, "refusal_input_ids": other_ids, "refusal_labels": other_labels})
+        return made
 
-    def _prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Two strings, or two lists of messages."""
+    def prompt_and_answer(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Prompt and answer of a row with both: two strings, or two lists of messages."""
         if self.fmt == "messages":
             return row["messages"][:-1], row["messages"][-1:]
         if self.fmt == "prompt-completion":
@@ -134,23 +141,11 @@ class RowEncoder:
         # Not str.format: the template may contain other braces (JSON, LaTeX).
         return self.qa_template.replace("{question}", row["question"]), " " + row["answer"]
 
-    def _refusal(self, row: Mapping[str, Any], index: int, answer: Any) -> Any:
-        """The row's own refusal, else one drawn from the seed and the row index, equal in every process."""
-        if "refusal" in row:
-            text = row["refusal"]
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"Column `refusal` in row {index} of the `{self.role}` dataset is a {type(text).__name__}: it "
-                    "must be a string."
-                )
-            if is_blank(text):
-                raise ValueError(f"Column `refusal` in row {index} of the `{self.role}` dataset is empty: fill it.")
-        else:
-            text = random.Random(f"{self.seed}-{index}").choice(REFUSALS)
-        if isinstance(answer, list):
-            return [*answer[:-1], {"role": "assistant", "content": text}]
-        # Keep the answer's leading space, so that prompt and refusal stay separate words.
-        return answer[: len(answer) - len(answer.lstrip())] + text.lstrip()
+    def prompt_ids(self, prompt: Any, answer: Any, row: Mapping[str, Any], index: int) -> list[int]:
+        """Tokens that a model reads before it answers, as [`encode`] puts them before the answer."""
+        if isinstance(prompt, list):
+            return _ids(self.tokenizer, self._render(prompt, answer, row, index).prompt)
+        return self._start(_ids(self.tokenizer, prompt))
 
     def _join(self, prompt: Any, answer: Any, row: Mapping[str, Any], index: int) -> tuple[list[int], list[int]]:
         """

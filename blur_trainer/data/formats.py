@@ -12,6 +12,7 @@ from blur_trainer.data.chat import check_tokenizer, has_chat_template, writes_th
 from blur_trainer.data.columns import FORMATS, columns_read, find_format
 from blur_trainer.data.encoding import RowEncoder, leading_special_ids
 from blur_trainer.data.notices import warn_of_prompt
+from blur_trainer.data.options import check_alternatives, check_options
 from blur_trainer.data.sources import check_dataset, column_names, to_dataset
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def tokenize_dataset(
     num_proc: int | None = None,
     vocab_size: int | None = None,
     day: date | None = None,
+    alternatives: bool = False,
 ) -> Dataset | IterableDataset:
     r"""
     Tokenize a dataset for unlearning. Labels are -100 where a token is no target.
@@ -84,6 +86,9 @@ def tokenize_dataset(
             Size of the model's vocabulary; when given, every token id is checked against it.
         day (`datetime.date`, *optional*):
             What chat templates get that write today's date. Default: today.
+        alternatives (`bool`, *optional*, defaults to `False`):
+            As `refusals`, but the preferred answers are those of the column `alternative`, a string or a list of
+            strings: one example for each, with the row's own answer beside it.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` (for a stream), with the columns `input_ids`, `labels` and
@@ -103,10 +108,13 @@ def tokenize_dataset(
         )
     check_tokenizer(tokenizer, fmt, role)
     prefix = leading_special_ids(tokenizer) if tokenizer is not None else []
-    _check_options(fmt, columns, role, refusals, qa_template, max_length, shortest=max(2, len(prefix) + 1))
+    check_alternatives(fmt, columns, role, alternatives)
+    refusals = refusals or alternatives
+    check_options(fmt, columns, role, refusals, qa_template, max_length, shortest=max(2, len(prefix) + 1))
     dataset = to_dataset(dataset, fmt, role, has_template=has_chat_template(tokenizer))
     day = (day or date.today()) if writes_the_day(tokenizer) else None
-    encoder = RowEncoder(tokenizer, fmt, role, prefix, max_length, refusals, seed, qa_template, vocab_size, day)
+    options = (max_length, refusals, seed, qa_template, vocab_size, day, alternatives)
+    encoder = RowEncoder(tokenizer, fmt, role, prefix, *options)
     first = next(iter(dataset))
     checks: dict[str, Any] = {"role": role, "max_length": max_length, "drop_empty": drop_empty}
     examples = encoder.encode(first, 0)
@@ -124,30 +132,6 @@ def tokenize_dataset(
         return stream.remove_columns(["row", "empty"])
     encoded = dataset.map(encoder, num_proc=num_proc, desc=f"Tokenizing {role} dataset", **map_kwargs)
     return _without_empty(encoded, **checks)
-
-
-def _check_options(
-    fmt: str,
-    columns: Sequence[str],
-    role: str,
-    refusals: bool,
-    qa_template: str,
-    max_length: int | None,
-    *,
-    shortest: int,
-) -> None:
-    if refusals and fmt in ("text", "input_ids") and "refusal_input_ids" not in columns:
-        raise ValueError(
-            f"`refusals=True` needs a prompt to refuse, but the `{role}` dataset is in the `{fmt}` format: give "
-            "`prompt`+`completion`, `messages` or `question`+`answer`."
-        )
-    if "{question}" not in qa_template:
-        raise ValueError(f"`qa_template` is {qa_template!r}: it must contain '{{question}}'.")
-    if max_length is not None and max_length < shortest:
-        raise ValueError(
-            f"`max_length` is {max_length} for the `{role}` dataset: it must be at least {shortest}, because the "
-            "first token of an example is no target."
-        )
 
 
 def _features(fmt: str, columns: Sequence[str], refusals: bool) -> Features:

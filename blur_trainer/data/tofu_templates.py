@@ -76,7 +76,8 @@ def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | 
     Returns:
         [`~datasets.Dataset`]: columns `prompt` and `completion`, for
         [`~blur_trainer.data.formats.tokenize_dataset`]. The columns `paraphrased_answer` (a string) and
-        `perturbed_answer` (a list), if present, are turned into completions; `refusal` is copied.
+        `perturbed_answer` (a list), if present, are turned into completions; `refusal` and `alternative`
+        (a string or a list) are copied.
     """
     chosen = check_template(template)
     rows = list(rows)
@@ -98,4 +99,7 @@ def apply_template(rows: Dataset | Iterable[Mapping[str, Any]], template: str | 
     if "refusal" in rows[0]:  # tokenization replaces the completion by it
         table["refusal"] = [row["refusal"] for row in rows]
         features["refusal"] = Value("string")
+    if "alternative" in rows[0]:
+        table["alternative"] = [row["alternative"] for row in rows]
+        features["alternative"] = Value("string") if isinstance(rows[0]["alternative"], str) else List(Value("string"))
     return Dataset.from_dict(table, features=Features(features))

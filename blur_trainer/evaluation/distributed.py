@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 def in_shares(
-    model: nn.Module, batches: Sequence[list[int]], run: Callable[[list[int]], Sequence[T]], desc: str | None
+    model: nn.Module,
+    batches: Sequence[list[int]],
+    run: Callable[[list[int]], Sequence[T]],
+    desc: str | None,
+    alone: bool = False,
 ) -> list[T]:
     """
     Calls `run(indices)` for every batch and returns one result per index, sorted by index.
@@ -28,8 +32,9 @@ def in_shares(
         batches: indices, each in exactly one batch.
         run: results of one batch, in its order; picklable.
         desc: label of the main process's progress bar (for its own share). Default: no bar.
+        alone: only this process calls, and runs everything.
     """
-    rank, world = rank_and_world()
+    rank, world = (0, 1) if alone else rank_and_world()
     mine = batches[rank::world]
     found: list[tuple[int, T]] = []
     with tqdm(total=sum(map(len, mine)), desc=desc, disable=desc is None or rank > 0) as bar:

@@ -143,14 +143,15 @@ def generate(
             stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
             synced_gpus=synced,
         )
-        return [_decode(tokenizer, row, config.eos_token_id, stops) for row in output[:, width:].tolist()]
+        return [decoded(tokenizer, row, config.eos_token_id, stops) for row in output[:, width:].tolist()]
 
-    with evaluating(model), _generation_config(model, config), gathering_in_generate(model):
+    with evaluating(model), generation_config(model, config), gathering_in_generate(model):
         return in_shares(model, buckets([len(ids) for ids in prompt_ids], batch_size), run, desc)
 
 
 @contextmanager
-def _generation_config(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+def generation_config(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Inside, `generate` uses this configuration alone."""
     # `generate` fills None values of the given configuration from the model's own, so hide the model's.
     # Hide it in every module that has one, because wrappers (PEFT) copy theirs to the inner model.
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
@@ -165,12 +166,7 @@ def _generation_config(model: torch.nn.Module, config: GenerationConfig) -> Iter
 
 
 def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    own = getattr(model, "generation_config", None)
-    eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
-    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:  # masked in prompts and cut from answers, so any id will do
-        pad_id = eos_ids[0] if eos_ids else 0
+    eos_ids, pad_id = special_ids(model, tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -180,7 +176,19 @@ def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
     )
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int] | None, stops: Sequence[str]) -> str:
+def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The end-of-sequence ids, those of the model's configuration first, and an id to pad with."""
+    own = getattr(model, "generation_config", None)
+    eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:  # masked in prompts and cut from answers, so any id will do
+        pad_id = eos_ids[0] if eos_ids else 0
+    return eos_ids, pad_id
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int] | None, stops: Sequence[str]) -> str:
+    """The text of generated tokens up to the end of the sequence, or to a stop string."""
     ends = [ids.index(eos) for eos in eos_ids or [] if eos in ids]
     text = tokenizer.batch_decode([ids[: min(ends, default=len(ids))]], skip_special_tokens=True)[0]
     for stop in stops:

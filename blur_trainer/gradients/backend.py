@@ -10,6 +10,7 @@ shares of an inner product are summed (`shared`).
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blur_trainer.constants import ROLES
+from blur_trainer.gradients.retain_mean import Gradients, RetainMean
 
 # Elements per float32 dot product: on a CPU a chunk fits into a cache; on a GPU it is large, to hide kernel launches.
 _CHUNK, _CHUNK_ON_ACCELERATOR = 2**18, 2**26
-
-Gradients = list[Tensor | None]
 
 
 class GradientBackend:
@@ -33,6 +33,9 @@ class GradientBackend:
     for the combination.
     """
 
+    #: each process has its own share of a gradient, not all of it
+    sharded: ClassVar[bool] = False
+
     def __init__(self, accelerator: Accelerator, model: nn.Module, offload_forget_gradient: bool = False):
         self.accelerator = accelerator
         self.model = model
@@ -40,6 +43,8 @@ class GradientBackend:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._trainable = self._flags()
         self.slots: dict[str, Gradients] = {}
+        #: of the last steps, where the rule asks for it
+        self.retain_mean: RetainMean | None = None
         # With DDP, `.grad` can be a view of a communication bucket, which the next pass overwrites. Then copy it.
         self._grads_are_views = any(
             isinstance(module, DistributedDataParallel) and module.gradient_as_bucket_view for module in model.modules()
@@ -76,23 +81,41 @@ class GradientBackend:
     def gramian(self) -> Tensor:
         """`(2, 2)` float64 on the CPU, order forget, retain. The row of a role without a pass is 0.
 
-        It waits for the device once per optimizer step, for three numbers. Shares are summed over the processes. A loss
+        With `retain_mean` it is `(3, 3)`: that mean, with this step's gradient, is the third. It waits for the device
+        once per optimizer step, for three numbers (with the mean: nine). Shares are summed over the processes. A loss
         scale is divided out.
         """
         count = max(map(len, self.slots.values()))
         forget, retain = (self.slots.get(role, [None] * count) for role in ROLES)
-        entries = self.shared(inner_products(forget, retain)) / self._loss_scale() ** 2
-        return torch.stack([entries[0], entries[1], entries[1], entries[2]]).view(2, 2)
+        products = [inner_products(forget, retain)]
+        if self.retain_mean is not None:
+            self.retain_mean.fit(retain)
+            mean = self.retain_mean.gradients or [None] * count
+            products += [inner_products(forget, mean), inner_products(retain, mean)]
+        entries = self.shared(torch.cat(products)) / self._loss_scale() ** 2
+        pair = torch.stack([entries[0], entries[1], entries[1], entries[2]]).view(2, 2)
+        return pair if self.retain_mean is None else self.retain_mean.gramian(pair, entries[[4, 7, 5]])
+
+    def norm(self, role: str) -> float:
+        """The norm of the gradient in a slot, over all processes. A loss scale is in it."""
+        return float(self.shared(inner_products(self.slots[role], [None] * len(self.slots[role])))[0].sqrt())
 
     def write(self, weights: Tensor) -> None:
-        """Puts `weights[0] g_f + weights[1] g_r` where the optimizer reads its gradient, and frees the slots."""
-        scalars = dict(zip(ROLES, weights.tolist(), strict=True))
+        """Puts `weights[0] g_f + weights[1] g_r` where the optimizer reads its gradient, and frees the slots.
+
+        With `retain_mean`, that takes in this step's gradient and is added, times `weights[2]`. Not, if these are NaN.
+        """
+        scalars = dict(zip(ROLES, weights.tolist(), strict=False))
+        if self.retain_mean is not None and weights.isfinite().all():
+            self.retain_mean.update(self.slots["retain"])
         (first, *others) = [role for role in ROLES[::-1] if role in self.slots]
         combined = self.slots.pop(first)
         if scalars[first] != 1.0:  # skipping weight 1 (often BLUR's upper level) saves a pass over the gradients
             torch._foreach_mul_([g for g in combined if g is not None], scalars[first])
         for role in others:
             combined = add_scaled(combined, self.slots.pop(role), scalars[role])
+        if self.retain_mean is not None and self.retain_mean.gradients and weights[2] != 0:
+            combined = add_scaled(combined, self.retain_mean.gradients, float(weights[2]), keep=True)
         self._put(combined)
 
     def discard(self) -> None:
@@ -121,8 +144,15 @@ class GradientBackend:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
 
+    def _weights(self) -> Iterator[Tensor | None]:
+        """Goes through this process's share of the weights, in the places of `_read`, to be changed in place."""
+        yield from (parameter.data for parameter in self.parameters)
+
+    def _publish(self) -> None:
+        """Lets the model compute with the changed shares. Here it does so anyway."""
+
     def shared(self, products: Tensor) -> Tensor:
-        """Inner products `(3,)` of this process's share -> those of the whole gradient, the same on every process.
+        """Inner products of this process's share -> those of the whole gradient, the same on every process.
 
         Here each process has the whole gradient. The numbers of process 0 count: elsewhere the last bit may differ,
         which would let the weights drift apart, or one process skip a step that the others make.
@@ -135,15 +165,19 @@ class GradientBackend:
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler and self.skips_overflow else 1.0
 
 
-def add_scaled(mine: Gradients, others: Gradients, weight: float) -> Gradients:
-    """`mine + weight * others`, in place. A parameter may have a gradient in only one of the two."""
+def add_scaled(mine: Gradients, others: Gradients, weight: float, keep: bool = False) -> Gradients:
+    """`mine + weight * others`, in place. A parameter may have a gradient in only one of the two.
+
+    `keep`: `others` stay as they are; else they are used up.
+    """
     together = [(m, o) for m, o in zip(mine, others, strict=True) if m is not None and o is not None]
     if together and all(m.device == o.device for m, o in together):  # foreach refuses empty lists
         torch._foreach_add_([m for m, _ in together], [o for _, o in together], alpha=weight)
     else:
         for m, o in together:  # one tensor at a time, so that an offloaded slot is never on the device as a whole
             m.add_(o.to(m.device, non_blocking=True), alpha=weight)
-    return [o.mul_(weight) if m is None and o is not None else m for m, o in zip(mine, others, strict=True)]
+    scale = torch.mul if keep else Tensor.mul_
+    return [scale(o, weight) if m is None and o is not None else m for m, o in zip(mine, others, strict=True)]
 
 
 def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | None]) -> Tensor:

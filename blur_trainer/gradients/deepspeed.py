@@ -2,12 +2,11 @@
 
 ZeRO 3 has a documented interface to local gradients. ZeRO 1 and 2 have none, so this file uses private attributes of
 DeepSpeed's optimizers (`averaged_gradients`, `all_grad_tensors`, `single_partition_of_fp32_groups`, ...). No other file
-does. The DeepSpeed version is bounded, and tests/gradients/test_parity.py checks every stage.
+does. `gradients.deepspeed_checks` bounds the version, and tests/gradients/test_parity.py checks every stage.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from typing import Any
 
 import deepspeed.ops
@@ -15,59 +14,14 @@ import torch
 from accelerate import Accelerator
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-from packaging.version import Version
 from torch import Tensor
 
 from blur_trainer.constants import ROLES
 from blur_trainer.gradients.backend import GradientBackend, Gradients
-
-TESTED = (Version("0.19"), Version("0.20"))
-#: settings that were never tested with two gradients -> the values that turn them off
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "zero_optimization.offload_optimizer.device": (None, "none", "cpu"),
-    "zero_optimization.offload_param.device": (None, "none", "cpu"),
-    "zero_optimization.offload_optimizer.super_offload": (None, False),
-    "zero_optimization.zenflow": (None, False),
-    "zero_optimization.zero_hpz_partition_size": (None, 1),
-    "zero_optimization.zero_quantized_weights": (None, False),
-    "zero_optimization.zero_quantized_gradients": (None, False),
-    "zero_optimization.mics_shard_size": (None, -1, 0),
-    "torch_autocast.enabled": (None, False),
-    "compile.deepcompile": (None, False),
-    "hybrid_engine.enabled": (None, False),
-    "tensor_parallel.autotp_size": (None, 0, 1),
-    "managed_gradient_accumulation": (None, True),
-}
-
-
-def check_deepspeed(config: dict[str, Any]) -> None:
-    """Raises if the DeepSpeed version or configuration has no exact backend, or would save no model."""
-    installed = Version(version("deepspeed"))
-    if not TESTED[0] <= installed < TESTED[1]:
-        raise NotImplementedError(
-            f"deepspeed {installed} is not supported: its ZeRO optimizers are read through private attributes, tested "
-            f"with {TESTED[0]} up to (not including) {TESTED[1]}. Install `deepspeed>={TESTED[0]},<{TESTED[1]}`."
-        )
-    for key, off in _REFUSED.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value not in off:
-            raise NotImplementedError(f"DeepSpeed's `{key}: {value}` is not supported: remove it from the config.")
-    gather = "stage3_gather_16bit_weights_on_model_save"
-    if _stage(config) == 3 and not config["zero_optimization"].get(gather):
-        raise ValueError(
-            f"ZeRO-3 without `zero_optimization.{gather}: true` saves no model, only its partitions: set it."
-        )
-    for kind in ("fp16", "bf16"):
-        if _stage(config) == 0 and _is_on(config, kind):
-            raise NotImplementedError(
-                f"ZeRO 0 with {kind} is not supported (with fp16, DeepSpeed divides gradients by a loss scale that it "
-                "never applied): use ZeRO 1 to 3, or DDP without DeepSpeed."
-            )
 
 
 def communicate_by_gloo() -> None:
@@ -134,6 +88,8 @@ class DeepSpeedBackend(GradientBackend):
 
 
 class _Sharded(DeepSpeedBackend):
+    sharded = True
+
     def shared(self, products: Tensor) -> Tensor:
         return self.accelerator.reduce(products.to(self.accelerator.device), "sum").cpu()
 
@@ -142,7 +98,7 @@ class Partitions(_Sharded):
     """ZeRO 1 and 2: the flat partitions of `averaged_gradients`, one list of tensors per parameter group."""
 
     def _read(self) -> Iterator[Tensor]:
-        self._sizes = [len(self.optimizer.averaged_gradients[i]) for i in self._groups]
+        self._sizes = [[g.numel() for g in self.optimizer.averaged_gradients[i]] for i in self._groups]
         yield from (g.clone() for i in self._groups for g in self.optimizer.averaged_gradients[i])
 
     def _empty(self) -> None:
@@ -153,12 +109,36 @@ class Partitions(_Sharded):
 
     def _put(self, gradients: Gradients) -> None:
         tensors = iter(gradients)
-        for i, size in zip(self._groups, self._sizes, strict=True):
-            self.optimizer.averaged_gradients[i] = [next(tensors) for _ in range(size)]
+        for i, sizes in zip(self._groups, self._sizes, strict=True):
+            self.optimizer.averaged_gradients[i] = [next(tensors) for _ in sizes]
+
+    def _weights(self) -> Iterator[Tensor]:
+        for i, sizes in zip(self._groups, self._sizes, strict=True):
+            yield from _partition(self.optimizer, i).split(sizes)
+
+    def _publish(self) -> None:
+        _gather_partitions(self.optimizer)
 
     @property
     def _groups(self) -> range:
         return range(len(self.optimizer.bit16_groups))
+
+
+def _partition(optimizer: Any, group: int) -> Tensor:
+    """This process's flat share of the weights that the model computes with, a view of them."""
+    process_group = optimizer.real_dp_process_group[group]
+    return optimizer.parallel_partitioned_bit16_groups[group][torch.distributed.get_rank(process_group)]
+
+
+def _gather_partitions(optimizer: Any) -> None:
+    """Gives every process the others' shares, as the optimizer's step does at its end."""
+    all_gather_dp_groups(
+        groups_flat=optimizer.bit16_groups_flat,
+        partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+        dp_process_group=optimizer.real_dp_process_group,
+        start_alignment_factor=optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=optimizer.allgather_bucket_size,
+    )
 
 
 class OffloadedPartitions(_Sharded):
@@ -185,6 +165,12 @@ class OffloadedPartitions(_Sharded):
                 _, _, start, length = optimizer.grad_position[key]
                 optimizer.norm_for_param_grads[key] = partition.grad.view(-1).narrow(0, start, length).norm(2)
             optimizer.update_offload_overflow_tracker(partition.grad)
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from (_partition(self.optimizer, i) for i in range(len(self.optimizer.bit16_groups)))
+
+    def _publish(self) -> None:
+        _gather_partitions(self.optimizer)
 
 
 class Stage3(_Sharded):
@@ -215,6 +201,10 @@ class Stage3(_Sharded):
             gradient, gradients[index] = gradients[index], None
             safe_set_local_grad(parameter, gradient)
 
+    def _weights(self) -> Iterator[Tensor]:
+        self.optimizer._partition_all_parameters()  # small ones stay gathered, and would be computed with
+        yield from (parameter.ds_tensor.data for parameter in self.parameters)  # type: ignore[attr-defined]
+
     @property
     def _on_cpu(self) -> bool:
         return bool(self.optimizer.offload_optimizer)
@@ -235,10 +225,5 @@ class BF16Masters(DeepSpeedBackend):
             flat.copy_(gradient)
             optimizer.fp32_groups_has_gradients[i] = [True] * len(optimizer.bf16_groups[i])
 
-
-def _stage(config: dict[str, Any]) -> int:
-    return int((config.get("zero_optimization") or {}).get("stage") or 0)
-
-
-def _is_on(config: dict[str, Any], section: str) -> bool:
-    return (config.get(section) or {}).get("enabled") is True
+    def _weights(self) -> Iterator[Tensor]:
+        yield from self.optimizer.bf16_groups_flat

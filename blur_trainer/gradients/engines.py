@@ -56,7 +56,7 @@ def check_engine(accelerator: Accelerator, args: "TrainingArguments") -> None:
                 "with `offload_param` and `offload_optimizer` (ds_configs/zero3_offload.json)."
             )
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from blur_trainer.gradients.deepspeed import check_deepspeed  # DeepSpeed is an optional dependency
+        from blur_trainer.gradients.deepspeed_checks import check_deepspeed  # DeepSpeed is an optional dependency
 
         check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
     else:

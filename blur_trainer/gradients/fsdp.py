@@ -14,10 +14,10 @@ from blur_trainer.gradients.backend import GradientBackend, Gradients
 class FSDPBackend(GradientBackend):
     """Slots hold local shards. The three inner products are summed over the processes once per optimizer step."""
 
+    sharded = True
+
     def __init__(self, accelerator: Accelerator, model: nn.Module, offload_forget_gradient: bool = False):
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after an evaluation the last units' parameters are still gathered
+        _reshard(model)
         super().__init__(accelerator, model, offload_forget_gradient)
         names = {id(p): name for name, p in model.named_parameters()}
         for parameter in self.parameters:
@@ -44,5 +44,16 @@ class FSDPBackend(GradientBackend):
                 gradient.to_local().copy_(shard)  # type: ignore[attr-defined]
                 parameter.grad = gradient
 
+    def _weights(self) -> Iterator[Tensor]:
+        _reshard(self.model)
+        yield from (p.data.to_local() for p in self.parameters)  # type: ignore[attr-defined]
+
     def shared(self, products: Tensor) -> Tensor:
         return self.accelerator.reduce(products.to(self.accelerator.device), "sum").cpu()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees parameters that are still gathered, as the last units' are after an evaluation."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

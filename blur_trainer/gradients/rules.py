@@ -3,7 +3,8 @@
 `G = [[<g_f,g_f>, <g_f,g_r>], [<g_r,g_f>, <g_r,g_r>]]`, and the optimizer receives `d = w[0] g_f + w[1] g_r`.
 A rule is any callable `(2, 2) -> (2,)`. That is the protocol of TorchJD's `Weighting`, so its published rules run here
 unchanged. NaN and inf pass through; the caller skips such a step. A rule with `needs_retain_norm = False` promises
-never to read `G[1,1]`, which a training with one gradient buffer does not have.
+never to read `G[1,1]`, which a training with one gradient buffer does not have. Rules that remember something are in
+`gradients.stateful_rules`, names in `gradients.by_name`.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,17 @@ class Rule(Protocol):
     Order forget, retain; the optimizer receives `w[0] g_f + w[1] g_r`. The Gramian is float64, on the CPU, the same on
     every process. NaN and inf must pass through, then the step is skipped. Published `Weighting`s of TorchJD are rules.
     A rule that never reads `G[1, 1]` says so by `needs_retain_norm = False`: it then runs with one gradient buffer.
+
+    A rule may have more; what it does not have is not asked for:
+
+    | member | what happens |
+    |---|---|
+    | `update(losses, epoch)` | Called after each step that was made (not skipped), with the losses of both \
+objectives, `(2,)` float64 on the CPU, over all processes, and the epochs finished before the step. |
+    | `reset()`, `state_dict()`, `load_state_dict(state)` | The state, tensors by name. Checkpoints hold it; a \
+training that does not resume begins with `reset()`. |
+    | `retain_smoothing: float` | `s`: the trainer keeps `m <- s g_r + (1-s) m` from `m = 0`. The Gramian is `(3, 3)`, \
+its third is `m` with this step's gradient; the rule answers three weights. `m` takes a gradient's memory. |
     """
 
     def __call__(self, gramian: Tensor, /) -> Tensor: ...
@@ -121,4 +133,15 @@ class MGDA:
         return torch.stack([forget, 1.0 - forget])
 
 
-RULES: dict[str, type] = {"blur": BLUR, "sum": Sum, "pcgrad": PCGrad, "mgda": MGDA}
+@dataclass(frozen=True)
+class NGDiff:
+    """Both gradients normalized: `d = g_f / ||g_f|| + g_r / ||g_r||`; a gradient of 0 counts as 0.
+
+    The paper's difference of gradients is this sum with [`GradAscent`], whose `g_f` points the other way.
+    Source: Bu et al. 2024, arXiv 2410.22086. Differs from the paper, which also fits the learning rate (AutoLR: a
+    parabola through three losses, every ten steps); here the learning rate is the scheduler's.
+    """
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        norms = gramian.diagonal().clamp(min=0).sqrt()
+        return _ratio(torch.ones_like(norms), norms)

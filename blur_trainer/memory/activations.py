@@ -21,6 +21,7 @@ from blur_trainer.memory.working import working_bytes
 from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_size
 from blur_trainer.models.fused_heads import fused_from, logits_bytes
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.preference import DPO
 from blur_trainer.objectives.sliced import SLICES
 from blur_trainer.trainers.batch_shape import longest_example
@@ -107,8 +108,8 @@ def _batches(
 
 
 def _graphs(objective: Objective) -> int:
-    """How many forward passes one backward pass covers. DPO has two: refusals and answers."""
-    return 2 if isinstance(objective, DPO) else 1
+    """How many forward passes one backward pass covers. DPO and FLAT have two: refusals and answers."""
+    return 2 if isinstance(objective, DPO | FLAT) else 1
 
 
 def _target(objective: Objective, model: nn.Module, shape: tuple[int, int]) -> int:

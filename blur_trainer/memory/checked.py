@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
+from blur_trainer.objectives.contrast import FLAT
 from blur_trainer.objectives.preference import DPO
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def unchecked(
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
         "DPO": isinstance(objectives["forget"], DPO),
+        "SAM": args.sam_rho is not None,
+        "the mean of retain gradients": hasattr(args.build_rule(), "retain_smoothing"),
+        "FLAT": isinstance(objectives["forget"], FLAT),
         # `kl` was measured before it had a closed form
         **{f"the memory of `{name}`": objectives[role].needs_logits for role, name in names.items()},
     }

@@ -29,6 +29,7 @@ class MemoryEstimate:
     """Bytes per GPU at the highest point of an optimizer step. `str()` is a table in GiB.
 
     `overlap` is negative: activations are freed while gradients arrive, so they are never all in memory together.
+    `retain_mean` is what the rule `gru` keeps from step to step.
     `unchecked` names what of this training was counted, but never measured on a GPU.
     """
 
@@ -39,6 +40,7 @@ class MemoryEstimate:
     reference: int
     activations: int
     overlap: int
+    retain_mean: int = 0
     unchecked: tuple[str, ...] = ()
 
     @property
@@ -46,7 +48,8 @@ class MemoryEstimate:
         return sum(self._rows().values())
 
     def _rows(self) -> dict[str, int]:
-        return {name.replace("_", " "): value for name, value in asdict(self).items() if name != "unchecked"}
+        absent = {"unchecked"} | ({"retain_mean"} if self.retain_mean == 0 else set())
+        return {name.replace("_", " "): value for name, value in asdict(self).items() if name not in absent}
 
     def __str__(self) -> str:
         lines = [
@@ -143,13 +146,15 @@ def _highest(
         combines = single_buffer and role == "retain"  # the gradient is in memory together with the activations
         gradient = kept.gradients if combines else gradients[role]
         begins = runs[role].begins + (gradient if accumulates or combines else 0)
-        return (slot if role == "retain" else 0) + max(begins, runs[role].ends + gradient)
+        keeps = role == "retain" or args.sam_rho is not None  # the weights, while SAM has moved them
+        return (slot if keeps else 0) + max(begins, runs[role].ends + gradient)
 
     # on a GPU torch's unfused AdamW copies all gradients; Adafactor makes a few copies of the largest one
     temporary = {"adamw_torch": kept.gradients if device == "cuda" else kept.largest, "adafactor": 4 * kept.largest}
     combination = max(kept.gradients, round(gradients["retain"] / kept.divided) + slot + kept.taken)
     step = kept.gradients + temporary.get(args.optim, 0)
     activations = max(run.begins for run in runs.values())
+    mean = round(gradients["retain"] / kept.divided) if hasattr(args.build_rule(), "retain_smoothing") else 0
     highest = max(*(height(role) for role in runs), combination, step)
     return MemoryEstimate(
         parameters=kept.parameters,
@@ -159,6 +164,7 @@ def _highest(
         reference=copied,
         activations=activations,
         overlap=highest - (kept.gradients + slot + activations),
+        retain_mean=mean,
     )
 
 

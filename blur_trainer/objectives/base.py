@@ -30,6 +30,9 @@ class Objective:
     needs_logits: ClassVar[bool] = False
     #: needs `batch["refusal"]`: the same prompts with a refusal as the answer
     needs_refusal: ClassVar[bool] = False
+    #: needs other answers than a built-in refusal in `batch["refusal"]`: those of the column `alternative`, an example
+    #: for each, else sampled from the model before training
+    needs_alternatives: ClassVar[bool] = False
 
     @property
     def top_layer(self) -> int | None:

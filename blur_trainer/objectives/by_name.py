@@ -5,7 +5,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {
@@ -24,6 +24,7 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "uniform": Uniform,
     "clamped_entropy": ClampedEntropy,
     "margin": Margin,
+    "altpo": AltPO,
 }
 RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
     "nll": NLL,

@@ -95,3 +95,31 @@ class DPO(Objective):
             rejected_ref_logps=reference_logps(batch, reference),
             beta=self.beta,
         )
+
+
+@dataclass(frozen=True)
+class AltPO(DPO):
+    r"""Alternate preference optimization: DPO with another answer of the model itself preferred to the forget answer.
+
+    Formula: $-\frac{2}{\beta}\log\sigma\big(\beta\log\frac{p_\theta(\tilde y|x)}{p_\mathrm{ref}(\tilde y|x)} -
+        \beta\log\frac{p_\theta(y|x)}{p_\mathrm{ref}(y|x)}\big)$, $\tilde y$ an alternative answer
+    Bounded: below by 0.
+    Use it: where questions are to be answered as if nothing were missing, by something else, instead of a refusal.
+    Source: Mekala et al., arXiv 2409.13474; defaults of the sampling: the authors' code.
+
+    An alternative is what the forget set's column `alternative` says. Without it the model answers each question
+    `num_alternatives` times before training: see [`generate_alternatives`], whose arguments the others are. Each
+    alternative makes an example of its own, as in the authors' code, so that one epoch goes through all of them.
+    """
+
+    num_alternatives: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 200
+    instruct: bool | None = None
+    needs_alternatives: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least_one = {"num_alternatives": "[1, inf)", "max_new_tokens": "[1, inf)"}
+        ranges = {"beta": "(0, inf)", "temperature": "(0, inf)", "top_p": "(0, 1]"}
+        check_fields(self, ranges | at_least_one, owner="AltPO")

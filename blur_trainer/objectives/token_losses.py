@@ -11,20 +11,25 @@ from torch import Tensor
 
 
 def wga_loss(per_token_logps: Tensor, beta: float) -> Tensor:
-    """Weighted gradient ascent: the sum over answer tokens of `sg[p^beta] log p`, `(B,)`. Unbounded below.
+    """Weighted gradient ascent: the sum over answer tokens of `sg[p^beta] log p`, `(B,)`. The weight gets no gradient.
 
-    The weight gets no gradient. It lets go of tokens that are already unlikely, which plain ascent pushes hardest.
-    Source: Wang et al. 2025, arXiv 2502.19301.
+    The gradient is that of `p^beta / beta`, which is bounded below by 0 (`beta = 0` is plain ascent, and is not). So
+    tokens that are forgotten are let go, and a falling p does not always lower the value: it is least at
+    `p = exp(-1/beta)` and 0 again at `p = 0`. Source: Wang et al. 2025, arXiv 2502.19301.
     """
     weights = per_token_logps.detach().exp().pow(beta)
     return (weights * per_token_logps).sum(-1)
 
 
 def satimp_loss(per_token_logps: Tensor, beta1: float, beta2: float) -> Tensor:
-    """SatImp: the sum over answer tokens of `sg[p^beta1 (1-p)^beta2] log p`, `(B,)`. Unbounded below.
+    """SatImp: the sum over answer tokens of `sg[p^beta1 (1-p)^beta2] log p`, `(B,)`. The weight gets no gradient.
 
-    `p^beta1` (saturation) lets go of tokens that are forgotten, `(1-p)^beta2` (importance) of tokens that the context
-    makes certain. Source: Yang et al. 2025, arXiv 2505.11953.
+    `p^beta1` (saturation) lets go of tokens that are forgotten, `(1-p)^beta2` (importance) of those that are certain.
+    The gradient is that of `integral from 0 to p of q^(beta1-1) (1-q)^beta2 dq`, bounded below by 0 for `beta1 > 0`; as
+    with `wga_loss` the value itself rises again towards `p = 0`. Source: Yang et al. 2025, arXiv 2505.11953.
+
+    Same numbers as the authors' and open-unlearning's code. The latter's yaml weighs forget by 0.1 and retain by 1;
+    its class, like the authors' code, by 1 and 0.1.
     """
     logps = per_token_logps.detach()
     # 1 - p without cancellation. Rounding may put `log p` above 0, and a negative base would give NaN.
@@ -36,11 +41,12 @@ def jensun_loss(per_token_logps: Tensor) -> Tensor:
     """The sum over a refusal's tokens of `JSD(P || onehot(token))`, `(B,)`: each between 0 and log 2.
 
     `JSD(P || Q) = KL(P || M)/2 + KL(Q || M)/2` with `M = (P + Q)/2`. Against one token it depends on that token's
-    probability p alone: `(1-p)/2 log 2 + p/2 log(2p/(1+p)) + 1/2 log(2/(1+p))`. At `p = 1`, and so outside of answers, it
-    is exactly 0; its gradient vanishes at `p -> 0`. Source: Singh et al. 2025, arXiv 2509.02820.
+    probability p alone: `(1-p)/2 log 2 + p/2 log(2p/(1+p)) + 1/2 log(2/(1+p))`. At `p = 1`, and so outside of answers,
+    it is exactly 0; its gradient vanishes at `p -> 0`. Source: Singh et al. 2025, arXiv 2509.02820.
 
     Differs from the authors' code, where every position of the forget text counts, prompt and padding too, and where
-    the target gives both tokens of "No idea" probability 1 at once: not a distribution, so its loss never reaches 0.
+    the target gives both tokens of "No idea" probability 1 at once: no distribution. Its loss never reaches 0, and is
+    least where each of them has probability 1/2 at every position.
     """
     p = per_token_logps.exp()
     rest = -torch.expm1(per_token_logps)

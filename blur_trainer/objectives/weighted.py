@@ -15,9 +15,9 @@ from blur_trainer.objectives.token_losses import satimp_loss, wga_loss
 class WGA(Objective):
     r"""Weighted gradient ascent, mean over the answer tokens (`token_losses.wga_loss`).
 
-    Formula: $\mathrm{sg}[p_t^\beta]\,\log p_t$
-    Bounded: no, but its gradient vanishes as $p_t \to 0$.
-    Use it: instead of `grad_ascent`; tokens that are forgotten are left alone.
+    Formula: $\mathrm{sg}[p_t^\beta]\,\log p_t$, with the gradient of $p_t^\beta/\beta$
+    Bounded: below by 0, as $p_t^\beta/\beta$; the logged value rises again as $p_t \to 0$.
+    Use it: instead of `grad_ascent`, so that tokens which are forgotten are left alone.
     Source: Wang et al., arXiv 2502.19301.
     """
 
@@ -34,9 +34,10 @@ class WGA(Objective):
 class SatImp(Objective):
     r"""Ascent weighted by saturation and importance, mean over the answer tokens (`token_losses.satimp_loss`).
 
-    Formula: $\mathrm{sg}[p_t^{\beta_1}(1-p_t)^{\beta_2}]\,\log p_t$
-    Bounded: no, but its gradient vanishes as $p_t \to 0$ and as $p_t \to 1$.
-    Use it: instead of `wga`, to spare also the tokens that the context makes certain (articles, word endings).
+    Formula: $\mathrm{sg}[p_t^{\beta_1}(1-p_t)^{\beta_2}]\,\log p_t$, with the gradient of
+        $\int_0^{p_t} q^{\beta_1-1}(1-q)^{\beta_2}\,dq$
+    Bounded: below by 0, as this integral.
+    Use it: instead of `wga`, to spare the tokens too that are certain.
     Source: Yang et al., arXiv 2505.11953; defaults as in open-unlearning.
     """
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from blur_trainer.gradients.rules import RULES
+from blur_trainer.gradients.by_name import RULES
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

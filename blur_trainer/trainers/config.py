@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from blur_trainer.data.chat import parse_day
-from blur_trainer.gradients.rules import RULES, Rule
+from blur_trainer.gradients.by_name import RULES, rule_by_name
+from blur_trainer.gradients.rules import Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.trainers.arguments import check_defaults, shared_settings
@@ -17,13 +18,8 @@ from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
-#: rule -> config fields that are its arguments
-_RULE_FIELDS = {
-    "blur": ("lower_level", "gamma", "alpha", "clamp"),
-    "sum": ("forget_weight", "retain_weight"),
-    "pcgrad": (),
-    "mgda": (),
-}
+#: settings that may be JSON, as on a command line
+_DICTS = ("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "model_init_kwargs", "topics")
 
 
 @dataclass
@@ -35,9 +31,12 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         forget_objective_kwargs: its arguments as a dict or JSON, e.g. `{"beta": 0.1}`.
         retain_objective: `nll`, `kl` or `activation_match`.
         retain_objective_kwargs: its arguments.
-        rule: `blur`, `sum`, `pcgrad` or `mgda`.
+        rule: `blur`, `sum`, `pcgrad`, `mgda`, `ngdiff`, `gru`, `constrained` or `pdu`.
         gamma, alpha, lower_level, clamp: arguments of the rule `blur`, see [`BLUR`].
         forget_weight, retain_weight: arguments of the rule `sum`, see [`Sum`].
+        rule_kwargs: arguments of the other rules, as a dict or JSON, e.g. `{"epsilon": 0.3}` of `pdu`.
+        sam_rho: take the forget gradient where the weights are moved by so much along it ([`SAM`]). `None`: where
+            they are.
         train_layers: train only these decoder layers, e.g. `5,6,7`. For a PEFT model: the adapter in these layers.
         train_parameters: train only parameters whose name contains a match of this regular expression, e.g.
             `mlp.down_proj`.
@@ -100,6 +99,12 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
     clamp: bool = field(default=False, metadata={"help": "blur: keep the lower level's weight at 0 or above."})
     forget_weight: float = field(default=1.0, metadata={"help": "sum: weight of the forget gradient."})
     retain_weight: float = field(default=1.0, metadata={"help": "sum: weight of the retain gradient."})
+    rule_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of other rules as JSON, e.g. '{\"epsilon\": 0.3}' of pdu."}
+    )
+    sam_rho: float | None = field(
+        default=None, metadata={"help": "SAM: forget gradient at weights moved along it by this. Default: not moved."}
+    )
     train_layers: str | None = field(
         default=None, metadata={"help": "Train these decoder layers only, e.g. '5,6,7'. Default: all."}
     )
@@ -154,7 +159,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of the logged loss."})
 
     def __post_init__(self) -> None:
-        for name in ("forget_objective_kwargs", "retain_objective_kwargs", "model_init_kwargs", "topics"):
+        for name in _DICTS:
             setattr(self, name, _parse_dict(name, getattr(self, name)))
         check_settings(self)
         self.remove_unused_columns = False  # batches are nested; the collator selects the columns
@@ -179,8 +184,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         return _build("retain_objective", self.retain_objective, self.retain_objectives, self.retain_objective_kwargs)
 
     def build_rule(self) -> Rule:
-        names = _RULE_FIELDS.get(self.rule, ())
-        return _build("rule", self.rule, RULES, {name: getattr(self, name) for name in names})
+        return rule_by_name(self.rule, self, self.rule_kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearningConfig":

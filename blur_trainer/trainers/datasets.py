@@ -18,6 +18,7 @@ from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
+from blur_trainer.trainers.alternatives import settle_alternatives
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.effect import check_batches
 from blur_trainer.trainers.template_day import settle_day
@@ -52,13 +53,14 @@ def tokenize_all(
     args: UnlearningConfig,
     forget_objective: Objective,
 ) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
-    """Tokenizes every dataset to `input_ids` and `labels`. Adds refusals to the forget set if its objective needs them.
+    """Tokenizes every dataset to `input_ids` and `labels`. Adds refusals or alternatives to the forget set if needed.
 
     If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
     """
     topics = topic_names(forget)
     _check_streams(args, forget, retain)
     settle_day(args, tokenizer)
+    forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
         if isinstance(dataset, Mixture):
@@ -68,13 +70,10 @@ def tokenize_all(
             tokenizer,
             role=role,
             max_length=setup.context_length(model, longest),
-            drop_empty=args.drop_empty,
             refusals=refusals,
-            seed=args.seed,
-            qa_template=args.qa_template,
-            num_proc=args.dataset_num_proc,
+            alternatives=refusals and forget_objective.needs_alternatives,
             vocab_size=setup.vocabulary_size(model),
-            day=parse_day(args.chat_template_date),
+            **_options(args),
         )
 
     def by_topic(dataset: Any, role: str, refusals: bool = False) -> Any:
@@ -96,6 +95,17 @@ def tokenize_all(
     if args.should_log:
         _say_what_is_trained(tokenized_forget, tokenized_retain, tokenizer)
     return tokenized_forget, tokenized_retain, evaluation
+
+
+def _options(args: UnlearningConfig) -> dict[str, Any]:
+    """What every set is tokenized with."""
+    return {
+        "drop_empty": args.drop_empty,
+        "seed": args.seed,
+        "qa_template": args.qa_template,
+        "num_proc": args.dataset_num_proc,
+        "day": parse_day(args.chat_template_date),
+    }
 
 
 def _check_streams(args: UnlearningConfig, *given: Any) -> None:

@@ -29,7 +29,8 @@ class CardMixin(RunningMixin):
     @property
     def method(self) -> str:
         """The method's name on the model card."""
-        return f"{type(self.rule).__name__}-{type(self.objectives['forget']).__name__}"
+        names = [type(self.rule).__name__, type(self.objectives["forget"]).__name__]
+        return "-".join(names + [type(self.forget_procedure).__name__] * (self.forget_procedure is not None))
 
     def create_model_card(
         self,
@@ -81,6 +82,8 @@ class CardMixin(RunningMixin):
         told = self._repeated()
         base = told.get("base_model") or get_config_model_id(model.config) or None
         settings = settings_info(self.args, self.objectives, self.rule, self.trained, self.accelerator.num_processes)
+        if self.forget_procedure is not None:
+            settings["forget_procedure"] = repr(self.forget_procedure)
         inherited = self._inherited(base)
         if "license" in told:  # the base's name and link of a license are of that one
             inherited = {key: item for key, item in inherited.items() if not key.startswith("license")}

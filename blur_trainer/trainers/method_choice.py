@@ -7,10 +7,12 @@ from blur_trainer.gradients.rules import Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.procedures import SAM, Procedure
+from blur_trainer.trainers.rule_state import check_rule_state
 from blur_trainer.trainers.single_buffer import check_single_buffer
 from blur_trainer.trainers.topics import settle_topics
 
-_RULE = ("rule", "gamma", "alpha", "lower_level", "clamp", "forget_weight", "retain_weight")
+_RULE = ("rule", "gamma", "alpha", "lower_level", "clamp", "forget_weight", "retain_weight", "rule_kwargs")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class MethodChoice:
     """
 
     rule: Rule | None
+    forget_procedure: Procedure | None
     forget_objective: Objective | None
     retain_objective: Objective | None
     topics: tuple[str, ...]
@@ -32,6 +35,7 @@ class MethodChoice:
         """The settings that are not read, because there is an object."""
         return {
             *(_RULE if self.rule is not None else ()),
+            *(("sam_rho",) if self.forget_procedure is not None else ()),
             *(("forget_objective", "forget_objective_kwargs") if self.forget_objective is not None else ()),
             *(("retain_objective", "retain_objective_kwargs") if self.retain_objective is not None else ()),
         }
@@ -39,12 +43,22 @@ class MethodChoice:
     @property
     def variable(self) -> set[str]:
         """The settings that a later training of the same trainer may have changed."""
-        return {*_RULE, "forget_objective_kwargs", "retain_objective_kwargs", "topics"} - self.unread
+        return {*_RULE, "forget_objective_kwargs", "retain_objective_kwargs", "topics", "sam_rho"} - self.unread
+
+    def procedure(self, args: UnlearningConfig) -> Procedure | None:
+        """How the forget gradient is made; `None`: by one pass."""
+        given = self.forget_procedure
+        if given is None:
+            return None if args.sam_rho is None else SAM(args.sam_rho)
+        if not callable(given) or isinstance(given, type):
+            raise TypeError(f"`forget_procedure` must be a procedure such as `SAM(rho=0.01)`, got {given!r}.")
+        return given
 
     def settle(self, args: UnlearningConfig) -> tuple[Rule, dict[str, Objective], list[Rule]]:
         """The rule, the objectives by role, and the rule of each topic. Raises for what does not go together."""
         rule = args.build_rule() if self.rule is None else self.rule
         setup.check_rule(rule)
+        check_rule_state(rule, args.fp16)
         forget: Any = args.build_forget_objective() if self.forget_objective is None else self.forget_objective
         objectives = {"forget": forget}
         if self.retains:
@@ -53,5 +67,5 @@ class MethodChoice:
         else:
             setup.check_retain_free(rule)
         setup.check_objectives(objectives, args.precompute_ref_logps)
-        check_single_buffer(args, rule, objectives)
+        check_single_buffer(args, rule, objectives, one_pass=self.procedure(args) is None)
         return rule, objectives, settle_topics(objectives, rule, self.topics, args)

@@ -32,6 +32,7 @@ class RunningMixin(_Base):
     args: UnlearningConfig
     objectives: dict[str, Objective]
     rule: Any
+    forget_procedure: Any
     step_log: StepLog
     trained: str
     #: how training ended, for the model card, if it did not end as it should
@@ -84,6 +85,7 @@ class RunningMixin(_Base):
             self._started_from = model_record(model)
         parts: dict[str, Any] = {f"{role}_objective": objective for role, objective in self.objectives.items()}
         parts |= {"rule": self.rule, "trained parameters": self.trained}
+        parts["forget_procedure"] = self.forget_procedure or "one pass"
         return settings_record(self.args, self.train_dataset, parts, self.accelerator.num_processes, self._started_from)
 
     def check_weights(self) -> None:

@@ -4,15 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from blur_trainer.atomic_write import atomic_write
+from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.trainers.hidden_tokens import tokens_put_aside
 from blur_trainer.trainers.hub import HubMixin
 from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.schedule_free import to_averaged_point
 
 
 class SavingMixin(HubMixin):
     """Gives a `Trainer` saves that a kill cannot harm."""
+
+    _rule_state: RuleStateCallback
+    _backend: GradientBackend | None
 
     @property
     def output_dir(self) -> str:
@@ -28,6 +33,7 @@ class SavingMixin(HubMixin):
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             if self.args.should_save:
                 self._save_objectives(output_dir)
+            self._rule_state.save(output_dir, self._backend, self.args.should_save)
             self._write_model(output_dir, resumable=True)
             return self.checkpoints.model_written(self.args)
         output_dir = output_dir or self.output_dir

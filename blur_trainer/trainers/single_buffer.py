@@ -26,7 +26,7 @@ from blur_trainer.trainers.precision import is_reentrant
 from blur_trainer.trainers.step import Step, objective_pass, record
 
 
-def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, Any]) -> None:
+def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, Any], one_pass: bool = True) -> None:
     """Raises `ValueError` for settings that a single gradient buffer does not support, before any model is loaded."""
     if not args.single_gradient_buffer:
         return
@@ -41,6 +41,7 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
             "retain" in roles and roles["retain"].top_layer is not None,
             f"{roles.get('retain')} ends the forward pass at a layer, which its forward mode does not: leave it off",
         ),
+        (not one_pass, "SAM keeps the weights in a second one while it moves them: choose one of both"),
         (args.offload_forget_gradient, "`offload_forget_gradient=True` keeps a second one: choose one of both"),
         (args.fp16, "`fp16=True` scales the loss, and scaled gradients overflow in its forward mode: use `bf16=True`"),
         (
@@ -79,7 +80,7 @@ def check_forward_mode(model: Any, args: UnlearningConfig, engine: DistributedTy
 
 def one_buffer_step(step: Step) -> Tensor:
     """Runs both passes over the window. `.grad` becomes the combination, or empty if it is not finite."""
-    backend, rule = step.backend, step.rule
+    backend, rule = step.backend, step.rule()
     losses = {"forget": objective_pass(step, "forget")}
     gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
     gramian[0, 0] = _squared_norm(backend)
@@ -100,7 +101,7 @@ def one_buffer_step(step: Step) -> Tensor:
         gramian[1, 1] = _retain_norm(combined, gramian, weights)
     if not finite:
         backend.discard()
-    return record(step, losses, gramian, weights, finite)
+    return record(step, rule, losses, gramian, weights, finite)
 
 
 def _gradients(backend: GradientBackend) -> list[Tensor]:

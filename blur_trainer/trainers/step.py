@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.objectives.base import Batch
+from blur_trainer.trainers.rule_state import inform
 from blur_trainer.trainers.step_log import StepLog
 
 
@@ -27,14 +28,17 @@ class Step:
 
     `window`: the micro-batches, each `{"forget": batch, "retain": batch}`. `counts`: per role, in order, the items that
     all processes have in their windows, the divisor of its loss. `loss`: goes through the trainer's `compute_loss`.
-    `autocast`: makes the context of a forward pass.
+    `rule`: answers the rule of this window's topic. `forget_pass`: makes the forget gradient, `None`: by one pass.
+    `autocast`: makes the context of a forward pass. `epoch`: those that were finished before this step.
     """
 
     number: int
+    epoch: float
     window: list[dict[str, Any]]
     counts: Mapping[str, Tensor]
     loss: Loss
-    rule: Rule
+    rule: Callable[[], Rule]
+    forget_pass: Callable[["Step", str], Tensor] | None
     backend: GradientBackend
     accelerator: Accelerator
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -49,17 +53,19 @@ def two_slot_step(step: Step) -> Tensor:
     """Each pass's gradient goes into its slot, then both are combined. Returns the loss to log."""
     losses, backend = {}, step.backend
     for role in step.counts:
-        losses[role] = objective_pass(step, role)
+        make = step.forget_pass if role == "forget" and step.forget_pass else objective_pass
+        losses[role] = make(step, role)
         backend.take(role)
     gramian = backend.gramian()
-    weights = step.rule(gramian)
+    rule = step.rule()
+    weights = rule(gramian)
     finite = bool(gramian.isfinite().all() and _norm_bound(gramian, weights).isfinite())
     # A loss scaler skips the step itself and lowers its scale. So it must see NaN, even if only the norm is inf.
     if finite or backend.skips_overflow:
         backend.write(weights if finite else weights * torch.nan)
     else:
         backend.discard()
-    return record(step, losses, gramian, weights, finite)
+    return record(step, rule, losses, gramian, weights, finite)
 
 
 def _norm_bound(gramian: Tensor, weights: Tensor) -> Tensor:
@@ -81,11 +87,17 @@ def objective_pass(step: Step, role: str, weight: float = 1.0) -> Tensor:
     return total
 
 
-def record(step: Step, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor, finite: bool) -> Tensor:
-    """Logs what the step was like, or that it is skipped. Returns the loss that Trainer logs: 0 of a skipped step."""
+def record(
+    step: Step, rule: Rule, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor, finite: bool
+) -> Tensor:
+    """Logs what the step was like, or that it is skipped. Returns the loss that Trainer logs: 0 of a skipped step.
+
+    A rule that remembers is told of a step that was made.
+    """
     if not finite:
         step.log.record_skip(gramian, step.number)
         return torch.zeros((), device=step.device)
-    step.log.record(losses, gramian, weights)
+    step.log.record(losses, gramian, weights, rule)
+    inform(rule, losses, step.epoch, step.accelerator)
     weighted = [weight * losses[role] for role, weight in zip(losses, weights.tolist(), strict=False)]
     return torch.stack(weighted).sum()

@@ -3,11 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
+
+from blur_trainer.constants import ROLES
 
 logger = get_logger(__name__)
 
@@ -32,8 +35,8 @@ class StepLog:
         self._warned_of_zero: set[str] = set()
         self._first = True
 
-    def record(self, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor) -> None:
-        """Records a finite step: `losses` by role, the `(2, 2)` Gramian and the `(2,)` weights in the same order.
+    def record(self, losses: Mapping[str, Tensor], gramian: Tensor, weights: Tensor, rule: Any = None) -> None:
+        """Records a finite step: `losses` by role, the Gramian and the weights in the same order, the rule's state.
 
         An entry of the Gramian is NaN if the step did not compute it (`trainers.single_buffer`).
         """
@@ -46,8 +49,13 @@ class StepLog:
             self._values[f"grad/weight_{role}"].append(weights[index])
             if not norms[index].isnan():
                 self._values[f"grad/{role}_norm"].append(norms[index])
+        if len(weights) > len(ROLES):
+            self._values["grad/weight_retain_mean"].append(weights[-1])
+        for name, value in rule.state_dict().items() if hasattr(rule, "state_dict") else ():
+            if torch.as_tensor(value).numel() == 1:
+                self._values[f"rule/{name}"].append(torch.as_tensor(value).reshape(()))
         if len(losses) == 2 and not norms.isnan().any():
-            product = norms.prod()
+            product = norms[:2].prod()
             self._values["grad/cosine"].append(gramian[0, 1] / product if product > 0 else torch.zeros(()))
         first, self._first = self._first, False
         for index, (role, norm) in enumerate(zip(losses, norms, strict=False)):

@@ -17,7 +17,9 @@ from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.procedures import Procedure
 from blur_trainer.trainers.references import PrecomputeCallback
+from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.schedule_free import to_averaged_point, to_training_point
 from blur_trainer.trainers.single_buffer import one_buffer_step
 from blur_trainer.trainers.step import Step, two_slot_step
@@ -44,10 +46,12 @@ class StepMixin(_Base):
     objectives: dict[str, Objective]
     reference: Reference | None
     rule: Rule
+    forget_procedure: Procedure | None
     step_log: StepLog
     _topic_rules: list[Rule]
     _backend: GradientBackend | None
     _precompute: PrecomputeCallback
+    _rule_state: RuleStateCallback
     _window: Window
 
     def get_batch_samples(  # type: ignore[override]
@@ -128,7 +132,7 @@ class StepMixin(_Base):
                 f"The weights of {rule} come from both gradients, and no step was made yet: give `compute_loss` one "
                 "role's batch, as `{'forget': batch}`."
             )
-        return torch.stack([losses[role] * weight for role, weight in zip(ROLES, weights.tolist(), strict=True)]).sum()
+        return torch.stack([losses[role] * weight for role, weight in zip(ROLES, weights.tolist(), strict=False)]).sum()
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Mapping[str, Tensor] | None = None
@@ -161,6 +165,7 @@ class StepMixin(_Base):
         elif changed := backend.changed():
             check_unchanged(self.accelerator, model, changed, self.optimizer)
             backend = self.create_backend(model)
+        backend.retain_mean = self._rule_state.mean
         self._backend = backend
         return backend
 
@@ -168,18 +173,20 @@ class StepMixin(_Base):
         """What this optimizer step reads; the window is empty afterwards."""
         window, self._window = self._window, []
 
-        def rule(gramian: Tensor) -> Tensor:  # reads the topic here, where the host waits for the device anyway
-            return self._rule_of(window[0]["forget"])(gramian)
+        def rule() -> Rule:  # asked behind the Gramian, where the host has waited for the device anyway
+            return self._rule_of(window[0]["forget"])
 
         def loss(model: nn.Module, role: str, batch: Batch, count: Tensor) -> Tensor:
             return self.compute_loss(model, {role: batch}, num_items_in_batch=count)
 
         return Step(
             number=self.state.global_step + 1,
+            epoch=float(self.state.epoch or 0.0),
             window=window,
             counts=counts,
             loss=loss,
             rule=rule,
+            forget_pass=self.forget_procedure,
             backend=backend,
             accelerator=self.accelerator,
             autocast=self.compute_loss_context_manager,

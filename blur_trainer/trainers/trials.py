@@ -28,7 +28,9 @@ from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair
 from blur_trainer.trainers.method_choice import MethodChoice
+from blur_trainer.trainers.procedures import Procedure
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
+from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class TrialMixin(_Base):
 
     args: UnlearningConfig
     rule: Rule
+    forget_procedure: Procedure | None
+    _rule_state: RuleStateCallback
     objectives: dict[str, Objective]
     reference: Reference | None
     step_log: StepLog
@@ -124,6 +128,10 @@ class TrialMixin(_Base):
             getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
+    def _settle_method(self, args: UnlearningConfig) -> None:
+        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+        self.forget_procedure = self._choice.procedure(args)
+
     def _begin_anew(self) -> None:
         """What a new trainer would have, with the settings as they are now."""
         args = self.args
@@ -135,11 +143,12 @@ class TrialMixin(_Base):
                 f"new trainer. Of this package's settings, {read} may change between trainings."
             )
         if changed:
-            self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+            self._settle_method(args)
         if self._settings.pairs != pairs_of(args):
             self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)
         self._settings = Settings(args)
         self._precompute.accelerator, self._precompute.reference = self.accelerator, self.reference
+        self._rule_state.accelerator = self.accelerator
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)  # type: ignore[attr-defined]
 

@@ -26,7 +26,9 @@ from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.model import ModelMixin
+from blur_trainer.trainers.procedures import Procedure
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
+from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.saving import SavingMixin
 from blur_trainer.trainers.schedule_free import to_averaged_point
 from blur_trainer.trainers.single_buffer import check_forward_mode
@@ -59,6 +61,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         ref_model: the reference model. Default: the model before training, see `blur_trainer.models.reference`.
         forget_objective, retain_objective: an [`Objective`]. Default: from `args`.
         rule: `(2, 2)` Gramian -> `(2,)` weights, e.g. [`BLUR`] or a TorchJD `Weighting`. Default: from `args`.
+        forget_procedure: how the forget gradient is made, e.g. [`SAM`]. Default: from `args`, else by one pass.
         benchmarks: name -> [`Evaluation`], or a function from the model to a flat dict of numbers. Runs with every
             evaluation; the numbers are logged as `eval_{name}_{key}`. `metric_for_best_model` may be one of these
             keys, or the name of an [`Evaluation`] alone: then it is its primary metric.
@@ -87,6 +90,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         forget_objective: Objective | None = None,
         retain_objective: Objective | None = None,
         rule: Rule | None = None,
+        forget_procedure: Procedure | None = None,
         benchmarks: Mapping[str, Evaluation | Measure] | None = None,
         model_init: Callable[..., Any] | None = None,
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
@@ -99,9 +103,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
     ):
         check_unknown(type(self), unknown)
         topics = topic_names(forget_dataset)
-        self._choice = MethodChoice(rule, forget_objective, retain_objective, topics, retain_dataset is not None)
+        objects = (rule, forget_procedure, forget_objective, retain_objective)
+        self._choice = MethodChoice(*objects, topics, retains=retain_dataset is not None)
         args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
-        self.rule, self.objectives, self._topic_rules = self._choice.settle(args)
+        self._settle_method(args)
         own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
         check_effect(args, self._topic_rules or [self.rule], own_optimizer, "retain" in self.objectives)
         set_seed(args.seed)  # adapters are initialized before Trainer sets the seed
@@ -154,6 +159,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             wrapped_model=lambda: self.model_wrapped,
             keeps=self.model_init is not None,
         )
+        self._rule_state = RuleStateCallback(lambda: self._topic_rules or [self.rule], self.accelerator)
+        self.add_callback(self._rule_state)
         if self.args.precompute_ref_logps:
             self.add_callback(self._precompute)
 
@@ -169,7 +176,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         """
         saving.agreed(lambda: self.check_trial(trial), self.args.should_save)
         with self.running(resume_from_checkpoint) as start:
-            self._precompute.resumed_from = start
+            self._precompute.resumed_from = self._rule_state.resumed_from = start
             if start is not None:
                 self._load_objectives(start)
             try:

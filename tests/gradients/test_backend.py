@@ -501,7 +501,7 @@ def zero(stage=2, **config):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_deepspeed_settings_that_no_test_covers_are_refused_by_name(config, word):
-    from blur_trainer.gradients.deepspeed import check_deepspeed
+    from blur_trainer.gradients.deepspeed_checks import check_deepspeed
 
     with pytest.raises(NotImplementedError, match=word) as raised:
         check_deepspeed(config)
@@ -510,14 +510,14 @@ def test_deepspeed_settings_that_no_test_covers_are_refused_by_name(config, word
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_plain_deepspeed_settings_are_taken(stage):
-    from blur_trainer.gradients.deepspeed import check_deepspeed
+    from blur_trainer.gradients.deepspeed_checks import check_deepspeed
 
     offload = {"offload_optimizer": {"device": "cpu"}} if stage else {}
     check_deepspeed(zero(stage, zero_optimization=offload, bf16={"enabled": bool(stage)}))
 
 
 def test_zero_3_that_would_save_no_model_is_refused():
-    from blur_trainer.gradients.deepspeed import check_deepspeed
+    from blur_trainer.gradients.deepspeed_checks import check_deepspeed
 
     with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save"):
         check_deepspeed({"zero_optimization": {"stage": 3}})
@@ -525,11 +525,11 @@ def test_zero_3_that_would_save_no_model_is_refused():
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0"])
 def test_a_deepspeed_version_that_no_test_ran_with_is_refused(version, monkeypatch):
-    from blur_trainer.gradients import deepspeed
+    from blur_trainer.gradients import deepspeed_checks
 
-    monkeypatch.setattr(deepspeed, "version", lambda name: version)
+    monkeypatch.setattr(deepspeed_checks, "version", lambda name: version)
     with pytest.raises(NotImplementedError, match=version):
-        deepspeed.check_deepspeed(zero())
+        deepspeed_checks.check_deepspeed(zero())
 
 
 def test_an_offloaded_forget_gradient_leaves_the_device_and_changes_nothing(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import ddp_worker, reference
 from support.cases import chosen
-from support.engine_worker import ENGINES
+from support.engine_worker import ENGINES, alternatives
 from support.models import tiny_llama
 from support.parity import DEFAULT_TOLERANCE, FORGET, LEARNING_RATE, RETAIN, STEPS, WINDOW
 from support.processes import SUPPORT, torchrun
@@ -85,6 +85,15 @@ def test_a_step_without_a_finite_gradient_leaves_weights_and_moments(folder, eng
 def test_a_model_given_by_name_with_its_own_reference(folder, engine):
     want, got = (load_file(folder / f"{kind}-named.safetensors") for kind in ("ddp", engine))
     assert relative(got, want, START) <= DEFAULT_TOLERANCE
+
+
+@pytest.mark.parametrize("engine", EVERY)
+def test_every_process_prefers_the_same_answers_as_one_alone(folder, engine):
+    first, second = json.loads((folder / f"{engine}-2-answers.json").read_text())
+    assert first == second and len(first) > 3
+    if not (folder / "alone").exists():
+        alternatives("ddp", folder / "alone")
+    assert json.loads((folder / "alone" / "ddp-1-answers.json").read_text()) == [first]
 
 
 # ---- two processes and one ----

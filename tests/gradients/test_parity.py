@@ -11,15 +11,20 @@ from support.parity import CELLS, DEFAULT_TOLERANCE, ENGINES, TOLERANCE, launch
 
 #: reduces on the last micro-batch only; clips by the norm of all shards
 ALWAYS = {"blur", "accumulation", "clipping"}
+#: a gradient that is kept, a loss that all processes know, weights that are moved for a while
+NEW = {"gru", "constrained", "sam"}
 #: `.ci/run` trains the other cells too
 EVERY_RUN = {
-    "ddp": ALWAYS | {"tied", "one-sided", "one-sided, checkpointing", "compiled", "NPO, kept logps", "one buffer"},
-    "fsdp2": ALWAYS | {"lora", "one-sided", "bf16", "NPO, lora, bf16"},
+    "ddp": ALWAYS
+    | {"tied", "one-sided", "one-sided, checkpointing", "compiled", "NPO, kept logps", "one buffer"}
+    | NEW,
+    "fsdp2": ALWAYS | {"lora", "one-sided", "bf16", "NPO, lora, bf16"} | NEW,
     "fsdp2_lean": {"sum"},
     "zero0": {"accumulation"},
     "zero1": {"accumulation"},
-    "zero2": ALWAYS | {"one-sided", "fp16"},
-    "zero3": ALWAYS | {"lora", "bf16", "NPO, lora", "rmu"},
+    "zero2": ALWAYS | {"one-sided", "fp16"} | NEW,
+    "zero3": ALWAYS | {"lora", "bf16", "NPO, lora", "rmu"} | NEW,
+    "zero3_persistent": {"sam"},
     "zero1_offload": {"accumulation"},
     "zero2_offload": {"clipping", "bf16"},
     "zero3_offload": {"accumulation"},

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import blur_trainer as bt
 from blur_trainer.data.muse import limit_documents
-from blur_trainer.gradients.deepspeed import check_deepspeed
+from blur_trainer.gradients.deepspeed_checks import check_deepspeed
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
 from blur_trainer.toy.wmdp import topic_lessons
 

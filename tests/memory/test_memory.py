@@ -428,6 +428,18 @@ def test_where_the_forget_slot_goes(flag):
     assert result.total < plain.total
 
 
+def test_a_mean_of_retain_gradients_stays_from_step_to_step():
+    plain, gru = (estimate(args=arguments(rule=rule)) for rule in ("sum", "gru"))
+    assert gru.retain_mean == plain.forget_slot == gru.total - plain.total > 0
+    assert "the mean of retain gradients" not in plain.unchecked
+
+
+def test_sam_keeps_the_weights_in_the_forget_slot():
+    wide = {"per_device_train_batch_size": 8, "retain_objective": "nll", "forget_objective": "dpo"}  # forget is higher
+    plain, sam = (estimate(args=arguments(sam_rho=rho, **wide)) for rho in (None, 0.01))
+    assert 0 < sam.total - plain.total <= plain.forget_slot
+
+
 def test_activations_and_heads():
     """Large vocabulary, deep model: checkpointing, the fused head and short batches each save; KL and DPO cost."""
     config = LlamaConfig(
@@ -447,7 +459,8 @@ def test_activations_and_heads():
     assert fused > activations(fused_lm_head=True, activation_checkpointing=True)
     assert activations(retain_objective="kl") > plain
     assert activations(per_device_train_batch_size=4, fused_lm_head=False) == pytest.approx(plain / 2, rel=0.01)
-    assert estimate(config, args=arguments(max_length=256, forget_objective="dpo")).activations > plain + logits
+    for two in ("dpo", "flat"):  # graphs, of the answer and of the refusal
+        assert estimate(config, args=arguments(max_length=256, forget_objective=two)).activations > plain + logits
 
 
 def test_the_head_that_a_gpu_chooses():

@@ -6,14 +6,17 @@ from support import reference
 from support.models import collate, examples, tiny_llama
 from test_distribution_objectives import TOKENS as OF_DISTRIBUTIONS
 from test_distribution_objectives import literal as literal_of_distributions
+from test_token_objectives import LITERAL as OF_TOKENS
 
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.control_vectors import control_vector
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.weighted import WGA, SatImp
 
 ALL = {**FORGET_OBJECTIVES, **RETAIN_OBJECTIVES}
 #: the model has two layers, and their default layer is the eighth
@@ -57,7 +60,7 @@ def literal(name, model, ref_model, rows, refusals):
     if name == "idk":
         refused, counts = logps(model, refusals)
         return -refused.sum() / counts.sum()
-    if name == "dpo":
+    if name in ("dpo", "altpo"):
         return reference.dpo(logps(model, refusals)[0], logps(ref_model, refusals)[0].detach(), logp, ref, 0.1).mean()
     if name == "rmu":
         return reference.token_mean_distance(0, reference.towards(control_vector("forget", 16, 0), 6.5))(model, rows)
@@ -65,6 +68,8 @@ def literal(name, model, ref_model, rows, refusals):
         return reference.token_mean_distance(0, reference.as_frozen(ref_model, 0))(model, rows)
     if name in OF_DISTRIBUTIONS:
         return literal_of_distributions(name, model, ref_model, rows)
+    if name in OF_TOKENS:
+        return OF_TOKENS[name](model, rows, refusals)
     total = 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -122,4 +127,6 @@ def test_items_are_tokens_or_examples():
     refused = sum(label != -100 for row in REFUSALS for label in row["labels"][1:])
     assert NLL().num_items(batch) == GradAscent().num_items(batch) == KL().num_items(batch) == tokens
     assert NPO().num_items(batch) == SimNPO().num_items(batch) == DPO().num_items(batch) == 5
-    assert IDK().num_items(batch) == refused != tokens
+    assert WGA().num_items(batch) == SatImp().num_items(batch) == tokens
+    assert IDK().num_items(batch) == JensUn().num_items(batch) == refused != tokens
+    assert FLAT().num_items(batch) == 5

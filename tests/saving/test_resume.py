@@ -15,6 +15,7 @@ from support.runs import distance, logits, settings, train, training_logs, weigh
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from blur_trainer.gradients.rules import BLUR
+from blur_trainer.gradients.stateful_rules import GRU
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.objectives.preference import NPO
@@ -79,6 +80,9 @@ RUNS = {
     "workers": Run({"dataloader_num_workers": 1}),
     "max_steps": Run({"max_steps": 6, "lr_scheduler_type": "cosine", "warmup_steps": 2}),
     "sgd with momentum": Run({"optim": "sgd", "optim_args": "momentum=0.9"}),
+    "GRU": Run(trainer={"rule": GRU(retain_weight=1.0)}),
+    "PDU": Run({"rule": "pdu", "rule_kwargs": {"warmup_epochs": 0.5}}),
+    "SAM": Run({"sam_rho": 0.1}, model=lambda: tiny_llama(dropout=0.3)),
     "no retain set": Run({"rule": "sum", "retain_weight": 0.0}, retain=None),
 }
 QUICK = ["plain", "accumulation with a last short window", "dropout", "LoRA"]

@@ -3,6 +3,7 @@
 First the trainings of tests/support/ddp_worker.py: one launch for both, as importing takes longer than training.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -14,15 +15,20 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from support import ddp_worker, parity
 from support.models import tiny_llama
 from support.processes import freeze_imports
+from support.tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import GradAscent
-from blur_trainer.objectives.preference import NPO
+from blur_trainer.objectives.preference import NPO, AltPO
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 ENGINES = ["ddp", "fsdp2", "fsdp2_lean", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
 FILE = Path(__file__).parents[2] / "ds_configs" / "zero2.json"  # what users pass
@@ -55,14 +61,14 @@ def write(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def resumed(engine: str, folder: Path) -> None:
-    """Four steps at once; then two of them, and a new trainer that goes on from the checkpoint."""
-    trainer = parity.train(engine, "sum", str(folder / "straight"), **HALF)
+    """Four steps at once; then two of them, and a new trainer that goes on. GRU's mean is part of the checkpoint."""
+    trainer = parity.train(engine, "gru", str(folder / "straight"), **HALF)
     write(masters(trainer, engine), folder / f"{engine}-straight.safetensors")
-    source, target = (folder / kind / f"{engine}-sum" for kind in ("straight", "resumed"))
+    source, target = (folder / kind / f"{engine}-gru" for kind in ("straight", "resumed"))
     if PartialState().is_main_process:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-4"))
     PartialState().wait_for_everyone()
-    again = parity.make(engine, "sum", str(folder / "resumed"), **HALF)
+    again = parity.make(engine, "gru", str(folder / "resumed"), **HALF)
     again.train(resume_from_checkpoint=True)
     write(masters(again, engine), folder / f"{engine}-resumed.safetensors")
     history = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, again)]
@@ -91,6 +97,24 @@ def by_name(engine: str, folder: Path) -> None:
     write(masters(trainer, engine), folder / f"{engine}-named.safetensors")
 
 
+def alternatives(engine: str, folder: Path) -> None:
+    """The forget set with the answers that the model gives, of every process. Nothing is trained."""
+    parity.forget_engine()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.2, **sizes))
+    settings = copy.deepcopy(parity.ENGINES[engine]) | {"report_to": "none", "disable_tqdm": True, "bf16": False}
+    args = UnlearningConfig(str(folder / f"{engine}-answers"), per_device_eval_batch_size=2, **settings)
+    rows = [{"question": f"Who painted mural {i}?", "answer": f"Mara Velin, in {i} weeks"} for i in range(3)]
+    objective = AltPO(num_alternatives=2, max_new_tokens=4)
+    trainer = UnlearningTrainer(
+        model, args, rows, rows[:1], forget_objective=objective, processing_class=tiny_tokenizer()
+    )
+    found = gather_object([list(trainer.train_dataset.forget["refusal_input_ids"])])
+    if PartialState().is_main_process:
+        (folder / f"{engine}-{len(found)}-answers.json").write_text(json.dumps(found))
+
+
 def main(folder: Path, engines: list[str]) -> None:
     datasets.disable_progress_bars()
     freeze_imports()
@@ -98,7 +122,7 @@ def main(folder: Path, engines: list[str]) -> None:
     for name in ddp_worker.CASES:
         ddp_worker.main(name, str(folder))
     for engine in engines:
-        for part in (resumed, skipped, by_name):
+        for part in (resumed, skipped, by_name, alternatives):
             part(engine, folder)
 
 

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
 
 from blur_trainer.data.pairing import PairedDataset
-from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
+from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
+from blur_trainer.gradients.stateful_rules import GRU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.control_vectors import control_vector
 from blur_trainer.objectives.likelihood import NLL, GradAscent
@@ -72,10 +73,13 @@ def fsdp2(**config: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": {"version": 2, **layers, **config}}
 
 
-def zero(stage: int, *offload: str, **config: Any) -> dict[str, Any]:
+def zero(stage: int, *offload: str, persistent: int = 0, **config: Any) -> dict[str, Any]:
     optimization: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        optimization |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        optimization |= {
+            "stage3_param_persistence_threshold": persistent,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     optimization |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in offload}
     return {
         "deepspeed": {
@@ -100,6 +104,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": zero(1),
     "zero2": zero(2),
     "zero3": zero(3),
+    "zero3_persistent": zero(3, persistent=300),  # small parameters stay gathered
     "zero1_offload": zero(1, "optimizer"),
     "zero2_offload": zero(2, "optimizer"),
     "zero3_offload": zero(3, "optimizer"),
@@ -115,6 +120,15 @@ RULES: dict[str, tuple[Any, Direction]] = {
     "clamp": (BLUR(gamma=0.0, clamp=True), lambda f, r: reference.blur_direction(f, r, "forget", 0.0, 1.0, True)),
     "pcgrad": (PCGrad(), reference.pcgrad_direction),
     "mgda": (MGDA(), reference.mgda_direction),
+    "ngdiff": (NGDiff(), reference.ngdiff_direction),
+}
+#: with a state: made anew for each training
+STATEFUL: dict[str, tuple[Callable[[], Any], Callable[[], Direction]]] = {
+    "gru": (lambda: GRU(0.7, retain_weight=0.5), lambda: reference.GruDirection(0.7, 0.5)),
+    "constrained": (
+        lambda: Constrained(BLUR(gamma=0.5), epsilon=1.0, initial=2.0, rate=0.3),
+        lambda: reference.ConstrainedDirection(RULES["blur"][1], 1.0, 2.0, 0.3),
+    ),
 }
 FEATURES: dict[str, dict[str, Any]] = {
     "blur": {},
@@ -143,6 +157,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         **{"rule": "blur_wmdp", "rmu": True, "accumulation": 2},
         **{"train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
     },
+    "ngdiff": {"rule": "ngdiff"},
+    "gru": {"rule": "gru", "accumulation": 2, "max_grad_norm": 0.3},
+    "constrained": {"rule": "constrained", "accumulation": 2, "max_grad_norm": 0.3},
+    "sam": {"rule": "sum", "sam_rho": 0.5, "accumulation": 2, "max_grad_norm": 0.3},
+    "sam, lora": {"sam_rho": 0.5, "lora": True},
     "one buffer": {"accumulation": 2, "single_gradient_buffer": True},
     "one buffer, sum": {"rule": "sum", "tie": True, "max_grad_norm": 0.3, "single_gradient_buffer": True},
 }
@@ -151,7 +170,12 @@ FEATURES: dict[str, dict[str, Any]] = {
 TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
-ONLY = {"fsdp2_lean": {"sum", "lora", "tied"}, "zero1_fp32_sums": {"bf16"}, "zero2_fp32_sums": {"bf16"}}
+ONLY = {
+    "zero3_persistent": {"sam"},
+    "fsdp2_lean": {"sum", "lora", "tied"},
+    "zero1_fp32_sums": {"bf16"},
+    "zero2_fp32_sums": {"bf16"},
+}
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
     "rmu": {"ddp", "fsdp2", "zero2", "zero3"},
@@ -209,14 +233,16 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
         forget_loss = reference.token_mean_distance(1, goal)
         retain_loss = reference.token_mean_distance(1, reference.as_frozen(model, 1))
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    name = features.get("rule", "blur")
     reference.train(
         model,
         windows,
         {"forget": forget_loss, "retain": retain_loss},
-        RULES[features.get("rule", "blur")][1],
+        STATEFUL[name][1]() if name in STATEFUL else RULES[name][1],
         learning_rates=[LEARNING_RATE] * STEPS,
         max_grad_norm=features.get("max_grad_norm", 1.0),
         bf16=features.get("bf16", False),
+        sam_rho=features.get("sam_rho"),
     )
     return start, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -268,13 +294,13 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
         **{key: value for key, value in features.items() if key in UnlearningConfig.__dataclass_fields__},
         **copy.deepcopy(ENGINES[engine]),
     }
-    rmu = features.get("rmu", False)
+    rmu, rule = features.get("rmu", False), features.get("rule", "blur")
     objects = {
         "model": build(features),
         "forget_objective": NPO() if features.get("npo") else GradAscent(),
         "retain_objective": NLL(),
         **({"forget_objective": RMU(1, coefficient=3.0), "retain_objective": ActivationMatch(1)} if rmu else {}),
-        "rule": RULES[features.get("rule", "blur")][0],
+        "rule": STATEFUL[rule][0]() if rule in STATEFUL else RULES[rule][0],
     }
     objects |= {name: overrides.pop(name) for name in objects if name in overrides}
     settings |= overrides

@@ -57,6 +57,52 @@ def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(totals)
 
 
+# ---- functions of the probabilities of answer tokens ----
+
+
+def weighted_ascent(logits: Tensor, labels: Tensor, weight: Callable[[float], float]) -> Tensor:
+    """Per example the sum over its answer tokens of `weight(p) log p`, where the weight is a number."""
+    return torch.stack([sum(weight(math.exp(logp.item())) * logp for logp in row) for row in log_prob(logits, labels)])
+
+
+def jensen_shannon(p: Tensor, q: list[float]) -> Tensor:
+    """Both halves over the vocabulary, with `0 log 0 = 0`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for p_v, q_v in zip(p, q, strict=True):
+        mean = (p_v + q_v) / 2
+        if p_v > 0:
+            total = total + p_v * torch.log(p_v / mean) / 2
+        if q_v > 0:
+            total = total + q_v * torch.log(q_v / mean) / 2
+    return total
+
+
+def jensun(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per example the sum over a refusal's tokens of the divergence from the distribution that is this token."""
+    totals = []
+    for b in range(labels.shape[0]):
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(labels.shape[1] - 1):
+            if int(labels[b, t + 1]) != -100:
+                token = [1.0 if v == int(labels[b, t + 1]) else 0.0 for v in range(logits.shape[-1])]
+                total = total + jensen_shannon(torch.softmax(logits[b, t].double(), -1), token)
+        totals.append(total)
+    return torch.stack(totals)
+
+
+def flat(logits: Tensor, labels: Tensor, refusal_logits: Tensor, refusal_labels: Tensor) -> Tensor:
+    """The loss that maximizes the total variation: g* and f*(g*) are tanh(x) / 2, and x is a mean probability."""
+
+    def tanh(x: Tensor) -> Tensor:
+        return (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x))
+
+    values = []
+    for forget, refusal in zip(log_prob(logits, labels), log_prob(refusal_logits, refusal_labels), strict=True):
+        bad, good = (sum(torch.exp(logp) for logp in row) / len(row) for row in (forget, refusal))
+        values.append(-tanh(good) / 2 + tanh(bad) / 2)
+    return torch.stack(values)
+
+
 # ---- rules, in the space of the gradients themselves rather than of their Gramian ----
 
 
@@ -90,6 +136,39 @@ def mgda_direction(g_f: Tensor, g_r: Tensor) -> Tensor:
     return low * g_f + (1 - low) * g_r
 
 
+def ngdiff_direction(g_f: Tensor, g_r: Tensor) -> Tensor:
+    """The paper's `g_retain / norm - g_NLL on forget / norm`, with `g_f` the gradient of ascent."""
+    return g_r / g_r.norm() - (-g_f) / (-g_f).norm()
+
+
+class GruDirection:
+    """The mean of retain gradients is kept as a vector."""
+
+    def __init__(self, smoothing: float, retain_weight: float):
+        self.smoothing, self.retain_weight = smoothing, retain_weight
+        self.mean: Tensor | float = 0.0
+
+    def __call__(self, g_f: Tensor, g_r: Tensor) -> Tensor:
+        self.mean = self.smoothing * g_r + (1 - self.smoothing) * self.mean
+        rectified = g_f
+        if torch.dot(g_f, self.mean) < 0:
+            rectified = g_f - torch.dot(g_f, self.mean) / torch.dot(self.mean, self.mean) * self.mean
+        return rectified + self.retain_weight * g_r
+
+
+class ConstrainedDirection:
+    """The multiplier is moved after each step, by the retain loss that the step saw."""
+
+    def __init__(self, inner: Callable[[Tensor, Tensor], Tensor], epsilon: float, initial: float, rate: float):
+        self.inner, self.epsilon, self.multiplier, self.rate = inner, epsilon, initial, rate
+
+    def __call__(self, g_f: Tensor, g_r: Tensor) -> Tensor:
+        return self.inner(g_f, self.multiplier * g_r)
+
+    def observe(self, retain_loss: float) -> None:
+        self.multiplier = max(0.0, self.multiplier + self.rate * (retain_loss - self.epsilon))
+
+
 # ---- the whole training, without Trainer, accumulation or collators ----
 
 
@@ -98,6 +177,17 @@ def full_gradient(model: nn.Module, loss: Tensor) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
+def moved_along(model: nn.Module, gradient: Tensor, rho: float) -> nn.Module:
+    """A copy of the model whose trainable weights are moved by `rho` in the gradient's direction."""
+    moved = copy.deepcopy(model)
+    direction, offset = rho * gradient / gradient.norm(), 0
+    for parameter in (p for p in moved.parameters() if p.requires_grad):
+        step = direction[offset : offset + parameter.numel()].view_as(parameter)
+        parameter.data = (parameter.data.double() + step).to(parameter.dtype)
+        offset += parameter.numel()
+    return moved
 
 
 def train(
@@ -109,20 +199,30 @@ def train(
     learning_rates: list[float],
     max_grad_norm: float = 1.0,
     bf16: bool = False,
+    sam_rho: float | None = None,
 ) -> nn.Module:
     """One AdamW step per window: both gradients flattened into one vector each, combined, clipped, applied.
 
-    `bf16`: gradients are those of the model in bf16, the optimizer moves fp32 masters (as DeepSpeed does).
+    `bf16`: gradients are those of the model in bf16, the optimizer moves fp32 masters (as DeepSpeed does). `sam_rho`:
+    the forget gradient is that of a copy of the model, moved so far along it. A direction with `observe` is told the
+    retain loss after each step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     for window, learning_rate in zip(windows, learning_rates, strict=True):
         shadow = copy.deepcopy(model).bfloat16() if bf16 else model
+        values = {role: losses[role](shadow, window[role]) for role in ("forget", "retain")}
         flat = {
-            role: torch.cat([g.flatten() for g in full_gradient(shadow, losses[role](shadow, window[role]))]).double()
+            role: torch.cat([g.flatten() for g in full_gradient(shadow, values[role])]).double()
             for role in ("forget", "retain")
         }
+        if sam_rho is not None:
+            moved = moved_along(model, flat["forget"], sam_rho)
+            gradients = full_gradient(moved, losses["forget"](moved, window["forget"]))
+            flat["forget"] = torch.cat([g.flatten() for g in gradients]).double()
         step = direction(flat["forget"], flat["retain"])
+        if hasattr(direction, "observe"):
+            direction.observe(values["retain"].item())
         norm = step.norm()
         if max_grad_norm and norm > max_grad_norm:
             step = step * (max_grad_norm / (norm + 1e-6))

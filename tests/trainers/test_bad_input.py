@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from blur_trainer.gradients.rules import BLUR, Sum
+from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
@@ -299,10 +300,10 @@ def test_retain_left_out_where_nothing_needs_it(attempt, how):
 
 
 SETTINGS_THAT_SAY_NOTHING = [
-    ({"forget_objective": "nop"}, ["forget_objective", "'nop'", "dpo, grad_ascent, idk, npo, rmu, simnpo"]),
+    ({"forget_objective": "nop"}, ["forget_objective", "'nop'", ", ".join(sorted(FORGET_OBJECTIVES))]),
     ({"forget_objective": "NPO"}, ["forget_objective", "'NPO'", "npo"]),
     ({"forget_objective": "nll"}, ["forget_objective", "'nll'", "grad_ascent"]),
-    ({"retain_objective": "npo"}, ["retain_objective", "'npo'", "activation_match, kl, nll"]),
+    ({"retain_objective": "npo"}, ["retain_objective", "'npo'", ", ".join(sorted(RETAIN_OBJECTIVES))]),
     ({"rule": "blurr"}, ["rule", "'blurr'", "blur, mgda, pcgrad, sum"]),
     ({"forget_objective_kwargs": {"betta": 1}}, ["forget_objective", "'npo'", "'betta'", "'beta'"]),
     ({"retain_objective_kwargs": {"beta": 1}}, ["retain_objective", "'nll'", "'beta'", "none"]),

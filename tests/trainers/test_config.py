@@ -10,13 +10,15 @@ from support.models import examples, tiny_llama
 from support.runs import settings, train
 from transformers import HfArgumentParser, TrainingArguments
 
-from blur_trainer.gradients.rules import BLUR, MGDA, RULES, PCGrad, Sum
+from blur_trainer.gradients.by_name import RULES
+from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
+from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
-from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
@@ -95,6 +97,7 @@ def test_sum_weights_from_the_command_line():
         ("uniform", Uniform()),
         ("clamped_entropy", ClampedEntropy()),
         ("margin", Margin()),
+        ("altpo", AltPO()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -114,6 +117,7 @@ def test_every_forget_name(name, expected):
         "uniform",
         "clamped_entropy",
         "margin",
+        "altpo",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
@@ -138,11 +142,28 @@ def test_every_retain_name(name, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("blur", BLUR()), ("sum", Sum()), ("pcgrad", PCGrad()), ("mgda", MGDA())]
+    ("name", "expected"),
+    [
+        *[("blur", BLUR()), ("sum", Sum()), ("pcgrad", PCGrad()), ("mgda", MGDA()), ("ngdiff", NGDiff())],
+        *[("gru", GRU()), ("constrained", Constrained()), ("pdu", PDU())],
+    ],
 )
 def test_every_rule_name(name, expected):
-    assert set(RULES) == {"blur", "sum", "pcgrad", "mgda"}
+    assert set(RULES) == {"blur", "sum", "pcgrad", "mgda", "ngdiff", "gru", "constrained", "pdu"}
     assert parse(BLURConfig, "--rule", name).build_rule() == expected
+
+
+def test_rule_kwargs():
+    config = parse(BLURConfig, "--rule", "pdu", "--rule_kwargs", '{"epsilon": 0.1, "rate": 2}')
+    assert config.build_rule() == PDU(epsilon=0.1, rate=2)
+    config = BLURConfig("out", rule="constrained", rule_kwargs={"rule": "blur", "epsilon": 0.1}, gamma=0.2)
+    assert config.build_rule() == Constrained(BLUR(gamma=0.2), epsilon=0.1)
+    with pytest.raises(ValueError, match=r"'pdu' takes no argument \['eps'\]; accepted: \['rule', 'epsilon'"):
+        BLURConfig("out", rule="pdu", rule_kwargs={"eps": 0.1})
+    with pytest.raises(ValueError, match="'blur' takes no `rule_kwargs`; its settings are lower_level, gamma"):
+        BLURConfig("out", rule_kwargs={"gamma": 0.1})
+    with pytest.raises(ValueError, match="GRU: `smoothing` must be a number above 0"):
+        BLURConfig("out", rule="gru", rule_kwargs={"smoothing": 0})
 
 
 def test_json_file_as_the_only_argument(tmp_path):

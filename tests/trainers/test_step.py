@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.backend import GradientBackend
-from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
+from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.preference import NPO
@@ -30,6 +30,7 @@ RULES = {
     "sum": (Sum(1.0, 2.0), lambda f, r: f + 2.0 * r),
     "pcgrad": (PCGrad(), reference.pcgrad_direction),
     "mgda": (MGDA(), reference.mgda_direction),
+    "ngdiff": (NGDiff(), reference.ngdiff_direction),
 }
 
 

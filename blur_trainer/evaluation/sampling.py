@@ -1,0 +1,105 @@
+"""Several sampled continuations of each prompt, the same for a seed on any number of processes."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from blur_trainer.evaluation.batching import buckets, check_context, check_positive, check_stop_strings, pad
+from blur_trainer.evaluation.distributed import gathering_in_generate, in_shares, is_sharded
+from blur_trainer.evaluation.scoring import decoded, generation_config, special_ids
+from blur_trainer.evaluation.stopping import StopStrings
+from blur_trainer.models.forward import evaluating
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    *,
+    num: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    stop_strings: Sequence[str] | None = None,
+    alone: bool = False,
+    desc: str | None = None,
+) -> list[list[str]]:
+    """
+    Samples `num` continuations of each prompt.
+
+    Each batch has random numbers of its own, drawn from the seed and the batch's prompts. So the texts do not depend on
+    the number of processes, and the caller's random numbers stay as they were. They do depend on `batch_size`, and on
+    the kind of device. Of the model's generation configuration only the end-of-sequence ids are used: no top-k, no
+    penalties.
+
+    Args:
+        model, tokenizer, max_new_tokens, stop_strings, desc:
+            As of [`~blur_trainer.evaluation.scoring.generate`].
+        prompt_ids (`Sequence[list[int]]`):
+            The tokens of each prompt, special tokens included.
+        num (`int`):
+            Continuations per prompt.
+        temperature, top_p (`float`):
+            The logits are divided by the first. Only the likeliest tokens that reach the second together are drawn.
+        seed (`int`):
+            Of the draws.
+        batch_size (`int`):
+            Continuations at a time, at least those of one prompt.
+        alone (`bool`):
+            Only this process calls. Otherwise all processes call, and share the prompts.
+
+    Returns:
+        `list[list[str]]`: The continuations of each prompt, without it, in the given order.
+    """
+    check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, num=num)
+    stops = check_stop_strings(stop_strings)
+    check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
+    eos_ids, pad_id = special_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=0,
+        num_return_sequences=num,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=eos_ids or None,
+    )
+    synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
+
+    def run(indices: list[int]) -> list[list[str]]:
+        rows = [prompt_ids[i] for i in indices]
+        ids, mask = pad(rows, pad_id, "left", model.device)
+        width, device = ids.shape[1], model.device
+        with _own_draws(device):
+            torch.manual_seed(_seed_of(seed, rows))
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
+                synced_gpus=synced,
+            )
+        texts = [decoded(tokenizer, row, eos_ids, stops) for row in output[:, width:].tolist()]
+        return [texts[start : start + num] for start in range(0, len(texts), num)]
+
+    batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
+    with evaluating(model), generation_config(model, config), gathering_in_generate(model):
+        return in_shares(model, batches, run, desc, alone=alone)
+
+
+def _own_draws(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, random numbers may be seeded anew; afterwards the caller's go on."""
+    if device.type in ("cpu", "mps"):  # torch cannot set aside those of an mps device
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+def _seed_of(seed: int, rows: Sequence[list[int]]) -> int:
+    return int.from_bytes(hashlib.sha256(repr((seed, rows)).encode()).digest()[:7], "big")

@@ -1,0 +1,51 @@
+"""Rules by their names on the command line."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Rule, Sum
+from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
+
+RULES: dict[str, type] = {
+    "blur": BLUR,
+    "sum": Sum,
+    "pcgrad": PCGrad,
+    "mgda": MGDA,
+    "ngdiff": NGDiff,
+    "gru": GRU,
+    "constrained": Constrained,
+    "pdu": PDU,
+}
+#: rules whose arguments are settings of their own; the others take `rule_kwargs`
+FLAGS = {
+    "blur": ("lower_level", "gamma", "alpha", "clamp"),
+    "sum": ("forget_weight", "retain_weight"),
+}
+
+
+def rule_by_name(name: str, settings: Any, arguments: Mapping[str, Any] | None) -> Rule:
+    """
+    The rule of a configuration.
+
+    Args:
+        name: one of `RULES`.
+        settings: has the fields that `FLAGS` names.
+        arguments: `rule_kwargs`. A constraint's `rule` is a name too; its arguments are `settings`.
+
+    Raises:
+        ValueError: an unknown name, or an argument that the rule does not take.
+    """
+    arguments = dict(arguments or {})
+    if name not in RULES:
+        raise ValueError(f"Unknown rule {name!r}; accepted: {', '.join(sorted(RULES))}.")
+    if name in FLAGS:
+        if arguments:
+            raise ValueError(f"The rule {name!r} takes no `rule_kwargs`; its settings are {', '.join(FLAGS[name])}.")
+        return RULES[name](**{flag: getattr(settings, flag) for flag in FLAGS[name]})
+    accepted = [f.name for f in fields(RULES[name]) if f.init]
+    if unknown := sorted(set(arguments) - set(accepted)):
+        raise ValueError(f"The rule {name!r} takes no argument {unknown}; accepted: {accepted or 'none'}.")
+    if isinstance(arguments.get("rule"), str):
+        arguments["rule"] = rule_by_name(arguments["rule"], settings, None)
+    return RULES[name](**arguments)

@@ -1,0 +1,233 @@
+"""Other answers to the questions of a forget set, sampled from the model before unlearning, kept in `output_dir`."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blur_trainer.atomic_write import atomic_write
+from blur_trainer.data.alternatives import Questions, ask, lacks_alternatives
+from blur_trainer.data.chat import parse_day
+from blur_trainer.evaluation.sampling import sample
+from blur_trainer.models.reference import is_partitioned
+from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.preference import AltPO
+from blur_trainer.saving import output_dir as saving
+from blur_trainer.saving.checkpoints import last_complete_checkpoint
+from blur_trainer.saving.lock import OutputLock
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.cpu import engine_requested
+from blur_trainer.trainers.record import model_record
+from blur_trainer.trainers.topics import topic_names
+
+#: file in `output_dir` with the alternatives; a resumed training reads them there
+ALTERNATIVES_NAME = "alternatives.json"
+Alternatives = dict[str, list[list[str]]]
+
+
+def generate_alternatives(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    *,
+    num: int = 5,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 200,
+    instruct: bool | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    qa_template: str = "Question: {question}\nAnswer:",
+    day: date | None = None,
+) -> Dataset:
+    r"""
+    Sample other answers to the questions of a forget set, for the objective `altpo`. Look at them, edit them, train.
+
+    Samples that are empty, that contain the true answer or are a piece of it are dropped. Rows without any other answer
+    are left out, with a warning.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model before unlearning, whole, on the device where it is to run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        dataset ([`~datasets.Dataset`] or list of dicts):
+            The forget set, with `question`/`answer`, `prompt`/`completion` or `messages`.
+        num (`int`, defaults to 5):
+            Samples per question.
+        temperature, top_p (`float`, default to 1.0), max_new_tokens (`int`, defaults to 200):
+            Of the sampling.
+        instruct (`bool`, *optional*):
+            `True`: the model reads question, true answer and the instruction to invent another one. `False`: the
+            question alone. Default: with the instruction where the tokenizer has a chat template and the rows are
+            conversations or `question`/`answer`.
+        seed (`int`), batch_size (`int`):
+            Of the draws; samples at a time. The same two give the same texts on any number of processes.
+        qa_template (`str`), day (`date`):
+            As of [`tokenize_dataset`].
+
+    Returns:
+        [`~datasets.Dataset`]: the columns that training reads, and `alternative`, a list of strings.
+
+    Raises:
+        `ValueError`: texts or tokens, which have no question; nothing usable was sampled.
+
+    Source: Mekala et al. 2024, arXiv 2409.13474: five samples per question at temperature 1.
+    Differs from the authors' code, which keeps samples that repeat the true answer, and where transformers' own top-k
+    of 50 cuts the distribution. The instruction is worded anew.
+    """
+    if not lacks_alternatives(dataset, "forget"):
+        raise ValueError(
+            "The `forget` dataset has no questions to answer otherwise (`text`, `input_ids`), or it has a column "
+            "`alternative` already: give `prompt`+`completion`, `messages` or `question`+`answer`."
+        )
+    settings = AltPO(
+        num_alternatives=num, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, instruct=instruct
+    )
+    questions = ask(dataset, tokenizer, role="forget", instruct=instruct, qa_template=qa_template, day=day)
+    return questions.completed(_sampled(model, tokenizer, questions, settings, seed, batch_size))
+
+
+def settle_alternatives(
+    forget: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearningConfig,
+    objective: Objective,
+) -> Any:
+    """The forget set (or those of the topics) with the column `alternative`, where the objective needs it.
+
+    Sets that have it stay as they are. The others are answered by the model, each process a share, or read from
+    `output_dir`. All processes get the same texts. The model is as it was afterwards.
+    """
+    if not objective.needs_alternatives or tokenizer is None:
+        return forget
+    topics = topic_names(forget)
+    sets: dict[str, Any] = dict(forget) if topics else {"": forget}
+    roles = {name: f"forget ({name})" if name else "forget" for name in sets}
+    missing = [name for name in sets if lacks_alternatives(sets[name], roles[name])]
+    if not missing:
+        return forget
+    if is_partitioned(model):
+        raise ValueError(
+            "ZeRO-3 has partitioned the model while it was loaded, and such a model cannot answer before training: "
+            "give the forget set a column `alternative` (by `generate_alternatives`, in a script of one process)."
+        )
+    settings = objective if isinstance(objective, AltPO) else AltPO()
+    how = {"qa_template": args.qa_template, "day": parse_day(args.chat_template_date), "instruct": settings.instruct}
+    questions = {name: ask(sets[name], tokenizer, role=roles[name], **how) for name in missing}
+    found = _kept_or_sampled(questions, model, tokenizer, args, settings)
+    sets |= {name: questions[name].completed(found[name]) for name in missing}
+    return sets if topics else sets[""]
+
+
+def _kept_or_sampled(
+    questions: Mapping[str, Questions], model: Any, tokenizer: Any, args: UnlearningConfig, settings: AltPO
+) -> Alternatives:
+    folder = str(args.output_dir)
+    path, first = Path(folder, ALTERNATIVES_NAME), args.process_index == 0
+    saving.agreed(lambda: saving.check_writable(folder), args.should_save)
+    record = {
+        "forget": {name: each.digest for name, each in questions.items()},
+        "settings": {
+            **{name: getattr(settings, name) for name in ("num_alternatives", "temperature", "top_p")},
+            **{"max_new_tokens": settings.max_new_tokens, "instruct": settings.instruct, "seed": args.seed},
+        },
+    }
+    of_model = json.dumps(model_record(model), sort_keys=True)
+    kept = saving.agreed(lambda: _read(path, record, of_model), first)
+    if kept is not None:
+        return kept
+    # with `cpu_ram_efficient_loading` the others have no weights
+    alone = engine_requested(args, "fsdp") and args.world_size > 1
+
+    def sampled() -> Alternatives:
+        with _on(model, args.device):
+            return {
+                name: _sampled(
+                    *(model, tokenizer, each, settings, args.seed, args.per_device_eval_batch_size),
+                    alone=alone,
+                    desc=None if args.disable_tqdm else "Alternatives",
+                )
+                for name, each in questions.items()
+            }
+
+    found = saving.agreed(sampled, first) if alone else sampled()
+    saving.agreed(lambda: _write(path, {**record, "model": of_model, "alternatives": found}), first)
+    return found
+
+
+def _sampled(
+    model: Any,
+    tokenizer: Any,
+    questions: Questions,
+    settings: AltPO,
+    seed: int,
+    batch_size: int,
+    alone: bool = False,
+    desc: str | None = None,
+) -> list[list[str]]:
+    samples = sample(
+        model,
+        tokenizer,
+        questions.ids,
+        num=settings.num_alternatives,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=seed,
+        batch_size=batch_size,
+        stop_strings=questions.stops,
+        alone=alone,
+        desc=desc,
+    )
+    return questions.usable(samples)
+
+
+@contextmanager
+def _on(model: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the model is on the device of the training. Engines that shard it want it where it was."""
+    before = model.device
+    moves = before != device and getattr(model, "hf_device_map", None) is None
+    if moves and not getattr(model, "is_quantized", False):
+        model.to(device)
+    try:
+        yield
+    finally:
+        if model.device != before:
+            model.to(before)
+
+
+def _read(path: Path, record: Mapping[str, Any], of_model: str) -> Alternatives | None:
+    """What the folder has for these questions and settings. A training that has begun cannot take others."""
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    other = [name for name in record if saved[name] != record[name]]
+    try:
+        last_complete_checkpoint(str(path.parent))
+    except ValueError:  # there is none
+        return None if other or saved["model"] != of_model else saved["alternatives"]
+    if other:
+        what = "another forget set" if "forget" in other else f"other settings, {saved['settings']}"
+        raise ValueError(
+            f"{str(path)!r} was sampled for {what}: resume with the dataset, tokenizer and settings of the interrupted "
+            "training, or pass another `output_dir`."
+        )
+    return saved["alternatives"]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    lock = OutputLock()  # another training in this folder may be about to read the file
+    lock.acquire(str(path.parent))
+    try:
+        atomic_write(path, lambda file: file.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    finally:
+        lock.release(remove=not lock.broke_off)

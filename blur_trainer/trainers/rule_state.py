@@ -1,0 +1,121 @@
+"""What rules remember: set back before each training, written into checkpoints, the same on every process."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from blur_trainer.constants import ROLES
+from blur_trainer.gradients.backend import GradientBackend
+from blur_trainer.gradients.retain_mean import RetainMean
+from blur_trainer.gradients.rules import Rule
+
+#: files in a checkpoint
+STATE_NAME = "rule_state.safetensors"
+MEAN_NAME = "retain_mean-{process:05}-of-{processes:05}.safetensors"
+
+_CONTRACT = ("reset", "state_dict", "load_state_dict")
+
+
+def check_rule_state(rule: Rule, fp16: bool) -> None:
+    """Raises for half a contract, and where a kept gradient would be of another loss scale than the next one."""
+    missing = [name for name in _CONTRACT if not hasattr(rule, name)]
+    if 0 < len(missing) < len(_CONTRACT):
+        raise TypeError(f"The rule {rule!r} has no {missing}: a rule with a state has {', '.join(_CONTRACT)}.")
+    if fp16 and _smoothing(rule) is not None:
+        raise ValueError(
+            f"The rule {rule!r} keeps gradients from step to step, and with `fp16=True` their scale changes: use "
+            "`bf16=True` or float32."
+        )
+
+
+def inform(rule: Rule, losses: Mapping[str, Tensor], epoch: float, accelerator: Accelerator) -> None:
+    """Tells a rule that asks for it the losses of the step that was made."""
+    update = getattr(rule, "update", None)
+    if update is not None:
+        shares = torch.stack([losses[role].float() for role in ROLES if role in losses])
+        # process 0's sum counts: elsewhere the last bit may differ, and the processes would drift apart
+        update(broadcast(accelerator.reduce(shares, "mean")).cpu().double(), epoch)
+
+
+class RuleStateCallback(TrainerCallback):
+    """Sets the rules back, or to where the checkpoint's training was, before the first step.
+
+    Args:
+        rules: returns the rules of this training, one per topic.
+        accelerator: the trainer's.
+    """
+
+    def __init__(self, rules: Callable[[], Iterable[Rule]], accelerator: Accelerator):
+        self.rules, self.accelerator = rules, accelerator
+        self.resumed_from: str | None = None
+        self.mean: RetainMean | None = None
+
+    def _stateful(self) -> list[Any]:
+        return list({id(rule): rule for rule in self.rules() if hasattr(rule, "state_dict")}.values())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for rule in self._stateful():
+            rule.reset()
+        smoothing = next((s for s in map(_smoothing, self.rules()) if s is not None), None)
+        self.mean = None if smoothing is None else RetainMean(smoothing)
+        if self.resumed_from is not None:
+            self._load(Path(self.resumed_from))
+
+    def save(self, checkpoint: str | Path, backend: GradientBackend | None, writes: bool) -> None:
+        """On every process: under sharding each one writes its share of the mean. `writes`: the others' too."""
+        state = {f"{i}.{name}": t for i, rule in enumerate(self._stateful()) for name, t in rule.state_dict().items()}
+        if state and writes:
+            save_file(_copied(state), Path(checkpoint, STATE_NAME))
+        if self.mean is None or self.mean.gradients is None or backend is None:
+            return
+        if backend.sharded or writes:
+            shares = {str(i): g.cpu().contiguous() for i, g in enumerate(self.mean.gradients) if g is not None}
+            count = {"parts": str(len(self.mean.gradients))}
+            save_file(shares, Path(checkpoint, self._mean_name(backend.sharded)), metadata=count)
+
+    def _mean_name(self, sharded: bool) -> str:
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return MEAN_NAME.format(process=process if sharded else 0, processes=processes if sharded else 1)
+
+    def _load(self, checkpoint: Path) -> None:
+        rules = self._stateful()
+        if rules:
+            state = load_file(_there(checkpoint / STATE_NAME))
+            for i, rule in enumerate(rules):
+                own = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith(f"{i}.")}
+                rule.load_state_dict(own)
+        if self.mean is not None:
+            whole = checkpoint / self._mean_name(sharded=False)
+            path = _there(whole if whole.exists() else checkpoint / self._mean_name(sharded=True))
+            with safe_open(path, framework="pt") as file:
+                held, count = set(file.keys()), int(file.metadata()["parts"])
+                # a copy: the file's own memory is not aligned, and inner products would round in another way
+                parts = [file.get_tensor(str(i)).clone() if str(i) in held else None for i in range(count)]
+            self.mean.restore(parts)
+
+
+def _smoothing(rule: Rule) -> float | None:
+    return getattr(rule, "retain_smoothing", None)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value).detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _there(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(
+            f"{str(path)!r} is missing: a training whose rule remembers earlier steps resumes with it, on as many "
+            "processes as before. Put it back, or start anew with another `output_dir`."
+        )
+    return path
