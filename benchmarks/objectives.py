@@ -3,8 +3,8 @@
     python benchmarks/objectives.py                             # CPU, all objectives of the tables
     python benchmarks/objectives.py --only npo jsd --device cuda --batch-size 8 --length 512
 
-Every variant is a real trainer, driven one optimizer step at a time as in `step_cost.py`: a forget batch and a retain
-batch, `sum`, AdamW. To forget: with NLL beside it; to retain: with gradient ascent beside it. So the base of both tables
+Every variant is a real trainer, driven one optimizer step at a time as in `step_cost.py`: a forget and a retain batch,
+`sum`, AdamW. To forget: with NLL beside it; to retain: with gradient ascent beside it. So the base of both tables
 is the same, ascent + NLL. Per round each variant takes one step, in rotating order, so that drift and load hit all of
 them; a ratio is the median over rounds of the ratio within a round. The base itself stands in the table twice: what its
 second row is away from 1 is the noise.
