@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _CROSS_ENTROPY = 3
 #: objectives on distributions, in the dtype of the logits: logits and gradient, and the reference's logits; in float32:
 #: copies of one slice of them, the most that one of them makes (`jsd`)
-_LOGITS, _REFERENCE_LOGITS, _LOGITS_SLICES = 2, 1, 8
+_LOGITS, _REFERENCE_LOGITS, _LOGITS_SLICES = 2, 1, 6
 #: float32 copies of `(tokens, hidden)` at the peak of `activation_loss`, during its backward pass: the saved
 #: difference, the gradient of its square, and three copies in the derivative of the square
 _ACTIVATION_LOSS = 5

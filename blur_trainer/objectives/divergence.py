@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, V vocabulary. Each is a pair of a value and its deriv
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def uniform_divergence(logits: Tensor) -> Tensor:
 def js_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """`JSD(p_ref, p) = (KL(p_ref || m) + KL(p || m)) / 2`, `m = (p_ref + p) / 2`. `ref_logits` get no gradient.
 
-    Between 0 and `log 2`. No probability is divided by another, so it stays finite where both underflow.
+    Between 0 and `log 2`, exactly 0 where both agree. It stays finite where a probability underflows.
     """
     return per_token(_JS, logits, ref_logits)
 
@@ -66,26 +67,25 @@ def _uniform_slope(z: Tensor, weight: Tensor) -> Tensor:
     return (z - z.logsumexp(-1, keepdim=True)).exp() * weight - weight / z.shape[-1]
 
 
-def _over_mean(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """`log(p / m)` and `log(p_ref / m)`, `m = (p + p_ref) / 2`; exactly 0 where both are equal.
+def _log_over(p: Tensor, mean: Tensor) -> Tensor:
+    """`log(p / mean)`: exactly 0 where both are equal, and finite where `p` is 0 (there it is multiplied by `p`)."""
+    return (p / mean).clamp_min(torch.finfo(p.dtype).tiny).log()
 
-    Ratios beyond `e^80` are cut off: the smaller of both probabilities is then 0 beside the other.
-    """
-    log_ratio = (logp - ref_logp).clamp(-80.0, 80.0)
-    over = math.log(2) - (1 + (-log_ratio).exp()).log()
-    return over, over - log_ratio
+
+def _mean(p: Tensor, q: Tensor) -> Tensor:
+    return ((p + q) / 2).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def _js(z: Tensor, ref: Tensor) -> Tensor:
-    logp, ref_logp = F.log_softmax(z, dim=-1), F.log_softmax(ref, dim=-1)
-    over, ref_over = _over_mean(logp, ref_logp)
-    return (logp.exp() * over + ref_logp.exp() * ref_over).sum(-1) / 2
+    p, q = z.softmax(-1), ref.softmax(-1)
+    mean = _mean(p, q)
+    return (torch.linalg.vecdot(p, _log_over(p, mean)) + torch.linalg.vecdot(q, _log_over(q, mean))) / 2
 
 
 def _js_slope(z: Tensor, weight: Tensor, ref: Tensor) -> Tensor:
-    logp = F.log_softmax(z, dim=-1)
-    p, (over, _) = logp.exp(), _over_mean(logp, F.log_softmax(ref, dim=-1))
-    return p * (over - (p * over).sum(-1, keepdim=True)) * (weight / 2)
+    p = z.softmax(-1)
+    over = _log_over(p, _mean(p, ref.softmax(-1)))
+    return p * (over - torch.linalg.vecdot(p, over).unsqueeze(-1)) * (weight / 2)
 
 
 def _goal(goal: Tensor, target: Tensor, less: float) -> Tensor:

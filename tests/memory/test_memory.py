@@ -463,6 +463,23 @@ def test_activations_and_heads():
         assert estimate(config, args=arguments(max_length=256, forget_objective=two)).activations > plain + logits
 
 
+@pytest.mark.parametrize("name", ["clamped_entropy", "undial"])
+def test_objectives_on_distributions_keep_logits(name):
+    """Under a fused head too: logits and gradient, and UNDIAL the reference's logits."""
+    config = LlamaConfig(
+        vocab_size=50000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+
+    def found(objective):
+        args = arguments(max_length=256, forget_objective=objective, fused_lm_head=True)
+        return estimate(config, args=args, device="cuda", dtype="float32", reference="none")
+
+    logits = logits_bytes(8 * 256, 50000)
+    kept = found(name).activations - (logits if name == "undial" else 0)
+    assert found("grad_ascent").activations < 2 * logits < kept == found("margin").activations
+    assert found(name).unchecked == (f"the memory of `{name}`",) and found("grad_ascent").unchecked == ()
+
+
 def test_the_head_that_a_gpu_chooses():
     """By default the fused one for large logits. Where it depends on the batch, the worst batch counts."""
     config = LlamaConfig(

@@ -93,7 +93,7 @@ def close(got, want, tolerance):
 def test_values_and_gradients(kind, dtype, tolerance):
     """bfloat16: the sums are float32, the gradient is rounded once, to the dtype of the logits.
 
-    The gradient of JSD has differences of logarithms, which the plain formula in float32 gets wrong by 3e-6 here.
+    The gradient of JSD has logarithms of ratios: the plain formula in float32 is wrong by 3e-6 here.
     """
     z, ref = logits(dtype=dtype).requires_grad_(), logits(dtype=dtype, seed=1)
     exact = z.detach().double().requires_grad_()
@@ -174,7 +174,7 @@ def test_js_is_0_at_the_reference_and_bounded(dtype):
 COPIES = {
     "kl": (1.25, 4),
     "uniform": (1.25, 2),
-    "js": (1.4, 4),
+    "js": (1.3, 4),
     "undial": (1.25, 2),
     "ce_u": (1.25, 2),
     "missing entropy": (1.3, 2),
