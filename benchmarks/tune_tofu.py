@@ -1,8 +1,7 @@
 """Chooses the tiny settings of every method of `run_tofu.py` with equal effort, on a seed that no table reports.
 
 Four values of the one setting that says how strongly a method forgets; all else is as published. The rule of choice is
-the same for all: the largest model utility among those with a forget quality of .05 or more; where there is none, the
-largest forget quality.
+the same for all: the largest harmonic mean of forget quality and model utility.
 
 python benchmarks/tune_tofu.py --out tried.jsonl                    # resumes: what is in the file is not run again
 python benchmarks/tune_tofu.py --out tried.jsonl --methods npo wga
@@ -12,6 +11,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from statistics import harmonic_mean
 
 import torch
 from tabulate import tabulate
@@ -29,7 +29,6 @@ TRIED = {
     "pdu": ("initial", (30.0, 100.0, 300.0, 1000.0)),
     "uld": ("weight", (-0.5, -0.8, -1.1, -1.5)),
 }
-LEAST_QUALITY = 0.05
 
 
 def arguments() -> argparse.Namespace:
@@ -66,10 +65,7 @@ def measured(method: str, name: str, value: float, options: argparse.Namespace) 
 
 
 def chosen(runs: list[dict]) -> dict:
-    good = [run for run in runs if run["forget_quality"] >= LEAST_QUALITY]
-    if good:
-        return max(good, key=lambda run: run["model_utility"])
-    return max(runs, key=lambda run: run["forget_quality_log10"])
+    return max(runs, key=lambda run: harmonic_mean([run["forget_quality"], run["model_utility"]]))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ shares of an inner product are summed (`shared`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import zip_longest
+from itertools import combinations_with_replacement, zip_longest
 from typing import ClassVar
 
 import torch
@@ -82,23 +82,22 @@ class GradientBackend:
         """`(2, 2)` float64 on the CPU, order forget, retain. The row of a role without a pass is 0.
 
         With `retain_mean` it is `(3, 3)`: that mean, with this step's gradient, is the third. It waits for the device
-        once per optimizer step, for three numbers (with the mean: nine). Shares are summed over the processes. A loss
+        once per optimizer step, for three numbers (with the mean: six). Shares are summed over the processes. A loss
         scale is divided out.
         """
         count = max(map(len, self.slots.values()))
         forget, retain = (self.slots.get(role, [None] * count) for role in ROLES)
-        products = [inner_products(forget, retain)]
-        if self.retain_mean is not None:
-            self.retain_mean.fit(retain)
-            mean = self.retain_mean.gradients or [None] * count
-            products += [inner_products(forget, mean), inner_products(retain, mean)]
-        entries = self.shared(torch.cat(products)) / self._loss_scale() ** 2
-        pair = torch.stack([entries[0], entries[1], entries[1], entries[2]]).view(2, 2)
-        return pair if self.retain_mean is None else self.retain_mean.gramian(pair, entries[[4, 7, 5]])
+        if self.retain_mean is None:
+            entries = self.shared(inner_products(forget, retain)) / self._loss_scale() ** 2
+            return entries[[0, 1, 1, 2]].view(2, 2)
+        self.retain_mean.fit(retain)
+        mean = self.retain_mean.gradients or [None] * count
+        entries = self.shared(inner_products(forget, retain, mean)) / self._loss_scale() ** 2
+        return self.retain_mean.gramian(entries[[0, 1, 2, 1, 3, 4, 2, 4, 5]].view(3, 3))
 
     def norm(self, role: str) -> float:
         """The norm of the gradient in a slot, over all processes. A loss scale is in it."""
-        return float(self.shared(inner_products(self.slots[role], [None] * len(self.slots[role])))[0].sqrt())
+        return float(self.shared(inner_products(self.slots[role]))[0].sqrt())
 
     def write(self, weights: Tensor) -> None:
         """Puts `weights[0] g_f + weights[1] g_r` where the optimizer reads its gradient, and frees the slots.
@@ -108,7 +107,10 @@ class GradientBackend:
         scalars = dict(zip(ROLES, weights.tolist(), strict=False))
         if self.retain_mean is not None and weights.isfinite().all():
             self.retain_mean.update(self.slots["retain"])
-        (first, *others) = [role for role in ROLES[::-1] if role in self.slots]
+        present = [role for role in ROLES[::-1] if role in self.slots]
+        (first, *others) = sorted(
+            present, key=lambda role: scalars[role] == 0.0
+        )  # GRU's retain gradient: no pass for it
         combined = self.slots.pop(first)
         if scalars[first] != 1.0:  # skipping weight 1 (often BLUR's upper level) saves a pass over the gradients
             torch._foreach_mul_([g for g in combined if g is not None], scalars[first])
@@ -170,7 +172,8 @@ def add_scaled(mine: Gradients, others: Gradients, weight: float, keep: bool = F
 
     `keep`: `others` stay as they are; else they are used up.
     """
-    together = [(m, o) for m, o in zip(mine, others, strict=True) if m is not None and o is not None]
+    pairs = zip(mine, others, strict=True)
+    together = [(m, o) for m, o in pairs if m is not None and o is not None and weight != 0]
     if together and all(m.device == o.device for m, o in together):  # foreach refuses empty lists
         torch._foreach_add_([m for m, _ in together], [o for _, o in together], alpha=weight)
     else:
@@ -180,39 +183,42 @@ def add_scaled(mine: Gradients, others: Gradients, weight: float, keep: bool = F
     return [scale(o, weight) if m is None and o is not None else m for m, o in zip(mine, others, strict=True)]
 
 
-def inner_products(forget: Sequence[Tensor | None], retain: Sequence[Tensor | None]) -> Tensor:
-    """`(<f,f>, <f,r>, <r,r>)` over all tensors at once, `(3,)` float64 on the CPU.
+def inner_products(*gradients: Sequence[Tensor | None]) -> Tensor:
+    """The inner products of all pairs, each over all tensors at once, float64 on the CPU.
 
-    Products are float32 per chunk, sums are float64: on a CPU a float32 sum over millions of terms is wrong in the
-    fifth digit. It works chunk by chunk on the retain gradient's device. Only the product of two gradients is widened
-    to float32 on an accelerator (H100, 1.2 billion bfloat16: 40 ms with three widened products, 16 with one).
+    Order: of two `(<f,f>, <f,r>, <r,r>)`, of three `(<f,f>, <f,r>, <f,m>, <r,r>, <r,m>, <m,m>)`. Products are float32
+    per chunk, sums are float64: on a CPU a float32 sum over millions of terms is wrong in the fifth digit. It works
+    chunk by chunk on the last gradient's device. Only products of two gradients are widened to float32 on an
+    accelerator (H100, 1.2 billion bfloat16: 40 ms with three widened products, 16 with one).
     """
-    products: list[list[Tensor]] = [[], [], []]
-    resident: tuple[list[Tensor], list[Tensor]] = ([], [])  # on an accelerator: norms of all tensors in few kernels
-    for pair in zip(forget, retain, strict=True):
-        home = next((g.device for g in reversed(pair) if g is not None), None)
+    pairs = list(combinations_with_replacement(range(len(gradients)), 2))
+    products: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
+    resident: list[list[Tensor]] = [[] for _ in gradients]  # on an accelerator: norms of all tensors in few kernels
+    for parts in zip(*gradients, strict=True):
+        home = next((g.device for g in reversed(parts) if g is not None), None)
         on_host = home is None or home.type == "cpu"
-        for mine, gradient in zip(resident, pair, strict=True):
+        for mine, gradient in zip(resident, parts, strict=True):
             if not on_host and gradient is not None and gradient.device == home:
                 mine.append(gradient)
-        moved = pair[0] is not None and pair[0].device != home  # an offloaded slot
+        # an offloaded slot, and everything on a CPU, is squared chunk by chunk
+        squared = [g is not None and (on_host or g.device != home) for g in parts]
         size = _CHUNK if on_host else _CHUNK_ON_ACCELERATOR
-        for f, r in zip_longest(*(() if g is None else g.flatten().split(size) for g in pair)):
-            f = f if f is None else f.to(home, non_blocking=True)
-            if f is not None and (on_host or moved):
-                products[0].append(_square(f))
-            if r is not None and on_host:
-                products[2].append(_square(r))
-            if f is not None and r is not None:
-                products[1].append(torch.dot(_widened(f), _widened(r)))
-    products[0] += _squares(resident[0])
-    products[2] += _squares(resident[1])
-    flat = [product for part in products for product in part]
+        for chunks in zip_longest(*(() if g is None else g.flatten().split(size) for g in parts)):
+            here = [c if c is None else c.to(home, non_blocking=True) for c in chunks]
+            for i, j in pairs:
+                a, b = here[i], here[j]
+                if i == j and a is not None and squared[i]:
+                    products[i, i].append(_square(a))
+                elif i != j and a is not None and b is not None:
+                    products[i, j].append(torch.dot(_widened(a), _widened(b)))
+    for i, mine in enumerate(resident):
+        products[i, i] += _squares(mine)
+    flat = [product for part in products.values() for product in part]
     if not flat:
-        return torch.zeros(3, dtype=torch.float64)
+        return torch.zeros(len(pairs), dtype=torch.float64)
     device = flat[-1].device  # a model spread over several devices: collect on the last one
     numbers = torch.stack([product.to(device) for product in flat]).cpu().double()
-    return torch.stack([part.sum() for part in numbers.split([len(part) for part in products])])
+    return torch.stack([part.sum() for part in numbers.split([len(part) for part in products.values()])])
 
 
 def _widened(x: Tensor) -> Tensor:

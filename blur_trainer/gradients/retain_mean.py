@@ -17,32 +17,27 @@ class RetainMean:
         self.smoothing = smoothing
         self.gradients: Gradients | None = None
 
-    def gramian(self, pair: Tensor, products: Tensor) -> Tensor:
-        """`(3, 3)` of forget, retain and the mean after this step. Reads the mean before it, and changes nothing.
-
-        Args:
-            pair: `(2, 2)`, of forget and retain.
-            products: `(<g_f, m>, <g_r, m>, <m, m>)` with the mean before this step.
-        """
-        before = pair.new_zeros(3, 3)
-        before[:2, :2] = pair
-        before[:2, 2] = before[2, :2] = products[:2]
-        before[2, 2] = products[2]
-        to_new = torch.eye(3, dtype=pair.dtype)
-        to_new[2] = pair.new_tensor([0.0, self.smoothing, 1.0 - self.smoothing])
+    def gramian(self, before: Tensor) -> Tensor:
+        """`(3, 3)` of forget, retain and the mean before this step -> with the mean after it. Changes nothing."""
+        to_new = torch.eye(3, dtype=before.dtype)
+        to_new[2] = before.new_tensor([0.0, self.smoothing, 1.0 - self.smoothing])
         return to_new @ before @ to_new.T
 
     def update(self, retain: Gradients) -> None:
         """Takes in this step's retain gradient, which stays as it is."""
-        if self.gradients is None:
-            self.gradients = [None] * len(retain)
-        for index, (mean, gradient) in enumerate(zip(self.gradients, retain, strict=True)):
-            if mean is not None:
-                mean.mul_(1.0 - self.smoothing)
-            if gradient is not None and mean is not None:
-                mean.add_(gradient, alpha=self.smoothing)
-            elif gradient is not None:
-                self.gradients[index] = gradient * self.smoothing
+        means = [None] * len(retain) if self.gradients is None else self.gradients
+        both = [(m, g) for m, g in zip(means, retain, strict=True) if m is not None and g is not None]
+        if both:  # foreach refuses empty lists
+            torch._foreach_lerp_([m for m, _ in both], [g for _, g in both], self.smoothing)
+        self.gradients = [
+            mean if mean is not None and gradient is not None else self._alone(mean, gradient)
+            for mean, gradient in zip(means, retain, strict=True)
+        ]
+
+    def _alone(self, mean: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        if mean is not None:
+            return mean.mul_(1.0 - self.smoothing)
+        return None if gradient is None else gradient * self.smoothing
 
     def restore(self, gradients: Gradients) -> None:
         """Takes the share that a checkpoint holds."""

@@ -19,9 +19,8 @@ def gramian(*vectors: torch.Tensor) -> torch.Tensor:
     return together @ together.T
 
 
-def products(mean: RetainMean, g_f: torch.Tensor, g_r: torch.Tensor) -> torch.Tensor:
-    m = torch.zeros_like(g_f) if mean.gradients is None else mean.gradients[0]
-    return torch.stack([g_f @ m, g_r @ m, m @ m])
+def before(mean: RetainMean, g_f: torch.Tensor, g_r: torch.Tensor) -> torch.Tensor:
+    return gramian(g_f, g_r, torch.zeros_like(g_f) if mean.gradients is None else mean.gradients[0])
 
 
 # ---- GRU ----
@@ -33,7 +32,7 @@ def test_gru_is_its_literal_form(smoothing, retain_weight):
     rule, literal = GRU(smoothing, retain_weight), reference.GruDirection(smoothing, retain_weight)
     mean, rectified = RetainMean(rule.retain_smoothing), 0
     for g_f, g_r in pairs(12):
-        weights = rule(mean.gramian(gramian(g_f, g_r), products(mean, g_f, g_r)))
+        weights = rule(mean.gramian(before(mean, g_f, g_r)))
         mean.update([g_r])
         torch.testing.assert_close(torch.stack([g_f, g_r, mean.gradients[0]]).T @ weights, literal(g_f, g_r))
         rectified += bool(weights[2] != 0)
@@ -42,7 +41,7 @@ def test_gru_is_its_literal_form(smoothing, retain_weight):
 
 def test_a_gramian_of_the_mean_changes_nothing():
     mean, (g_f, g_r) = RetainMean(0.8), pairs(1)[0]
-    mean.gramian(gramian(g_f, g_r), torch.zeros(3, dtype=torch.float64))
+    mean.gramian(before(mean, g_f, g_r))
     assert mean.gradients is None
 
 
