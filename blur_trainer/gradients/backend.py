@@ -107,10 +107,7 @@ class GradientBackend:
         scalars = dict(zip(ROLES, weights.tolist(), strict=False))
         if self.retain_mean is not None and weights.isfinite().all():
             self.retain_mean.update(self.slots["retain"])
-        present = [role for role in ROLES[::-1] if role in self.slots]
-        (first, *others) = sorted(
-            present, key=lambda role: scalars[role] == 0.0
-        )  # GRU's retain gradient: no pass for it
+        (first, *others) = [role for role in ROLES[::-1] if role in self.slots]
         combined = self.slots.pop(first)
         if scalars[first] != 1.0:  # skipping weight 1 (often BLUR's upper level) saves a pass over the gradients
             torch._foreach_mul_([g for g in combined if g is not None], scalars[first])
@@ -172,8 +169,7 @@ def add_scaled(mine: Gradients, others: Gradients, weight: float, keep: bool = F
 
     `keep`: `others` stay as they are; else they are used up.
     """
-    pairs = zip(mine, others, strict=True)
-    together = [(m, o) for m, o in pairs if m is not None and o is not None and weight != 0]
+    together = [(m, o) for m, o in zip(mine, others, strict=True) if m is not None and o is not None]
     if together and all(m.device == o.device for m, o in together):  # foreach refuses empty lists
         torch._foreach_add_([m for m, _ in together], [o for _, o in together], alpha=weight)
     else:

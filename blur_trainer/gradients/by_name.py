@@ -46,6 +46,10 @@ def rule_by_name(name: str, settings: Any, arguments: Mapping[str, Any] | None) 
     accepted = [f.name for f in fields(RULES[name]) if f.init]
     if unknown := sorted(set(arguments) - set(accepted)):
         raise ValueError(f"The rule {name!r} takes no argument {unknown}; accepted: {accepted or 'none'}.")
-    if isinstance(arguments.get("rule"), str):
-        arguments["rule"] = rule_by_name(arguments["rule"], settings, None)
+    inner = arguments.setdefault("rule", "sum") if issubclass(RULES[name], Constrained) else None
+    unread = {flag for owner, flags in FLAGS.items() if owner != inner for flag in flags}
+    if ignored := [f.name for f in fields(settings) if f.name in unread and getattr(settings, f.name) != f.default]:
+        raise ValueError(f"The rule {name!r} does not read {ignored}: its arguments go into `rule_kwargs`.")
+    if isinstance(inner, str):
+        arguments["rule"] = rule_by_name(inner, settings, None)
     return RULES[name](**arguments)

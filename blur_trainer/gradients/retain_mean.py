@@ -39,8 +39,8 @@ class RetainMean:
             return mean.mul_(1.0 - self.smoothing)
         return None if gradient is None else gradient * self.smoothing
 
-    def restore(self, gradients: Gradients) -> None:
-        """Takes the share that a checkpoint holds."""
+    def restore(self, gradients: Gradients | None) -> None:
+        """Takes the share that a checkpoint holds; `None`: it was saved before the first step that was made."""
         self.gradients = gradients
 
     def fit(self, retain: Gradients) -> None:

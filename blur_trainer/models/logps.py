@@ -18,7 +18,9 @@ def answer_mask(labels: Tensor) -> Tensor:
 
 def without_first(labels: Tensor, count: int) -> Tensor:
     """The labels `(B, T)` without the first `count` answer tokens of each example."""
-    return labels.masked_fill((labels != IGNORE_INDEX).cumsum(-1) <= count, IGNORE_INDEX)
+    first = labels[:, :1] != IGNORE_INDEX  # of a text; nothing predicts it
+    targets = (labels != IGNORE_INDEX).cumsum(-1) - first.int()
+    return labels.masked_fill(targets <= count, IGNORE_INDEX)
 
 
 def per_token_logps(logits: Tensor, labels: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
-        forget_objective: `grad_ascent`, `npo`, `simnpo`, `dpo`, `idk` or `rmu`.
+        forget_objective: a name of the table in docs/methods.md: `npo`, `simnpo`, `dpo`, `altpo`, `undial`, `wga` ...
         forget_objective_kwargs: its arguments as a dict or JSON, e.g. `{"beta": 0.1}`.
-        retain_objective: `nll`, `kl` or `activation_match`.
+        retain_objective: `nll`, `kl`, `jsd` or `activation_match`.
         retain_objective_kwargs: its arguments.
         rule: `blur`, `sum`, `pcgrad`, `mgda`, `ngdiff`, `gru`, `constrained` or `pdu`.
         gamma, alpha, lower_level, clamp: arguments of the rule `blur`, see [`BLUR`].
@@ -45,7 +45,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
             [`BLUR`], `max_length` of the topic's examples. Missing settings are those of the whole training.
         repeat_topics: repeat a topic that has too few examples. Otherwise that is an error.
         precompute_ref_logps: compute the reference's log-probabilities of the forget set once, before training, and
-            keep no reference model in memory. For objectives that need only log-probabilities (`npo`, `dpo`).
+            keep no reference model in memory. For objectives that need only these (`npo`, `dpo`, `altpo`).
         fused_lm_head: compute log-probabilities by TRL's fused LM head, without logits: same numbers, less memory.
             `None`: on GPUs, for batches with 2 GB of float32 logits or more, if the model suits and Triton works.
             Smaller batches are faster with logits; `True` saves memory there too. `kl` needs logits.
@@ -184,7 +184,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         return _build("retain_objective", self.retain_objective, self.retain_objectives, self.retain_objective_kwargs)
 
     def build_rule(self) -> Rule:
-        return rule_by_name(self.rule, self, self.rule_kwargs)  # type: ignore[arg-type]
+        return rule_by_name(self.rule, self, _parse_dict("rule_kwargs", self.rule_kwargs))
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearningConfig":

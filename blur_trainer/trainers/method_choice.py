@@ -58,7 +58,7 @@ class MethodChoice:
         """The rule, the objectives by role, and the rule of each topic. Raises for what does not go together."""
         rule = args.build_rule() if self.rule is None else self.rule
         setup.check_rule(rule)
-        check_rule_state(rule, args.fp16)
+        check_rule_state(rule, args.fp16 or args.mixed_precision == "fp16")  # the latter: of `accelerate launch`
         forget: Any = args.build_forget_objective() if self.forget_objective is None else self.forget_objective
         objectives = {"forget": forget}
         if self.retains:

@@ -56,10 +56,11 @@ class SAM:
 
 def warn_of_rounding(procedure: Procedure | None, model: Any, half: bool) -> None:
     """Says so where SAM moves weights by less than the forward pass can see. `half`: it computes in 16 bits."""
-    if isinstance(procedure, SAM) and half:
-        count = sum(partition_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if isinstance(procedure, SAM) and (half or any(p.element_size() == 2 for p in trained)):
+        count = sum(partition_shape(p).numel() for p in trained)
         logger.warning(
             f"SAM moves each of {count:.2g} weights by about {procedure.rho / max(count, 1) ** 0.5:.1e}. The passes "
             "compute in 16 bits, where a weight of .02 has steps of 1e-4: most moves are lost in rounding. Set "
-            "`bf16=False` (float32), or a larger `sam_rho`."
+            "`bf16=False` with float32 weights, or a larger `sam_rho`."
         )

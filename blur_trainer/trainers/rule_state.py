@@ -29,6 +29,8 @@ def check_rule_state(rule: Rule, fp16: bool) -> None:
     missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(rule, name)]
     if hasattr(rule, "reset") and missing:
         raise TypeError(f"The rule {rule!r} has `reset`, but no {missing}: checkpoints could not hold its state.")
+    if hasattr(rule, "update") and not hasattr(rule, "reset"):
+        logger.warning("The rule %r has `update`, but no `reset`: what it remembers is in no checkpoint.", rule)
     if fp16 and _smoothing(rule) is not None:
         raise ValueError(
             f"The rule {rule!r} keeps gradients from step to step, and with `fp16=True` their scale changes: use "
@@ -66,21 +68,32 @@ class RuleStateCallback(TrainerCallback):
     ) -> None:
         for rule in self._stateful():
             rule.reset()
+        for rule in self.rules():
+            waits = getattr(rule, "warmup_epochs", 0)
+            if waits and waits >= state.num_train_epochs:
+                logger.warning("The warm-up of %r lasts to the end: its multiplier does not move.", rule)
         smoothing = next((s for s in map(_smoothing, self.rules()) if s is not None), None)
         self.mean = None if smoothing is None else RetainMean(smoothing)
         if self.resumed_from is not None:
             self._load(Path(self.resumed_from))
+
+    def parameters_changed(self) -> None:
+        """Other parameters are trained from now on: a mean of the old ones' gradients would be moved to them."""
+        if self.mean is not None and self.mean.gradients is not None:
+            logger.warning("Parameters were frozen or unfrozen: the mean of the retain gradient begins anew.")
+            self.mean = RetainMean(self.mean.smoothing)
 
     def save(self, checkpoint: str | Path, backend: GradientBackend | None, writes: bool) -> None:
         """On every process: under sharding each one writes its share of the mean. `writes`: the others' too."""
         state = {f"{i}.{name}": t for i, rule in enumerate(self._stateful()) for name, t in rule.state_dict().items()}
         if state and writes:
             save_file(_copied(state), Path(checkpoint, STATE_NAME))
-        if self.mean is None or self.mean.gradients is None or backend is None:
+        if self.mean is None or backend is None:
             return
         if backend.sharded or writes:
-            shares = {str(i): g.cpu().contiguous() for i, g in enumerate(self.mean.gradients) if g is not None}
-            count = {"parts": str(len(self.mean.gradients))}
+            gradients = self.mean.gradients or []  # none before the first step that was made
+            shares = {str(i): g.cpu().contiguous() for i, g in enumerate(gradients) if g is not None}
+            count = {"parts": str(len(gradients))}
             save_file(shares, Path(checkpoint, self._mean_name(backend.sharded)), metadata=count)
 
     def _mean_name(self, sharded: bool) -> str:
@@ -104,7 +117,7 @@ class RuleStateCallback(TrainerCallback):
                 held, count = set(file.keys()), int(file.metadata()["parts"])
                 # a copy: the file's own memory is not aligned, and inner products would round in another way
                 parts = [file.get_tensor(str(i)).clone() if str(i) in held else None for i in range(count)]
-            self.mean.restore(parts)
+            self.mean.restore(parts or None)
 
 
 def _smoothing(rule: Rule) -> float | None:

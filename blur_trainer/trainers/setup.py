@@ -79,13 +79,16 @@ def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> N
     if "retain" in objectives and objectives["retain"].needs_refusal:
         raise ValueError(
             f"{objectives['retain']} as the retain objective needs refusals, which are made for the forget set only: "
-            "choose `nll` or `kl`."
+            "choose `nll`, `kl` or `jsd`."
         )
+    forget = objectives["forget"]
+    if forget.needs_alternatives and not forget.needs_refusal:
+        raise ValueError(f"{forget} has `needs_alternatives`, which fills the column of `needs_refusal`: set both.")
     if precompute and not reads_logps_only(objectives["forget"]):
         raise ValueError(
             "`precompute_ref_logps=True`, but the forget objective reads no reference log-probabilities "
-            f"({', '.join(map(str, objectives.values()))}): leave it off, or choose `npo` or `dpo`. (`kl`, `jsd` and "
-            "`undial` need whole distributions, which are too large to keep.)"
+            f"({', '.join(map(str, objectives.values()))}): leave it off, or choose `npo`, `dpo` or `altpo`. "
+            "(`kl`, `jsd` and `undial` need whole distributions, which are too large to keep.)"
         )
 
 

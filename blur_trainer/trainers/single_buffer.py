@@ -31,6 +31,7 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
     if not args.single_gradient_buffer:
         return
     obstacles: list[tuple[bool, str]] = [
+        (hasattr(rule, "retain_smoothing"), f"the rule {rule} keeps a mean of gradients: choose another rule"),
         (
             getattr(rule, "needs_retain_norm", True),
             f"the rule {rule} reads the norm of the retain gradient: choose `sum`, or `blur` with "
@@ -41,7 +42,7 @@ def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, 
             "retain" in roles and roles["retain"].top_layer is not None,
             f"{roles.get('retain')} ends the forward pass at a layer, which its forward mode does not: leave it off",
         ),
-        (not one_pass, "SAM keeps the weights in a second one while it moves them: choose one of both"),
+        (not one_pass, "a `forget_procedure` such as SAM needs a second one: choose one of both"),
         (args.offload_forget_gradient, "`offload_forget_gradient=True` keeps a second one: choose one of both"),
         (args.fp16, "`fp16=True` scales the loss, and scaled gradients overflow in its forward mode: use `bf16=True`"),
         (

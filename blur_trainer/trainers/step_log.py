@@ -53,7 +53,7 @@ class StepLog:
             self._values["grad/weight_retain_mean"].append(weights[-1])
         for name, value in rule.state_dict().items() if hasattr(rule, "reset") else ():
             if torch.as_tensor(value).numel() == 1:
-                self._values[f"rule/{name}"].append(torch.as_tensor(value).reshape(()))
+                self._values[f"rule/{name}"].append(torch.as_tensor(value).detach().clone().reshape(()))
         if len(losses) == 2 and not norms.isnan().any():
             product = norms[:2].prod()
             self._values["grad/cosine"].append(gramian[0, 1] / product if product > 0 else torch.zeros(()))

@@ -164,6 +164,7 @@ class StepMixin(_Base):
             backend = self.create_backend(model)
         elif changed := backend.changed():
             check_unchanged(self.accelerator, model, changed, self.optimizer)
+            self._rule_state.parameters_changed()
             backend = self.create_backend(model)
         backend.retain_mean = self._rule_state.mean
         self._backend = backend

@@ -28,7 +28,7 @@ from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair
 from blur_trainer.trainers.method_choice import MethodChoice
-from blur_trainer.trainers.procedures import Procedure
+from blur_trainer.trainers.procedures import Procedure, warn_of_rounding
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
 from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.step_log import StepLog
@@ -144,6 +144,7 @@ class TrialMixin(_Base):
             )
         if changed:
             self._settle_method(args)
+            warn_of_rounding(self.forget_procedure, self.model, args.bf16 or args.fp16)
         if self._settings.pairs != pairs_of(args):
             self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)
         self._settings = Settings(args)

@@ -158,6 +158,10 @@ def test_rule_kwargs():
     assert config.build_rule() == PDU(epsilon=0.1, rate=2)
     config = BLURConfig("out", rule="constrained", rule_kwargs={"rule": "blur", "epsilon": 0.1}, gamma=0.2)
     assert config.build_rule() == Constrained(BLUR(gamma=0.2), epsilon=0.1)
+    config = BLURConfig("out", rule="constrained", forget_weight=0.1)
+    assert config.build_rule() == Constrained(Sum(forget_weight=0.1))
+    with pytest.raises(ValueError, match=r"'gru' does not read \['retain_weight'\]"):
+        BLURConfig("out", rule="gru", retain_weight=3.0)
     with pytest.raises(ValueError, match=r"'pdu' takes no argument \['eps'\]; accepted: \['rule', 'epsilon'"):
         BLURConfig("out", rule="pdu", rule_kwargs={"eps": 0.1})
     with pytest.raises(ValueError, match="'blur' takes no `rule_kwargs`; its settings are lower_level, gamma"):

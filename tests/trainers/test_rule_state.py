@@ -4,15 +4,18 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from support.models import examples, tiny_llama
 from support.runs import settings, training_logs
 from torch import Tensor
+from transformers import TrainerCallback, TrainerState
 
 from blur_trainer.gradients.rules import BLUR
-from blur_trainer.gradients.stateful_rules import GRU, Constrained
+from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
 from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.trainers.blur import BLURTrainer
+from blur_trainer.trainers.rule_state import RuleStateCallback
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 
@@ -98,6 +101,45 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path, rule, name):
     (checkpoint / name).unlink()
     with pytest.raises(ValueError, match=name):
         start(tmp_path / "on", rule, max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_from_before_the_first_step_that_was_made(tmp_path):
+    class NaNInStepOne(NaNInStepTwo):
+        def __call__(self, *args, **kwargs) -> Tensor:
+            self.calls.append(1)
+            return GradAscent.__call__(self, *args, **kwargs) * (torch.nan if len(self.calls) == 1 else 1.0)
+
+    config = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    start(tmp_path, GRU(), forget_objective=NaNInStepOne(), **config).train()
+    state = RuleStateCallback(lambda: [GRU()], PartialState())
+    state.resumed_from = str(tmp_path / "checkpoint-1")
+    state.on_train_begin(None, TrainerState(), None)
+    assert state.mean.gradients is None
+    state.resumed_from = str(tmp_path / "checkpoint-2")
+    state.on_train_begin(None, TrainerState(), None)
+    assert len(state.mean.gradients) > 0
+
+
+class Unfreezing(TrainerCallback):
+    """After the first step another layer is trained."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.model.layers[0].requires_grad_(False)
+        model.model.layers[1].requires_grad_(True)
+
+
+def test_the_mean_does_not_move_to_other_parameters(tmp_path, caplog):
+    trainer = start(tmp_path, GRU(), max_steps=2)
+    trainer.create_optimizer()  # holds both layers
+    trainer.model.model.layers[1].requires_grad_(False)
+    trainer.add_callback(Unfreezing())
+    trainer.train()
+    assert "Parameters were frozen or unfrozen: the mean of the retain gradient begins anew." in caplog.text
+
+
+def test_a_warm_up_to_the_end_is_said(tmp_path, caplog):
+    start(tmp_path, PDU(warmup_epochs=2.0), max_steps=1).train()
+    assert "lasts to the end: its multiplier does not move" in caplog.text
 
 
 def test_half_a_state_is_refused(tmp_path):
