@@ -28,6 +28,11 @@ INSTRUCTION = (
 _NAMED_ROWS = 5  # a message lists at most this many
 
 
+def has_alternatives(dataset: Any, role: str) -> bool:
+    check_dataset(dataset, role)
+    return COLUMN in column_names(dataset)
+
+
 def lacks_alternatives(dataset: Any, role: str) -> bool:
     """Whether rows have a prompt and an answer, and no other answers yet."""
     check_dataset(dataset, role)

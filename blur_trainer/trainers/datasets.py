@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blur_trainer.data.alternatives import has_alternatives
 from blur_trainer.data.chat import parse_day
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.grouping import GroupedDataset
@@ -60,6 +61,7 @@ def tokenize_all(
     topics = topic_names(forget)
     _check_streams(args, forget, retain)
     settle_day(args, tokenizer)
+    _say_what_is_not_read(forget, topics, forget_objective)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
@@ -95,6 +97,16 @@ def tokenize_all(
     if args.should_log:
         _say_what_is_trained(tokenized_forget, tokenized_retain, tokenizer)
     return tokenized_forget, tokenized_retain, evaluation
+
+
+def _say_what_is_not_read(forget: Any, topics: tuple[str, ...], objective: Objective) -> None:
+    sets = list(forget.values()) if topics else [forget]
+    unread = objective.needs_refusal and not objective.needs_alternatives
+    if unread and any(has_alternatives(rows, "forget") for rows in sets):
+        logger.warning(
+            "The forget set has a column `alternative`, and %s prefers refusals: only `altpo` reads that column.",
+            objective,
+        )
 
 
 def _options(args: UnlearningConfig) -> dict[str, Any]:

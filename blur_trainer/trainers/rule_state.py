@@ -1,12 +1,12 @@
 """What rules remember: set back before each training, written into checkpoints, the same on every process."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.retain_mean import RetainMean
 from blur_trainer.gradients.rules import Rule
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 #: files in a checkpoint
 STATE_NAME = "rule_state.safetensors"
 MEAN_NAME = "retain_mean-{process:05}-of-{processes:05}.safetensors"

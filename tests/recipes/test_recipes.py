@@ -313,7 +313,7 @@ def test_without_a_recipe_nothing_changes(examples, tmp_path):
     _, args, _, tiny = parse(examples, "muse-news", "--model_name_or_path", "own/model", "--output_dir", tmp_path)
     assert not tiny and (args.gamma, args.forget_objective_kwargs, args.max_length) == (1.0, None, 2048)
     script, args, _, tiny = examples["run_tofu"].parse(["--output_dir", str(tmp_path)])
-    assert tiny and (script.method, script.augment_retain, args.gamma) == ("blur-npo", "none", 0.1)
+    assert tiny and (script.method, script.augment_retain, args.gamma) == ("blur-npo", "none", 1.0)
 
 
 def test_a_recipe_is_not_for_the_embedded_corpora(examples):

@@ -612,6 +612,17 @@ def test_the_plane_draws_spreads_inside_the_frame_and_the_infinite_on_it():
     assert "SimNPO (-inf)" in [text.get_text() for text in ax.texts]
 
 
+def test_bars_of_one_color_have_hatches_and_no_numbers_that_lie_on_each_other():
+    rows = [{"name": "target", "kind": "target", "metrics": {"score": 1.0}}]
+    rows += [{"name": f"method {i}", "kind": "baseline", "metrics": {"score": i / 20}} for i in range(20)]
+    columns = [{"name": "score", "label": "Score", "goal": "max"}]
+    (drawing,) = [d for d in draw_all([], {"columns": columns, "rows": rows}, LIGHT) if d.name == "before_after"]
+    bars = [patch for patch in drawing.figure.axes[0].patches if patch.get_width() > 0]
+    looks = [(patch.get_facecolor(), patch.get_hatch()) for patch in bars]
+    assert len(looks) == len(set(looks)) == 21
+    assert not drawing.figure.axes[0].texts
+
+
 def test_bars_have_the_spread():
     (drawing,) = [drawing for drawing in draw_all([], TOFU, DARK) if drawing.name == "before_after"]
     lengths = [np.ptp(c.get_segments()[0][:, 1]) / 2 for ax in drawing.figure.axes for c in ax.collections]

@@ -85,6 +85,8 @@ RUNS = {
     "SAM": Run({"sam_rho": 0.1}, model=lambda: tiny_llama(dropout=0.3)),
     "no retain set": Run({"rule": "sum", "retain_weight": 0.0}, retain=None),
 }
+#: what other runs do too, together with something else
+COVERED = ["precomputed", "LoRA, precomputed", "data_seed", "several weights a log", "max_steps", "tied embeddings"]
 QUICK = ["plain", "accumulation with a last short window", "dropout", "LoRA"]
 
 
@@ -92,7 +94,7 @@ def _trainable(trainer: BLURTrainer) -> dict[str, torch.Tensor]:
     return weights(trainer.model)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full if n in COVERED else ()) for n in RUNS])
 def test_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
     """From every checkpoint that the run left behind, with a fresh model in a fresh trainer."""
     run = RUNS[name]

@@ -178,6 +178,7 @@ ONLY = {
 }
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
+    **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("ngdiff", "constrained", "sam, lora")},
     "rmu": {"ddp", "fsdp2", "zero2", "zero3"},
     "NPO, fused head": {"ddp", "fsdp2", "zero3"},
     "NPO, lora, bf16": {"ddp", "fsdp2", "zero3"},

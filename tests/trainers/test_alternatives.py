@@ -246,3 +246,11 @@ def test_it_is_found_by_name(tmp_path):
     trainer = made(tmp_path, objective=None, forget_objective="altpo", forget_objective_kwargs=kwargs)
     assert trainer.objectives["forget"] == AltPO(0.5, 1, max_new_tokens=4)
     assert kept(tmp_path)["settings"]["max_new_tokens"] == 4
+
+
+def test_alternatives_that_the_objective_does_not_read_are_said(tmp_path, caplog):
+    rows = [row | {"alternative": "Tove Arn."} for row in FORGET]
+    for objective, said in ((DPO(), True), (AltPO(), False)):
+        caplog.clear()
+        made(tmp_path / type(objective).__name__, rows, objective)
+        assert ("only `altpo` reads that column" in caplog.text) == said

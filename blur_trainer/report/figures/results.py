@@ -17,6 +17,7 @@ from blur_trainer.report.figures.style import (
     over_runs,
     plain,
     row_colors,
+    row_hatches,
     set_title,
 )
 from blur_trainer.report.tables import cells, decimals, goal_of, heading, role_of, spreads, values, wrap_heading
@@ -36,12 +37,12 @@ def draw_bars(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     figure, axes = new_lines(
         theme, 4.0 if len(lines) == 1 else 3.2, [[len(c) + 0.4 for _, c in line] for line in lines]
     )
-    colors = row_colors(rows, theme)
+    looks = list(zip(row_colors(rows, theme), row_hatches(rows, theme), strict=True))
     for ax, (scale, columns) in zip(axes, itertools.chain(*lines), strict=True):
-        _grouped(ax, columns, rows, colors, theme)
+        _grouped(ax, columns, rows, looks, theme)
         # a panel of one group has no room for a sentence; the arrow must do
         set_title(ax, _bar_title(scale, columns) if len(columns) > 2 else "", theme)
-    handles = [axes[0].bar([0], [0], color=color, width=0)[0] for color in colors]
+    handles = [axes[0].bar([0], [0], color=c, hatch=h, edgecolor=theme.paper, width=0)[0] for c, h in looks]
     add_legend(figure, handles, [row["name"] for row in rows], theme)
     caption = "Arrows give the direction of each metric. On the forget set the aim is the retrained model, not zero."
     if over_runs(rows):
@@ -71,15 +72,16 @@ def _should_rise(columns: Items) -> bool:
     return any(goal_of(column) == "max" and role_of(column) == "forget" for column in columns)
 
 
-def _grouped(ax: Axes, columns: Items, rows: Items, colors: list[str], theme: Theme) -> None:
+def _grouped(ax: Axes, columns: Items, rows: Items, looks: list[tuple[str, str]], theme: Theme) -> None:
     width = 0.82 / len(rows)
-    labelled = len(rows) * len(columns) <= 60
+    labelled = len(rows) * len(columns) <= 60 and len(rows) <= LINE  # more numbers lie on each other
     for group, column in enumerate(columns):
         numbers, texts, extra = values(column, rows), cells(column, rows), spreads(column, rows)
         for i, (number, text, spread) in enumerate(zip(numbers, texts, extra, strict=True)):
             x = group + (i - (len(rows) - 1) / 2) * width
             height = number if number is not None and math.isfinite(number) else 0.0
-            ax.bar(x, height, width * 0.92, color=colors[i])
+            color, hatch = looks[i]
+            ax.bar(x, height, width * 0.92, color=color, hatch=hatch, edgecolor=theme.paper, linewidth=0)
             if spread and math.isfinite(spread):
                 ax.errorbar(x, height, spread, fmt="none", ecolor=theme.ink, elinewidth=1, capsize=2)
                 height += math.copysign(spread, height)

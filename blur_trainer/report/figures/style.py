@@ -18,6 +18,7 @@ from blur_trainer.report.tables import shorten
 
 WIDTH = 10.0  # inches; at 96 CSS pixels per inch this is the page's width
 MARKERS = "oDsv^PX*"
+HATCHES = ("", "//////", "....", "xxxx", "----")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ def row_colors(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
             colors.append(theme.methods[methods % len(theme.methods)])
             methods += 1
     return colors
+
+
+def row_hatches(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
+    """What tells bars of one color apart, where there are more methods than colors."""
+    hatches, methods = [], 0
+    for row in rows:
+        other = row.get("kind") in ("target", "retrain")
+        hatches.append("" if other else HATCHES[methods // len(theme.methods) % len(HATCHES)])
+        methods += not other
+    return hatches
 
 
 def over_runs(rows: Sequence[Mapping[str, Any]]) -> str:
