@@ -14,6 +14,7 @@ Aims: 1.05; 1.20 where a reference model runs; 1.05 again where its log-probabil
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 from dataclasses import fields
@@ -63,6 +64,8 @@ def rows(kind: type[Objective], options: argparse.Namespace, seed: int, known: b
         example: dict[str, Any] = dict(zip(("input_ids", "labels"), tokens(), strict=True))
         if kind.needs_refusal:
             example |= zip(("refusal_input_ids", "refusal_labels"), tokens(), strict=True)
+        if made(kind, options).needs_level:
+            example["forget_level"] = 2.0 * math.log(options.vocabulary)
         if known:
             columns = ("ref_logps", "refusal_ref_logps") if kind.needs_refusal else ("ref_logps",)
             example |= dict.fromkeys(columns, -9.0 * options.length)

@@ -31,6 +31,7 @@ _HOMES = {
     "objectives.base": ["Objective"],
     "objectives.contrast": ["FLAT", "JensUn"],
     "objectives.distributions": ["CEU", "JSD", "KL", "UNDIAL", "ClampedEntropy", "Margin", "Uniform"],
+    "objectives.level": ["TargetLoss", "Until"],
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
     "objectives.weighted": ["SatImp", "WGA"],
     "objectives.preference": ["DPO", "NPO", "AltPO", "SimNPO"],
@@ -81,6 +82,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.objectives.base import Objective
     from blur_trainer.objectives.contrast import FLAT, JensUn
     from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
+    from blur_trainer.objectives.level import TargetLoss, Until
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
     from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
     from blur_trainer.objectives.weighted import WGA, SatImp

@@ -9,6 +9,7 @@ from torch import Tensor
 from trl.trainer.utils import pad
 
 from blur_trainer.constants import ROLES
+from blur_trainer.data.columns import LEVEL
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class UnlearningCollator:
 
     B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). If the examples have the columns, B also
     holds `ref_logps`, float32 (B,); `refusal`, another B from `refusal_input_ids`, `refusal_labels` and
-    `refusal_ref_logps`; and `topic`, int64 (B,). Other columns are left out.
+    `refusal_ref_logps`; `forget_level`, float32 (B,); and `topic`, int64 (B,). Other columns are left out.
     """
 
     pad_token_id: int
@@ -57,6 +58,9 @@ class UnlearningCollator:
         batch: dict[str, Any] = self._padded(examples, "", role)
         if any("refusal_input_ids" in example for example in examples):
             batch["refusal"] = self._padded(examples, "refusal_", role)
+        if any(LEVEL in example for example in examples):
+            levels = [float(_get(example, LEVEL, role)) for example in examples]
+            batch[LEVEL] = torch.tensor(levels, dtype=torch.float32)
         if any("topic" in example for example in examples):
             batch["topic"] = torch.tensor([int(_get(example, "topic", role)) for example in examples])
         return batch

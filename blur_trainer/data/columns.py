@@ -12,19 +12,21 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 ACCEPTED = "`text`, `prompt`+`completion`, `messages`, `question`+`answer` or `input_ids`(+`labels`)"
 
-_BESIDE_A_PROMPT = ("refusal", "alternative", "chat_template_kwargs", "tools")
+#: How well a model may know a row that never saw it, in nats per token: `data.levels`.
+LEVEL = "forget_level"
+_BESIDE_A_PROMPT = ("refusal", "alternative", "chat_template_kwargs", "tools", LEVEL)
 #: Columns that say which tokens are targets, as tokenizers and TRL name them.
 MASKS = ("completion_mask", "assistant_masks")
 # What a format reads beside the columns that make it.
 _ALSO_READ: dict[str, tuple[str, ...]] = {
     "input_ids": (
         *("labels", "attention_mask", *MASKS),
-        *("refusal_input_ids", "refusal_labels", "ref_logps", "refusal_ref_logps"),
+        *("refusal_input_ids", "refusal_labels", "ref_logps", "refusal_ref_logps", LEVEL),
     ),
     "messages": _BESIDE_A_PROMPT,
     "prompt-completion": _BESIDE_A_PROMPT,
     "question-answer": _BESIDE_A_PROMPT,
-    "text": (),
+    "text": (LEVEL,),
 }
 # Columns that usually hold a part of what is asked or answered: none of them may be dropped in silence.
 _MEANINGFUL = {

@@ -10,7 +10,9 @@ from trl.data_utils import common_prefix_length
 
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.chat import Rendered, has_chat_template, render
+from blur_trainer.data.columns import LEVEL
 from blur_trainer.data.given import given_example
+from blur_trainer.data.levels import row_level
 from blur_trainer.data.preferred import preferred_answers
 from blur_trainer.data.rows import check_row, is_blank
 
@@ -79,6 +81,7 @@ class RowEncoder:
     vocab_size: int | None
     day: date | None = None  # today, for templates that write it
     alternatives: bool = False  # `refusal_*` are of the column `alternative`, one example for each
+    levels: bool = False  # the column `forget_level` goes along, the same for all examples of a row
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         examples = []
@@ -100,6 +103,8 @@ class RowEncoder:
         else:
             examples = self._answered(row, index)
         blank = self._is_blank(row)
+        if self.levels:
+            examples = [example | {LEVEL: row_level(row, index, self.role)} for example in examples]
         for example in examples:
             self._check_vocabulary(example, index)
             labels = [example[column] for column in ("labels", "refusal_labels") if column in example]

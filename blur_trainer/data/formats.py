@@ -9,8 +9,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.data.chat import check_tokenizer, has_chat_template, writes_the_day
-from blur_trainer.data.columns import FORMATS, columns_read, find_format
+from blur_trainer.data.columns import FORMATS, LEVEL, columns_read, find_format
 from blur_trainer.data.encoding import RowEncoder, leading_special_ids
+from blur_trainer.data.levels import check_levels
 from blur_trainer.data.notices import warn_of_prompt
 from blur_trainer.data.options import check_alternatives, check_options
 from blur_trainer.data.sources import check_dataset, column_names, to_dataset
@@ -34,6 +35,7 @@ def tokenize_dataset(
     vocab_size: int | None = None,
     day: date | None = None,
     alternatives: bool = False,
+    levels: bool = False,
 ) -> Dataset | IterableDataset:
     r"""
     Tokenize a dataset for unlearning. Labels are -100 where a token is no target.
@@ -89,10 +91,12 @@ def tokenize_dataset(
         alternatives (`bool`, *optional*, defaults to `False`):
             As `refusals`, but the preferred answers are those of the column `alternative`, a string or a list of
             strings: one example for each, with the row's own answer beside it.
+        levels (`bool`, *optional*, defaults to `False`):
+            Keep the column `forget_level`, nats per token: all examples that are made of a row have its level.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` (for a stream), with the columns `input_ids`, `labels` and
-        where they apply `refusal_input_ids`, `refusal_labels`, `ref_logps`, `refusal_ref_logps`.
+        where they apply `refusal_input_ids`, `refusal_labels`, `ref_logps`, `refusal_ref_logps`, `forget_level`.
 
     Raises:
         `TypeError` or `ValueError`, naming the role, the row and the remedy.
@@ -109,11 +113,12 @@ def tokenize_dataset(
     check_tokenizer(tokenizer, fmt, role)
     prefix = leading_special_ids(tokenizer) if tokenizer is not None else []
     check_alternatives(fmt, columns, role, alternatives)
+    check_levels(columns, role, levels)
     refusals = refusals or alternatives
     check_options(fmt, columns, role, refusals, qa_template, max_length, shortest=max(2, len(prefix) + 1))
     dataset = to_dataset(dataset, fmt, role, has_template=has_chat_template(tokenizer))
     day = (day or date.today()) if writes_the_day(tokenizer) else None
-    options = (max_length, refusals, seed, qa_template, vocab_size, day, alternatives)
+    options = (max_length, refusals, seed, qa_template, vocab_size, day, alternatives, levels)
     encoder = RowEncoder(tokenizer, fmt, role, prefix, *options)
     first = next(iter(dataset))
     checks: dict[str, Any] = {"role": role, "max_length": max_length, "drop_empty": drop_empty}
@@ -123,7 +128,7 @@ def tokenize_dataset(
         "batched": True,
         "with_indices": True,
         "remove_columns": columns,
-        "features": _features(fmt, columns, refusals),
+        "features": _features(fmt, columns, refusals, levels),
     }
     if isinstance(dataset, IterableDataset):
         for example in examples:
@@ -134,7 +139,7 @@ def tokenize_dataset(
     return _without_empty(encoded, **checks)
 
 
-def _features(fmt: str, columns: Sequence[str], refusals: bool) -> Features:
+def _features(fmt: str, columns: Sequence[str], refusals: bool, levels: bool) -> Features:
     """The schema. It must be given, because Arrow cannot infer a column's type from an empty list."""
     tokens = List(Value("int64"))
     features = {"input_ids": tokens, "labels": tokens, "row": Value("int64"), "empty": Value("bool")}
@@ -144,7 +149,7 @@ def _features(fmt: str, columns: Sequence[str], refusals: bool) -> Features:
     if "refusal_labels" in given or refusals:
         features["refusal_labels"] = tokens
     features |= {name: Value("float32") for name in ("ref_logps", "refusal_ref_logps") if name in given}
-    return Features(features)
+    return Features(features | ({LEVEL: Value("float32")} if levels else {}))
 
 
 def _keep(example: Mapping[str, Any], role: str, max_length: int | None, drop_empty: bool) -> bool:

@@ -22,6 +22,7 @@ from blur_trainer.models.forward import causal_lm, fused_head_obstacle, hidden_s
 from blur_trainer.models.fused_heads import fused_from, logits_bytes
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT
+from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.preference import DPO
 from blur_trainer.objectives.sliced import SLICES
 from blur_trainer.trainers.batch_shape import longest_example
@@ -76,7 +77,8 @@ def passes(
     # if few layers have a graph, the pass through the other layers may need more
     working = 0 if all(saved.inside) else working_bytes(model, *shape)
     found = {}
-    for role, objective in objectives.items():
+    for role, given in objectives.items():
+        objective = without_level(given)
         part = saved.up_to(objective.top_layer)
         casts = 0 if autocast is None else _autocast_copies(model, part, autocast)
         backbone = _graphs(objective) * part.total(checkpointing)

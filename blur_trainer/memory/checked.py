@@ -11,6 +11,7 @@ import torch
 
 from blur_trainer.memory.weights import SHARDINGS, Sharding
 from blur_trainer.objectives.contrast import FLAT
+from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.preference import DPO
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def unchecked(
     args: "UnlearningConfig", sharding: Sharding, processes: int, optim: str, bits: int | None, compute: torch.dtype
 ) -> tuple[str, ...]:
     """What of this training was never measured on a GPU, in words."""
-    objectives = {"forget": args.build_forget_objective(), "retain": args.build_retain_objective()}
+    objectives = {"forget": without_level(args.build_forget_objective()), "retain": args.build_retain_objective()}
     names = {"forget": args.forget_objective, "retain": args.retain_objective}
     found = {
         f"{processes} processes": processes > 1,
@@ -33,6 +34,7 @@ def unchecked(
         "accumulation": args.gradient_accumulation_steps > 1,
         "float16": compute == torch.float16,
         "DPO": isinstance(objectives["forget"], DPO),
+        "the pass that reads the level": args.forget_level is not None and args.forget_objective != "target_loss",
         "SAM": args.sam_rho is not None,
         "the mean of retain gradients": hasattr(args.build_rule(), "retain_smoothing"),
         "FLAT": isinstance(objectives["forget"], FLAT),

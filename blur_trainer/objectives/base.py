@@ -33,6 +33,8 @@ class Objective:
     #: needs other answers than a built-in refusal in `batch["refusal"]`: those of the column `alternative`, an example
     #: for each, else sampled from the model before training
     needs_alternatives: ClassVar[bool] = False
+    #: needs `batch["forget_level"]` `(B,)`, nats per token: the forget set's column `forget_level`
+    needs_level: ClassVar[bool] = False
 
     @property
     def top_layer(self) -> int | None:

@@ -43,6 +43,15 @@ def simnpo_loss(logps: Tensor, lengths: Tensor, beta: float, delta: float) -> Te
     return -(2.0 / beta) * F.logsigmoid(beta * (-logps / lengths - delta))
 
 
+def target_loss(logps: Tensor, lengths: Tensor, level: Tensor | float, two_sided: bool) -> Tensor:
+    """`1/2 relu(level - nll)^2` `(B,)`, `nll = -logps / length` in nats per token; `two_sided`: `1/2 (level - nll)^2`.
+
+    `lengths` `(B,)`: answer tokens. `level`: a number, or `(B,)`. Both value and gradient vanish at the level.
+    """
+    missing = level + logps / lengths
+    return 0.5 * (missing if two_sided else missing.relu()).square()
+
+
 def dpo_loss(
     chosen_logps: Tensor, chosen_ref_logps: Tensor, rejected_logps: Tensor, rejected_ref_logps: Tensor, beta: float
 ) -> Tensor:

@@ -18,6 +18,7 @@ from blur_trainer.data.chat import parse_day
 from blur_trainer.evaluation.sampling import sample
 from blur_trainer.models.reference import is_partitioned
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.preference import AltPO
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.saving.checkpoints import last_complete_checkpoint
@@ -123,6 +124,7 @@ def settle_alternatives(
             "ZeRO-3 has partitioned the model while it was loaded, and such a model cannot answer before training: "
             "give the forget set a column `alternative` (by `generate_alternatives`, in a script of one process)."
         )
+    objective = without_level(objective)
     settings = objective if isinstance(objective, AltPO) else AltPO()
     how: dict[str, Any] = {"qa_template": args.qa_template, "instruct": settings.instruct}
     how["day"] = parse_day(args.chat_template_date)

@@ -11,9 +11,11 @@ from blur_trainer.gradients.by_name import RULES, rule_by_name
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
+from blur_trainer.objectives.level import with_level
 from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.hidden_tokens import HiddenTokens
+from blur_trainer.trainers.level_config import LevelConfig
 from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
@@ -23,7 +25,7 @@ _DICTS = ("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "
 
 
 @dataclass
-class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
+class UnlearningConfig(LevelConfig, HiddenTokens, ByDevice, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
@@ -161,6 +163,7 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
     def __post_init__(self) -> None:
         for name in _DICTS:
             setattr(self, name, _parse_dict(name, getattr(self, name)))
+        self.settle_level()
         check_settings(self)
         self.remove_unused_columns = False  # batches are nested; the collator selects the columns
         prepare_cpu_engine(self)
@@ -178,7 +181,9 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
 
     def build_forget_objective(self) -> Objective:
-        return _build("forget_objective", self.forget_objective, self.forget_objectives, self.forget_objective_kwargs)
+        kwargs = self.forget_objective_kwargs
+        named = _build("forget_objective", self.forget_objective, self.forget_objectives, kwargs)
+        return with_level(named, self.forget_level)
 
     def build_retain_objective(self) -> Objective:
         return _build("retain_objective", self.retain_objective, self.retain_objectives, self.retain_objective_kwargs)

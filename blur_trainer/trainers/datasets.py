@@ -14,6 +14,7 @@ from blur_trainer.data.alternatives import has_alternatives
 from blur_trainer.data.chat import parse_day
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.grouping import GroupedDataset
+from blur_trainer.data.levels import has_levels
 from blur_trainer.data.notices import shown
 from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
@@ -74,6 +75,7 @@ def tokenize_all(
             max_length=setup.context_length(model, longest),
             refusals=refusals,
             alternatives=refusals and forget_objective.needs_alternatives,
+            levels=role.startswith("forget") and forget_objective.needs_level,
             vocab_size=setup.vocabulary_size(model),
             **_options(args),
         )
@@ -105,6 +107,12 @@ def _say_what_is_not_read(forget: Any, topics: tuple[str, ...], objective: Objec
     if unread and any(has_alternatives(rows, "forget") for rows in sets):
         logger.warning(
             "The forget set has a column `alternative`, and %s prefers refusals: only `altpo` reads that column.",
+            objective,
+        )
+    if not objective.needs_level and any(not isinstance(s, Mixture) and has_levels(s, "forget") for s in sets):
+        logger.warning(
+            "The forget set has a column `forget_level`, and %s does not read it: set `forget_level='column'`, or take "
+            "the column out.",
             objective,
         )
 

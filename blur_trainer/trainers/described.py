@@ -8,6 +8,7 @@ from transformers import TrainerState
 from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.models.logit_difference import LogitDifferenceModel
+from blur_trainer.objectives.level import Until, without_level
 from blur_trainer.report.card_metadata import base_metadata, texts
 from blur_trainer.report.model_card import write_model_card
 from blur_trainer.report.results import package_versions
@@ -29,7 +30,8 @@ class CardMixin(RunningMixin):
     @property
     def method(self) -> str:
         """The method's name on the model card."""
-        names = [type(self.rule).__name__, type(self.objectives["forget"]).__name__]
+        names = [type(self.rule).__name__, type(without_level(self.objectives["forget"])).__name__]
+        names += ["Until"] * isinstance(self.objectives["forget"], Until)
         return "-".join(names + [type(self.forget_procedure).__name__] * (self.forget_procedure is not None))
 
     def create_model_card(

@@ -5,6 +5,7 @@ from typing import Any
 
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.level import with_level
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.procedures import SAM, Procedure
@@ -43,7 +44,8 @@ class MethodChoice:
     @property
     def variable(self) -> set[str]:
         """The settings that a later training of the same trainer may have changed."""
-        return {*_RULE, "forget_objective_kwargs", "retain_objective_kwargs", "topics", "sam_rho"} - self.unread
+        objectives = ("forget_objective_kwargs", "retain_objective_kwargs", "forget_level")
+        return {*_RULE, *objectives, "topics", "sam_rho"} - self.unread
 
     def procedure(self, args: UnlearningConfig) -> Procedure | None:
         """How the forget gradient is made; `None`: by one pass."""
@@ -59,7 +61,11 @@ class MethodChoice:
         rule = args.build_rule() if self.rule is None else self.rule
         setup.check_rule(rule)
         check_rule_state(rule, args.fp16 or args.mixed_precision == "fp16")  # the latter: of `accelerate launch`
-        forget: Any = args.build_forget_objective() if self.forget_objective is None else self.forget_objective
+        forget: Any = self.forget_objective
+        if forget is None:
+            forget = args.build_forget_objective()
+        elif isinstance(forget, Objective):  # anything else is refused below
+            forget = with_level(forget, args.forget_level)
         objectives = {"forget": forget}
         if self.retains:
             retain: Any = args.build_retain_objective() if self.retain_objective is None else self.retain_objective

@@ -10,6 +10,7 @@ from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.rules import BLUR, Rule, Sum
 from blur_trainer.objectives.activations import RMU
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.level import Until
 from blur_trainer.trainers.config import UnlearningConfig
 
 _SPLITS = {"train", "validation", "test"}
@@ -47,6 +48,8 @@ def settings_of(args: UnlearningConfig) -> dict[str, Any]:
 
 def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningConfig) -> Objective:
     """Gives RMU a vector and a coefficient per topic. Other objectives do not change and accept no coefficient."""
+    if isinstance(objective, Until):
+        return dataclasses.replace(objective, objective=with_topics(objective.objective, topics, args))
     own = {topic: s["coefficient"] for topic, s in settings_of(args).items() if "coefficient" in s}
     if not isinstance(objective, RMU):
         if own:

@@ -65,6 +65,11 @@ class ULDConfig(UnlearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_composition(self.weight, self.top_logit_filter)
+        if self.forget_level is not None:
+            raise ValueError(
+                f"`forget_level={self.forget_level!r}` is a level of what the trained model forgets, and ULD's "
+                "assistant learns the forget set: leave it out, and choose `weight` by `tune_weight`."
+            )
 
 
 class ULDTrainer(UnlearningTrainer):

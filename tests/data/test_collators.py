@@ -155,3 +155,13 @@ def test_multiple_must_be_positive():
 def test_half_a_batch_is_an_error(items, match):
     with pytest.raises(ValueError, match=match):
         UnlearningCollator(0)(items)
+
+
+def test_levels_of_the_forget_rows_only():
+    items = [{"forget": example(3, forget_level=level), "retain": example(2)} for level in (2.5, 7)]
+    batch = UnlearningCollator(0)(items)
+    assert batch["forget"]["forget_level"].dtype == torch.float32
+    assert batch["forget"]["forget_level"].tolist() == [2.5, 7.0]
+    assert "forget_level" not in batch["retain"]
+    with pytest.raises(ValueError, match="`forget_level` is missing"):
+        UnlearningCollator(0)([example(3), example(2, forget_level=1.0)])

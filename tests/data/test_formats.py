@@ -505,3 +505,44 @@ def test_chunk_documents_refuses_what_is_no_list_of_texts():
             chunk_documents(texts, tokenizer, 8)
     with pytest.raises(ValueError, match="at least 2"):
         chunk_documents(["a"], tokenizer, 1)
+
+
+# Levels
+
+
+def test_every_example_of_a_row_has_its_level():
+    def check(name, stream):
+        rows = Dataset.from_list([{**ROWS[name], "forget_level": level} for level in (2.5, 7.0)])
+        rows = rows.to_iterable_dataset() if stream else rows
+        longest = 32 if name == "text" else None
+        made = list(tokenize(rows, max_length=longest, levels=True))
+        levels = [example["forget_level"] for example in made]
+        count = len(made) // 2
+        assert levels == [2.5] * count + [7.0] * count
+        assert count > 1 or name != "text"
+        assert all("forget_level" not in example for example in tokenize(rows))
+
+    every(product(ROWS, [False, True]), check)
+
+
+def test_alternatives_of_a_row_share_its_level():
+    row = {**ROWS["question-answer"], "alternative": ["Ada Bloom.", "Nobody."], "forget_level": 3.5}
+    assert list(tokenize([row], alternatives=True, levels=True)["forget_level"]) == [3.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("level", "error"),
+    [(0.0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError)],
+)
+def test_a_level_that_cannot_be_is_named_with_its_row(level, error):
+    rows = [{**ROWS["text"], "forget_level": each} for each in (2.5, level)]
+    with pytest.raises(error, match=r"`forget_level` in row 1 of the `forget` dataset .*nats per answer token"):
+        tokenize(rows, levels=True)
+    tokenize(rows)  # it is not read
+
+
+def test_levels_that_are_texts_or_missing():
+    with pytest.raises(TypeError, match=r"`forget_level` in row 0 .* is a str"):
+        tokenize([{**ROWS["text"], "forget_level": "4.5"}], levels=True)
+    with pytest.raises(ValueError, match="no column `forget_level`"):
+        tokenize([ROWS["text"]], levels=True)

@@ -171,6 +171,7 @@ def test_objectives_read_no_logits(name):
     """Every objective of the tables that reads log-probabilities, its reference too."""
     objective = {**FORGET_OBJECTIVES, "nll": NLL}[name]()
     inputs = {**batch(), "refusal": batch(seed=2)}
+    inputs["forget_level"] = torch.full((4,), 20.0)
     model, ref_model = tiny_llama(0), tiny_llama(1)
     plain = objective(model, inputs, FrozenModel(ref_model))
     choose_head(model, True, CPU), choose_head(ref_model, True, CPU)

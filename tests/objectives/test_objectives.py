@@ -34,7 +34,13 @@ def ref_model():
 
 
 def make_batch(rows, refusals):
-    return {**collate(rows), "refusal": collate(refusals)}
+    levels = torch.tensor([level(row) for row in rows])
+    return {**collate(rows), "refusal": collate(refusals), "forget_level": levels}
+
+
+def level(row):
+    """Above the loss of some rows and below that of others."""
+    return 4.0 + len(row["input_ids"]) % 3
 
 
 ROWS, REFUSALS = examples(5, seed=1), examples(5, seed=2)
@@ -62,6 +68,8 @@ def literal(name, model, ref_model, rows, refusals):
         return -refused.sum() / counts.sum()
     if name in ("dpo", "altpo"):
         return reference.dpo(logps(model, refusals)[0], logps(ref_model, refusals)[0].detach(), logp, ref, 0.1).mean()
+    if name == "target_loss":
+        return reference.target_loss(logp, lengths, [level(row) for row in rows]).mean()
     if name == "rmu":
         return reference.token_mean_distance(0, reference.towards(control_vector("forget", 16, 0), 6.5))(model, rows)
     if name == "activation_match":

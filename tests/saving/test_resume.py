@@ -82,6 +82,7 @@ RUNS = {
     "sgd with momentum": Run({"optim": "sgd", "optim_args": "momentum=0.9"}),
     "GRU": Run(trainer={"rule": GRU(retain_weight=1.0)}),
     "PDU": Run({"rule": "pdu", "rule_kwargs": {"warmup_epochs": 0.5}}),
+    "a level": Run({"forget_level": 4.5}, model=lambda: tiny_llama(dropout=0.3)),
     "SAM": Run({"sam_rho": 0.1}, model=lambda: tiny_llama(dropout=0.3)),
     "no retain set": Run({"rule": "sum", "retain_weight": 0.0}, retain=None),
 }

@@ -29,7 +29,9 @@ from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
 from blur_trainer.gradients.stateful_rules import GRU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.control_vectors import control_vector
+from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.config import UnlearningConfig
@@ -51,6 +53,8 @@ def marked(rows: list[dict[str, list[int]]], first: int) -> list[dict[str, list[
 
 def data(features: dict[str, Any]) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
     """Forget and retain rows."""
+    if features.get("levels") or features.get("until"):
+        return [row | {"forget_level": 4.0 + 0.3 * (i % 5)} for i, row in enumerate(FORGET)], RETAIN
     return (marked(FORGET, MARK), marked(RETAIN, 4)) if features.get("one_sided") else (FORGET, RETAIN)
 
 
@@ -162,6 +166,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "constrained": {"rule": "constrained", "accumulation": 2, "max_grad_norm": 0.3},
     "sam": {"rule": "sum", "sam_rho": 0.5, "accumulation": 2, "max_grad_norm": 0.3},
     "sam, lora": {"sam_rho": 0.5, "lora": True},
+    "levels": {"levels": True, "accumulation": 2},
+    "until": {"until": True, "accumulation": 2, "max_grad_norm": 0.3},
     "one buffer": {"accumulation": 2, "single_gradient_buffer": True},
     "one buffer, sum": {"rule": "sum", "tie": True, "max_grad_norm": 0.3, "single_gradient_buffer": True},
 }
@@ -179,7 +185,7 @@ ONLY = {
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
     **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("ngdiff", "constrained", "sam, lora")},
-    "rmu": {"ddp", "fsdp2", "zero2", "zero3"},
+    **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("rmu", "levels", "until")},
     "NPO, fused head": {"ddp", "fsdp2", "zero3"},
     "NPO, lora, bf16": {"ddp", "fsdp2", "zero3"},
     "one-sided, checkpointing": {"ddp", "fsdp2"},
@@ -192,6 +198,14 @@ CELLS = [
     if engine in FEW.get(feature, ENGINES)
     if engine == "ddp" or "single_gradient_buffer" not in FEATURES[feature]
 ]
+
+
+def forget_objective(features: dict[str, Any]) -> Objective:
+    if features.get("levels"):
+        return TargetLoss(two_sided=True)
+    if features.get("until"):
+        return Until(GradAscent())
+    return NPO() if features.get("npo") else GradAscent()
 
 
 def build(features: dict[str, Any]) -> nn.Module:
@@ -224,6 +238,10 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
     forget_loss = lambda m, rows: -reference.token_mean_nll(m, rows)  # noqa: E731
     if features.get("npo"):
         forget_loss = reference.example_mean_npo(copy.deepcopy(model), NPO().beta)
+    if features.get("levels"):
+        forget_loss = reference.example_mean_target_loss(two_sided=True)
+    if features.get("until"):
+        forget_loss = reference.ascent_until
     retain_loss = reference.token_mean_nll
     if features.get("rmu"):
         for name, parameter in model.named_parameters():
@@ -298,7 +316,7 @@ def make(engine: str, feature: str, folder: str, **overrides: Any) -> Unlearning
     rmu, rule = features.get("rmu", False), features.get("rule", "blur")
     objects = {
         "model": build(features),
-        "forget_objective": NPO() if features.get("npo") else GradAscent(),
+        "forget_objective": forget_objective(features),
         "retain_objective": NLL(),
         **({"forget_objective": RMU(1, coefficient=3.0), "retain_objective": ActivationMatch(1)} if rmu else {}),
         "rule": STATEFUL[rule][0]() if rule in STATEFUL else RULES[rule][0],

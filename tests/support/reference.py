@@ -43,6 +43,16 @@ def dpo(chosen: Tensor, chosen_ref: Tensor, rejected: Tensor, rejected_ref: Tens
     return -2.0 / beta * log_sigmoid(beta * (chosen - chosen_ref) - beta * (rejected - rejected_ref))
 
 
+def target_loss(logp: Tensor, lengths: Tensor, levels: list[float], two_sided: bool = False) -> Tensor:
+    """Half the square of what the loss per token lacks of the level, and of what it has too much if two-sided."""
+    values = []
+    for b, level in enumerate(levels):
+        lacks = level - (-logp[b] / int(lengths[b]))
+        counts = two_sided or lacks > 0
+        values.append(lacks**2 / 2 if counts else 0.0 * lacks)
+    return torch.stack(values)
+
+
 def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     totals = []
     for b in range(labels.shape[0]):
@@ -258,6 +268,28 @@ def example_mean_npo(ref_model: nn.Module, beta: float) -> Callable[[nn.Module, 
         return torch.stack(values).mean()
 
     return loss
+
+
+def example_mean_target_loss(two_sided: bool = False) -> Callable[[nn.Module, list[dict]], Tensor]:
+    """Of rows with a `forget_level` each."""
+
+    def loss(model: nn.Module, rows: list[dict]) -> Tensor:
+        pairs = [row_log_prob(model, row) for row in rows]
+        logp, lengths = torch.stack([p for p, _ in pairs]), torch.tensor([n for _, n in pairs])
+        return target_loss(logp, lengths, [row["forget_level"] for row in rows], two_sided).mean()
+
+    return loss
+
+
+def ascent_until(model: nn.Module, rows: list[dict]) -> Tensor:
+    """Token mean of ascent; rows whose loss per token has reached their `forget_level` are left out of the sum only."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        logp, count = row_log_prob(model, row)
+        tokens += count
+        if -logp.item() / count < row["forget_level"]:
+            total = total + logp
+    return total / tokens
 
 
 # ---- activations: the whole model runs, and one layer's output is looked up ----

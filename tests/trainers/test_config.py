@@ -17,6 +17,7 @@ from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
+from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
 from blur_trainer.objectives.weighted import WGA, SatImp
@@ -98,6 +99,7 @@ def test_sum_weights_from_the_command_line():
         ("uniform", Uniform()),
         ("clamped_entropy", ClampedEntropy()),
         ("margin", Margin()),
+        ("target_loss", TargetLoss()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -118,6 +120,7 @@ def test_every_forget_name(name, expected):
         "uniform",
         "clamped_entropy",
         "margin",
+        "target_loss",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
@@ -316,3 +319,33 @@ def test_kwargs_objects_beat_names(tmp_path):
 )
 def test_training_arguments_fields_keep_their_meaning(field, value):
     assert getattr(BLURConfig("out", use_cpu=True, **{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--forget_level", "4.5"], Until(NPO(), 4.5)),
+        (["--forget_level", "column"], Until(NPO())),
+        (["--forget_level", "4.5", "--forget_objective", "target_loss"], TargetLoss(4.5)),
+        (["--forget_level", "column", "--forget_objective", "target_loss"], TargetLoss()),
+    ],
+)
+def test_a_level_is_target_losses_own_and_wraps_every_other_objective(words, expected):
+    assert parse(BLURConfig, *words).build_forget_objective() == expected
+
+
+@pytest.mark.parametrize("level", [0.0, -1, float("nan"), float("inf"), "high", True])
+def test_a_level_that_cannot_be(level, tmp_path):
+    with pytest.raises((TypeError, ValueError), match="`forget_level` must be"):
+        BLURConfig(str(tmp_path), use_cpu=True, forget_level=level)
+
+
+def test_two_levels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one place only"):
+        BLURConfig(
+            str(tmp_path),
+            use_cpu=True,
+            forget_objective="target_loss",
+            forget_objective_kwargs={"level": 3.0},
+            forget_level=4.0,
+        )
