@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.retain_mean import Gradients
-from blur_trainer.gradients.sums import add_scaled
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.likelihood import NLL
 from blur_trainer.trainers.step import Step, objective_pass
@@ -56,13 +55,16 @@ def _squares(step: Step, window: Window, role: str) -> Gradients:
     def loss(model: Any, role: str, batch: Any, count: Tensor) -> Tensor:
         return NLL()(model, batch, None, count)
 
-    total: Gradients | None = None
+    total: Gradients = []
     for batch in window:
         gradients, scale = _gradient(step, [batch], role, NLL(), loss)
-        factor = scale**-2 / len(window)
-        squares = [g if g is None else g.float().square_().mul_(factor) for g in gradients]
-        total = squares if total is None else add_scaled(total, squares, 1.0)
-    return total or []
+        total = total or [None] * len(gradients)
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                square, before = gradient.float().square_().mul_(scale**-2 / len(window)), total[place]
+                total[place] = square if before is None else before.add_(square)
+                gradients[place] = None  # so that never all are there twice
+    return total
 
 
 def _gradient(

@@ -177,7 +177,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
 #: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients. (A lost gradient: near 1.)
-TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
+TOLERANCE = {"mgda": 5e-5, "mask, gru": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {
