@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from blur_trainer.gradients.backend import add_scaled, inner_products
+from blur_trainer.gradients.backend import inner_products
+from blur_trainer.gradients.sums import add_scaled
 
 ROW = 2**12  # elements of one product in a batch of them: a float32 sum over so many is exact enough
 Products = Callable[[list[Tensor], list[Tensor]], Tensor]

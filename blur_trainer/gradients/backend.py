@@ -7,7 +7,7 @@ Sharding engines override how a gradient is read, emptied and written (`_read`, 
 shares of an inner product are summed (`shared`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations_with_replacement, zip_longest
 from typing import ClassVar
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blur_trainer.constants import ROLES
+from blur_trainer.gradients.mask import Mask
 from blur_trainer.gradients.retain_mean import Gradients, RetainMean
+from blur_trainer.gradients.sums import add_scaled
 
 # Elements per float32 dot product: on a CPU a chunk fits into a cache; on a GPU it is large, to hide kernel launches.
 _CHUNK, _CHUNK_ON_ACCELERATOR = 2**18, 2**26
@@ -45,6 +47,8 @@ class GradientBackend:
         self.slots: dict[str, Gradients] = {}
         #: of the last steps, where the rule asks for it
         self.retain_mean: RetainMean | None = None
+        #: of the entries that may change; `None`: all
+        self.mask: Mask | None = None
         # With DDP, `.grad` can be a view of a communication bucket, which the next pass overwrites. Then copy it.
         self._grads_are_views = any(
             isinstance(module, DistributedDataParallel) and module.gradient_as_bucket_view for module in model.modules()
@@ -75,8 +79,12 @@ class GradientBackend:
         """Ends a pass: moves its gradient to the slot `role` and empties the engine's gradient."""
         to_host = role == "forget" and self.offload_forget_gradient
         # one tensor at a time: copies that `_read` makes are never on the device all at once
-        self.slots[role] = [_to_host(g) if to_host and g is not None else g for g in self._read()]
+        self.slots[role] = [_to_host(g) if to_host and g is not None else g for g in self.masked(self._read())]
         self._empty()
+
+    def masked(self, gradients: Iterable[Tensor | None]) -> Iterable[Tensor | None]:
+        """Makes gradients 0, in place, where a mask says that an entry may not change."""
+        return gradients if self.mask is None else self.mask.apply(gradients)
 
     def gramian(self) -> Tensor:
         """`(2, 2)` float64 on the CPU, order forget, retain. The row of a role without a pass is 0.
@@ -140,12 +148,18 @@ class GradientBackend:
             parameter.grad = None
 
     def _put(self, gradients: Gradients) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
+        frozen = [True] * len(gradients) if self.mask is None else self.mask.frozen
+        for parameter, gradient, place in zip(self.parameters, gradients, frozen, strict=True):
+            # without a gradient the optimizer makes no state: where no entry may change, none is needed
+            parameter.grad = None if gradient is None or place is None else gradient.to(parameter.device)
 
     def _weights(self) -> Iterator[Tensor | None]:
         """Goes through this process's share of the weights, in the places of `_read`, to be changed in place."""
         yield from (parameter.data for parameter in self.parameters)
+
+    def owners(self) -> Iterator[list[tuple[nn.Parameter, slice]]]:
+        """Goes through the places of `_read`: the parameters whose entries are there, and where in the flat tensor."""
+        yield from ([(parameter, slice(None))] for parameter in self.parameters)
 
     def _publish(self) -> None:
         """Lets the model compute with the changed shares. Here it does so anyway."""
@@ -162,21 +176,6 @@ class GradientBackend:
 
     def _loss_scale(self) -> float:
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler and self.skips_overflow else 1.0
-
-
-def add_scaled(mine: Gradients, others: Gradients, weight: float, keep: bool = False) -> Gradients:
-    """`mine + weight * others`, in place. A parameter may have a gradient in only one of the two.
-
-    `keep`: `others` stay as they are; else they are used up.
-    """
-    together = [(m, o) for m, o in zip(mine, others, strict=True) if m is not None and o is not None]
-    if together and all(m.device == o.device for m, o in together):  # foreach refuses empty lists
-        torch._foreach_add_([m for m, _ in together], [o for _, o in together], alpha=weight)
-    else:
-        for m, o in together:  # one tensor at a time, so that an offloaded slot is never on the device as a whole
-            m.add_(o.to(m.device, non_blocking=True), alpha=weight)
-    scale = torch.mul if keep else Tensor.mul_
-    return [scale(o, weight) if m is None and o is not None else m for m, o in zip(mine, others, strict=True)]
 
 
 def inner_products(*gradients: Sequence[Tensor | None]) -> Tensor:

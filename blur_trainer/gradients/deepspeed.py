@@ -7,6 +7,7 @@ does. `gradients.deepspeed_checks` bounds the version, and tests/gradients/test_
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import deepspeed.ops
@@ -18,7 +19,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-from torch import Tensor
+from torch import Tensor, nn
 
 from blur_trainer.constants import ROLES
 from blur_trainer.gradients.backend import GradientBackend, Gradients
@@ -119,6 +120,15 @@ class Partitions(_Sharded):
     def _publish(self) -> None:
         _gather_partitions(self.optimizer)
 
+    def owners(self) -> Iterator[list[tuple[nn.Parameter, slice]]]:
+        optimizer = self.optimizer
+        for i, sizes in zip(self._groups, self._sizes, strict=True):
+            rank = torch.distributed.get_rank(optimizer.real_dp_process_group[i])
+            starts = optimizer.grad_partition_insertion_offset[i][rank]
+            at = {starts[optimizer.get_param_id(p)]: p for p in optimizer.params_in_partition[i]}
+            for start in accumulate([0, *sizes[:-1]]):  # none begins where there is padding
+                yield [(at[start], slice(None))] if start in at else []
+
     @property
     def _groups(self) -> range:
         return range(len(self.optimizer.bit16_groups))
@@ -165,6 +175,11 @@ class OffloadedPartitions(_Sharded):
                 _, _, start, length = optimizer.grad_position[key]
                 optimizer.norm_for_param_grads[key] = partition.grad.view(-1).narrow(0, start, length).norm(2)
             optimizer.update_offload_overflow_tracker(partition.grad)
+
+    def owners(self) -> Iterator[list[tuple[nn.Parameter, slice]]]:
+        for parameters in self.optimizer.params_in_partition:
+            places = [self.optimizer.grad_position[self.optimizer.get_param_id(p)][2:] for p in parameters]
+            yield [(p, slice(start, start + size)) for p, (start, size) in zip(parameters, places, strict=True)]
 
     def _weights(self) -> Iterator[Tensor]:
         yield from (_partition(self.optimizer, i) for i in range(len(self.optimizer.bit16_groups)))
@@ -224,6 +239,11 @@ class BF16Masters(DeepSpeedBackend):
         for i, (flat, gradient) in enumerate(zip(optimizer.fp32_groups_gradients_flat, gradients, strict=True)):
             flat.copy_(gradient)
             optimizer.fp32_groups_has_gradients[i] = [True] * len(optimizer.bf16_groups[i])
+
+    def owners(self) -> Iterator[list[tuple[nn.Parameter, slice]]]:
+        for parameters in self.optimizer.bf16_groups:
+            ends = list(accumulate(p.numel() for p in parameters))
+            yield [(p, slice(end - p.numel(), end)) for p, end in zip(parameters, ends, strict=True)]
 
     def _weights(self) -> Iterator[Tensor]:
         yield from self.optimizer.bf16_groups_flat

@@ -14,7 +14,7 @@ from blur_trainer.memory.checked import unchecked
 from blur_trainer.memory.meta import build, load_config
 from blur_trainer.memory.reach import reached
 from blur_trainer.memory.reference import REFERENCES, reference_bytes
-from blur_trainer.memory.weights import Held, gradient_bytes, held, sharding_of
+from blur_trainer.memory.weights import Held, gradient_bytes, held, mask_bytes, sharding_of
 from blur_trainer.models.forward import causal_lm
 from blur_trainer.trainers.loading import unsharded_loading
 from blur_trainer.trainers.precision import default_dtype, on_device
@@ -29,7 +29,7 @@ class MemoryEstimate:
     """Bytes per GPU at the highest point of an optimizer step. `str()` is a table in GiB.
 
     `overlap` is negative: activations are freed while gradients arrive, so they are never all in memory together.
-    `retain_mean` is what the rule `gru` keeps from step to step.
+    `retain_mean` is what the rule `gru` keeps from step to step, `mask` what `mask_share` does.
     `unchecked` names what of this training was counted, but never measured on a GPU.
     """
 
@@ -41,6 +41,7 @@ class MemoryEstimate:
     activations: int
     overlap: int
     retain_mean: int = 0
+    mask: int = 0
     unchecked: tuple[str, ...] = ()
 
     @property
@@ -48,7 +49,7 @@ class MemoryEstimate:
         return sum(self._rows().values())
 
     def _rows(self) -> dict[str, int]:
-        absent = {"unchecked"} | ({"retain_mean"} if self.retain_mean == 0 else set())
+        absent = {"unchecked"} | {name for name in ("retain_mean", "mask") if getattr(self, name) == 0}
         return {name.replace("_", " "): value for name, value in asdict(self).items() if name not in absent}
 
     def __str__(self) -> str:
@@ -130,6 +131,7 @@ def estimate_memory(
     by_batch = not (engine.parameters or engine.master)  # as `setup.choose_heads`: neither FSDP2 nor DeepSpeed
     runs = passes(args, built if compute == stored else prepared(compute), objectives, device, autocast, by_batch)
     estimate = _highest(args, kept, gradients, runs, copied, device)
+    estimate = replace(estimate, mask=0 if args.mask_share is None else mask_bytes(built, kept, engine, world_size))
     doubts = unchecked(args, engine, world_size, optim, few, compute) if device == "cuda" else ()
     return replace(estimate, unchecked=doubts)
 

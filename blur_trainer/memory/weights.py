@@ -168,6 +168,14 @@ def gradient_bytes(parameters: Iterable[nn.Parameter], sharding: Sharding, proce
     return round(whole / (processes if sharding.gradients else 1))
 
 
+def mask_bytes(model: nn.Module, kept: Held, sharding: Sharding, processes: int) -> int:
+    """One byte per entry of a slot, where the slot is."""
+    if sharding.offload_optimizer:
+        return 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return round(trained / kept.divided / (processes if sharding.gradients else 1))
+
+
 def linears(model: nn.Module) -> Iterable[nn.Linear]:
     """The layers that bitsandbytes quantizes: all linear layers but the head and adapters."""
     head = causal_lm(model).get_output_embeddings()

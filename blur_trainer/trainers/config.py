@@ -16,6 +16,7 @@ from blur_trainer.trainers.arguments import check_defaults, shared_settings
 from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.hidden_tokens import HiddenTokens
 from blur_trainer.trainers.level_config import LevelConfig
+from blur_trainer.trainers.mask_config import MaskConfig
 from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
@@ -25,7 +26,7 @@ _DICTS = ("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "
 
 
 @dataclass
-class UnlearningConfig(LevelConfig, HiddenTokens, ByDevice, TrainingArguments):
+class UnlearningConfig(LevelConfig, MaskConfig, HiddenTokens, ByDevice, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:

@@ -8,6 +8,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.level import with_level
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.mask_config import check_mask
 from blur_trainer.trainers.procedures import SAM, Procedure
 from blur_trainer.trainers.rule_state import check_rule_state
 from blur_trainer.trainers.single_buffer import check_single_buffer
@@ -73,5 +74,6 @@ class MethodChoice:
         else:
             setup.check_retain_free(rule)
         setup.check_objectives(objectives, args.precompute_ref_logps)
+        check_mask(args, objectives)
         check_single_buffer(args, rule, objectives, one_pass=self.procedure(args) is None)
         return rule, objectives, settle_topics(objectives, rule, self.topics, args)

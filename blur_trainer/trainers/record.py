@@ -30,7 +30,7 @@ from blur_trainer.trainers.health import local_shard
 _FIXED = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
     *("dataloader_drop_last", "topics", "learning_rate", "optim", "optim_args", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "chat_template_date"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "chat_template_date", "mask_share", "mask_score"),
 )
 #: These take effect from the checkpoint on.
 _FREE = (

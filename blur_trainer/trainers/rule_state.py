@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,11 +16,12 @@ from blur_trainer.constants import ROLES
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.retain_mean import RetainMean
 from blur_trainer.gradients.rules import Rule
+from blur_trainer.trainers.shares import read_share, there, write_share
 
 logger = get_logger(__name__)
-#: files in a checkpoint
+#: files in a checkpoint; the mean's name goes on as `shares` says
 STATE_NAME = "rule_state.safetensors"
-MEAN_NAME = "retain_mean-{process:05}-of-{processes:05}.safetensors"
+MEAN_NAME = "retain_mean"
 
 
 def check_rule_state(rule: Rule, fp16: bool) -> None:
@@ -52,11 +52,10 @@ class RuleStateCallback(TrainerCallback):
 
     Args:
         rules: returns the rules of this training, one per topic.
-        accelerator: the trainer's.
     """
 
-    def __init__(self, rules: Callable[[], Iterable[Rule]], accelerator: Accelerator):
-        self.rules, self.accelerator = rules, accelerator
+    def __init__(self, rules: Callable[[], Iterable[Rule]]):
+        self.rules = rules
         self.resumed_from: str | None = None
         self.mean: RetainMean | None = None
 
@@ -90,15 +89,8 @@ class RuleStateCallback(TrainerCallback):
             save_file(_copied(state), Path(checkpoint, STATE_NAME))
         if self.mean is None or backend is None:
             return
-        if backend.sharded or writes:
-            gradients = self.mean.gradients or []  # none before the first step that was made
-            shares = {str(i): g.cpu().contiguous() for i, g in enumerate(gradients) if g is not None}
-            count = {"parts": str(len(gradients))}
-            save_file(shares, Path(checkpoint, self._mean_name(backend.sharded)), metadata=count)
-
-    def _mean_name(self, sharded: bool) -> str:
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return MEAN_NAME.format(process=process if sharded else 0, processes=processes if sharded else 1)
+        gradients = self.mean.gradients or []  # none before the first step that was made
+        write_share(checkpoint, MEAN_NAME, gradients, backend.sharded, writes)
 
     def _load(self, checkpoint: Path) -> None:
         rules = self._stateful()
@@ -106,18 +98,13 @@ class RuleStateCallback(TrainerCallback):
             if not rule.state_dict():  # a `Weighting` of TorchJD that keeps arrays
                 logger.warning("The state of the rule %r is in no checkpoint: it begins anew.", rule)
         if any(rule.state_dict() for rule in rules):
-            state = load_file(_there(checkpoint / STATE_NAME))
+            state = load_file(there(checkpoint / STATE_NAME))
             for i, rule in enumerate(rules):
                 own = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith(f"{i}.")}
                 rule.load_state_dict(own)
         if self.mean is not None:
-            whole = checkpoint / self._mean_name(sharded=False)
-            path = _there(whole if whole.exists() else checkpoint / self._mean_name(sharded=True))
-            with safe_open(path, framework="pt") as file:
-                held, count = set(file.keys()), int(file.metadata()["parts"])
-                # a copy: the file's own memory is not aligned, and inner products would round in another way
-                parts = [file.get_tensor(str(i)).clone() if str(i) in held else None for i in range(count)]
-            self.mean.restore(parts or None)
+            gradients, _ = read_share(checkpoint, MEAN_NAME)
+            self.mean.restore(gradients or None)
 
 
 def _smoothing(rule: Rule) -> float | None:
@@ -126,12 +113,3 @@ def _smoothing(rule: Rule) -> float | None:
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value).detach().cpu().clone().contiguous() for name, value in state.items()}
-
-
-def _there(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(
-            f"{str(path)!r} is missing: a training whose rule remembers earlier steps resumes with it, on as many "
-            "processes as before. Put it back, or start anew with another `output_dir`."
-        )
-    return path

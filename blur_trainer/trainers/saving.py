@@ -9,6 +9,7 @@ from blur_trainer.saving import output_dir as saving
 from blur_trainer.trainers.hidden_tokens import tokens_put_aside
 from blur_trainer.trainers.hub import HubMixin
 from blur_trainer.trainers.loading import whole_state
+from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.schedule_free import to_averaged_point
 
@@ -17,6 +18,7 @@ class SavingMixin(HubMixin):
     """Gives a `Trainer` saves that a kill cannot harm."""
 
     _rule_state: RuleStateCallback
+    _masking: MaskCallback
     _backend: GradientBackend | None
 
     @property
@@ -33,7 +35,8 @@ class SavingMixin(HubMixin):
             self.checkpoints.begin(Path(output_dir), self.args.should_save)
             if self.args.should_save:
                 self._save_objectives(output_dir)
-            self._rule_state.save(output_dir, self._backend, self.args.should_save)
+            for kept in (self._rule_state, self._masking):
+                kept.save(output_dir, self._backend, self.args.should_save)
             self._write_model(output_dir, resumable=True)
             return self.checkpoints.model_written(self.args)
         output_dir = output_dir or self.output_dir

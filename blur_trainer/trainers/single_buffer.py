@@ -83,6 +83,7 @@ def one_buffer_step(step: Step) -> Tensor:
     """Runs both passes over the window. `.grad` becomes the combination, or empty if it is not finite."""
     backend, rule = step.backend, step.rule()
     losses = {"forget": objective_pass(step, "forget")}
+    _mask(backend)
     gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
     gramian[0, 0] = _squared_norm(backend)
     weights = rule(gramian)
@@ -97,6 +98,7 @@ def one_buffer_step(step: Step) -> Tensor:
         if gradients:  # foreach does not accept empty lists
             torch._foreach_mul_(gradients, forget_weight)
         losses["retain"] = objective_pass(step, "retain", retain_weight)
+        _mask(backend)
         combined = _squared_norm(backend)  # finite only if the retain gradient is
         finite = bool(combined.isfinite())
         gramian[1, 1] = _retain_norm(combined, gramian, weights)
@@ -107,6 +109,12 @@ def one_buffer_step(step: Step) -> Tensor:
 
 def _gradients(backend: GradientBackend) -> list[Tensor]:
     return [p.grad for p in backend.parameters if p.grad is not None]
+
+
+def _mask(backend: GradientBackend) -> None:
+    """Makes `.grad` 0, in place, where a mask says that an entry may not change."""
+    for _ in backend.masked(parameter.grad for parameter in backend.parameters):
+        pass
 
 
 def _squared_norm(backend: GradientBackend) -> Tensor:

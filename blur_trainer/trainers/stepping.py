@@ -17,6 +17,7 @@ from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.procedures import Procedure
 from blur_trainer.trainers.references import PrecomputeCallback
 from blur_trainer.trainers.rule_state import RuleStateCallback
@@ -52,6 +53,7 @@ class StepMixin(_Base):
     _backend: GradientBackend | None
     _precompute: PrecomputeCallback
     _rule_state: RuleStateCallback
+    _masking: MaskCallback
     _window: Window
 
     def get_batch_samples(  # type: ignore[override]
@@ -148,7 +150,9 @@ class StepMixin(_Base):
         to_training_point(self.optimizer)
         run = one_buffer_step if self.args.single_gradient_buffer else two_slot_step
         counts = self._count_items(self._window) if num_items_in_batch is None else num_items_in_batch
-        loss = run(self._step(self._backend_of(model), counts))
+        step = self._step(self._backend_of(model), counts)
+        self._masking.before(step, self.optimizer)
+        loss = run(step)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -165,8 +169,9 @@ class StepMixin(_Base):
         elif changed := backend.changed():
             check_unchanged(self.accelerator, model, changed, self.optimizer)
             self._rule_state.parameters_changed()
+            self._masking.parameters_changed()
             backend = self.create_backend(model)
-        backend.retain_mean = self._rule_state.mean
+        backend.retain_mean, backend.mask = self._rule_state.mean, self._masking.mask
         self._backend = backend
         return backend
 

@@ -30,7 +30,6 @@ from blur_trainer.trainers.datasets import pair
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.procedures import Procedure, warn_of_rounding
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
-from blur_trainer.trainers.rule_state import RuleStateCallback
 from blur_trainer.trainers.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ class TrialMixin(_Base):
     args: UnlearningConfig
     rule: Rule
     forget_procedure: Procedure | None
-    _rule_state: RuleStateCallback
     objectives: dict[str, Objective]
     reference: Reference | None
     step_log: StepLog
@@ -149,7 +147,6 @@ class TrialMixin(_Base):
             self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)
         self._settings = Settings(args)
         self._precompute.accelerator, self._precompute.reference = self.accelerator, self.reference
-        self._rule_state.accelerator = self.accelerator
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)  # type: ignore[attr-defined]
 

@@ -24,6 +24,7 @@ from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
+from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.model import ModelMixin
 from blur_trainer.trainers.procedures import Procedure, warn_of_rounding
@@ -160,8 +161,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             wrapped_model=lambda: self.model_wrapped,
             keeps=self.model_init is not None,
         )
-        self._rule_state = RuleStateCallback(lambda: self._topic_rules or [self.rule], self.accelerator)
+        self._rule_state = RuleStateCallback(lambda: self._topic_rules or [self.rule])
         self.add_callback(self._rule_state)
+        self._masking = MaskCallback(self.args, self.data_collator, lambda: self.train_dataset, lambda: self.objectives)
+        self.add_callback(self._masking)
         if self.args.precompute_ref_logps:
             self.add_callback(self._precompute)
 
@@ -177,7 +180,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         """
         saving.agreed(lambda: self.check_trial(trial), self.args.should_save)
         with self.running(resume_from_checkpoint) as start:
-            self._precompute.resumed_from = self._rule_state.resumed_from = start
+            self._precompute.resumed_from = self._rule_state.resumed_from = self._masking.resumed_from = start
             if start is not None:
                 self._load_objectives(start)
             try:

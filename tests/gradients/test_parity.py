@@ -11,12 +11,21 @@ from support.parity import CELLS, DEFAULT_TOLERANCE, ENGINES, TOLERANCE, launch
 
 #: reduces on the last micro-batch only; clips by the norm of all shards
 ALWAYS = {"blur", "accumulation", "clipping"}
-#: a gradient that is kept, weights that are moved for a while
-NEW = {"gru", "sam"}
+#: a gradient that is kept, weights that are moved for a while, weights that do not move
+NEW = {"gru", "sam", "mask"}
 #: `.ci/run` trains the other cells too
 EVERY_RUN = {
     "ddp": ALWAYS
-    | {"tied", "one-sided", "one-sided, checkpointing", "compiled", "NPO, kept logps", "one buffer", "constrained"}
+    | {
+        "tied",
+        "one-sided",
+        "one-sided, checkpointing",
+        "compiled",
+        "NPO, kept logps",
+        "one buffer",
+        "constrained",
+        "mask, one buffer",
+    }
     | NEW,
     "fsdp2": ALWAYS | {"lora", "one-sided", "bf16", "NPO, lora, bf16"} | NEW,
     "fsdp2_lean": {"sum"},

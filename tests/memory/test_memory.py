@@ -434,6 +434,14 @@ def test_a_mean_of_retain_gradients_stays_from_step_to_step():
     assert "the mean of retain gradients" not in plain.unchecked
 
 
+def test_a_mask_is_a_byte_per_trained_parameter():
+    plain, masked = (estimate(args=arguments(mask_share=share)) for share in (None, 0.1))
+    assert masked.mask == plain.forget_slot / 4 == masked.total - plain.total > 0 == plain.mask
+    halves = estimate(args=arguments(mask_share=0.1), sharding="zero2", world_size=2)
+    assert halves.mask == masked.mask // 2
+    assert estimate(args=arguments(mask_share=0.1), sharding="zero2_offload").mask == 0
+
+
 def test_sam_keeps_the_weights_in_the_forget_slot():
     wide = {"per_device_train_batch_size": 8, "retain_objective": "nll", "forget_objective": "dpo"}  # forget is higher
     plain, sam = (estimate(args=arguments(sam_rho=rho, **wide)) for rho in (None, 0.01))

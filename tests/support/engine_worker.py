@@ -33,6 +33,7 @@ from blur_trainer.trainers.unlearning import UnlearningTrainer
 ENGINES = ["ddp", "fsdp2", "fsdp2_lean", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload_all"]
 FILE = Path(__file__).parents[2] / "ds_configs" / "zero2.json"  # what users pass
 HALF = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", "save_total_limit": 2}
+HALF |= {"mask_share": 0.5}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def write(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def resumed(engine: str, folder: Path) -> None:
-    """Four steps at once; then two of them, and a new trainer that goes on. GRU's mean is part of the checkpoint."""
+    """Four steps at once; then two of them, and a new trainer that goes on. GRU's mean and a mask are part of the checkpoint."""
     trainer = parity.train(engine, "gru", str(folder / "straight"), **HALF)
     write(masters(trainer, engine), folder / f"{engine}-straight.safetensors")
     source, target = (folder / kind / f"{engine}-gru" for kind in ("straight", "resumed"))

@@ -169,11 +169,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     "levels": {"levels": True, "accumulation": 2},
     "until": {"until": True, "accumulation": 2, "max_grad_norm": 0.3},
     "one buffer": {"accumulation": 2, "single_gradient_buffer": True},
+    "mask": {"mask_share": 0.3, "accumulation": 2, "max_grad_norm": 0.3},
+    "mask, fisher": {"rule": "sum", "mask_share": 0.1, "mask_score": "fisher", "accumulation": 2},
+    "mask, gru": {"rule": "gru", "mask_share": 0.3, "accumulation": 2, "max_grad_norm": 0.3},
+    "mask, sam": {"rule": "sum", "mask_share": 0.3, "sam_rho": 0.5, "tie": True},
+    "mask, lora": {"rule": "sum", "mask_share": 0.3, "lora": True},
+    "mask, rmu": {
+        **{"rule": "blur_wmdp", "rmu": True, "mask_share": 0.3, "accumulation": 2},
+        **{"train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
+    },
+    "mask, one buffer": {"mask_share": 0.3, "accumulation": 2, "single_gradient_buffer": True},
     "one buffer, sum": {"rule": "sum", "tie": True, "max_grad_norm": 0.3, "single_gradient_buffer": True},
 }
 #: largest relative error of the update after three AdamW steps. MGDA's vector is a small difference of two gradients;
 #: bf16 has three digits, fp16 four, and Adam divides by what is left of small gradients. (A lost gradient: near 1.)
-TOLERANCE = {"mgda": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
+TOLERANCE = {"mgda": 5e-5, "mask, gru": 5e-5, "bf16": 0.15, "NPO, lora, bf16": 0.15, "fp16": 0.05}
 DEFAULT_TOLERANCE = 1e-5
 #: refused by name, or not there on a CPU (torch's fp16 autocast), or the same as another cell
 ONLY = {
@@ -186,6 +196,10 @@ NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
     **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("ngdiff", "constrained", "sam, lora")},
     **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("rmu", "levels", "until")},
+    **{
+        feature: {"ddp", "fsdp2", "zero2", "zero3"}
+        for feature in ("rmu", "mask, rmu", "mask, lora", "mask, gru", "mask, sam")
+    },
     "NPO, fused head": {"ddp", "fsdp2", "zero3"},
     "NPO, lora, bf16": {"ddp", "fsdp2", "zero3"},
     "one-sided, checkpointing": {"ddp", "fsdp2"},
@@ -262,8 +276,21 @@ def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tens
         max_grad_norm=features.get("max_grad_norm", 1.0),
         bf16=features.get("bf16", False),
         sam_rho=features.get("sam_rho"),
+        mask=None if "mask_share" not in features else mask_of(features, model, items, forget_loss),
     )
     return start, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def mask_of(features: dict[str, Any], model: nn.Module, items: list[Any], forget_loss: Any) -> Tensor:
+    """The literal mask, from the rows that a training of `STEPS` windows reads, each once."""
+    if features.get("mask_score") == "fisher":
+        size = WINDOW // features.get("accumulation", 1)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).split(size)
+        batches = [{role: [items[i][role] for i in part] for role in ("forget", "retain")} for part in order]
+        scores = reference.fisher_scores(model, batches)
+    else:
+        scores = reference.saliency_scores(model, [item["forget"] for item in items], forget_loss)
+    return torch.tensor(reference.top_share(scores, features["mask_share"])).double()
 
 
 @cache

@@ -210,12 +210,13 @@ def train(
     max_grad_norm: float = 1.0,
     bf16: bool = False,
     sam_rho: float | None = None,
+    mask: Tensor | None = None,
 ) -> nn.Module:
     """One AdamW step per window: both gradients flattened into one vector each, combined, clipped, applied.
 
     `bf16`: gradients are those of the model in bf16, the optimizer moves fp32 masters (as DeepSpeed does). `sam_rho`:
     the forget gradient is that of a copy of the model, moved so far along it. A direction with `observe` is told the
-    retain loss after each step.
+    retain loss after each step. `mask`: 1 for each entry that may change, else 0.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
@@ -226,10 +227,12 @@ def train(
             role: torch.cat([g.flatten() for g in full_gradient(shadow, values[role])]).double()
             for role in ("forget", "retain")
         }
+        if mask is not None:
+            flat = {role: gradient * mask for role, gradient in flat.items()}
         if sam_rho is not None:
             moved = moved_along(model, flat["forget"], sam_rho)
             gradients = full_gradient(moved, losses["forget"](moved, window["forget"]))
-            flat["forget"] = torch.cat([g.flatten() for g in gradients]).double()
+            flat["forget"] = torch.cat([g.flatten() for g in gradients]).double() * (1.0 if mask is None else mask)
         step = direction(flat["forget"], flat["retain"])
         if hasattr(direction, "observe"):
             direction.observe(values["retain"].item())
@@ -244,6 +247,27 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
     return model
+
+
+def top_share(scores: list[float], share: float) -> list[bool]:
+    """True for the highest scores: so many as the share says, and all that equal the last of them; never for a 0."""
+    last = sorted(scores, reverse=True)[max(1, round(share * len(scores))) - 1]
+    return [score >= last and score > 0 for score in scores]
+
+
+def saliency_scores(model: nn.Module, rows: list[dict], loss: Callable[[nn.Module, list[dict]], Tensor]) -> list[float]:
+    """SalUn: the size of each entry of the forget gradient over all rows."""
+    return [abs(value) for g in full_gradient(model, loss(model, rows)) for value in g.flatten().tolist()]
+
+
+def fisher_scores(model: nn.Module, batches: list[dict[str, list[dict]]], tiny: float = 1e-30) -> list[float]:
+    """Mean over batches of each entry's squared NLL gradient, of forget over that of retain."""
+    means = {}
+    for role in ("forget", "retain"):
+        gradients = [full_gradient(model, token_mean_nll(model, batch[role])) for batch in batches]
+        rows = [[value for g in gradient for value in g.flatten().tolist()] for gradient in gradients]
+        means[role] = [sum(value**2 for value in column) / len(rows) for column in zip(*rows, strict=True)]
+    return [f / (r + tiny) for f, r in zip(means["forget"], means["retain"], strict=True)]
 
 
 def row_log_prob(model: nn.Module, row: dict) -> tuple[Tensor, int]:

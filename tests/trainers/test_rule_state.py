@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from support.models import examples, tiny_llama
 from support.runs import settings, training_logs
@@ -111,7 +110,7 @@ def test_a_checkpoint_from_before_the_first_step_that_was_made(tmp_path):
 
     config = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     start(tmp_path, GRU(), forget_objective=NaNInStepOne(), **config).train()
-    state = RuleStateCallback(lambda: [GRU()], PartialState())
+    state = RuleStateCallback(lambda: [GRU()])
     state.resumed_from = str(tmp_path / "checkpoint-1")
     state.on_train_begin(None, TrainerState(), None)
     assert state.mean.gradients is None
