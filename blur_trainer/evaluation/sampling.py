@@ -1,8 +1,10 @@
 """Several sampled continuations of each prompt, the same for a seed on any number of processes."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -20,6 +22,33 @@ def sample(
     prompt_ids: Sequence[list[int]],
     *,
     num: int,
+    stop_strings: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> list[list[str]]:
+    """
+    Samples `num` continuations of each prompt, as texts.
+
+    Args:
+        stop_strings:
+            As of [`~blur_trainer.evaluation.scoring.generate`].
+        model, tokenizer, prompt_ids, num, **kwargs:
+            As of [`sample_ids`].
+
+    Returns:
+        `list[list[str]]`: The continuations of each prompt, without it, in the given order.
+    """
+    stops = check_stop_strings(stop_strings)
+    found = sample_ids(model, tokenizer, prompt_ids, num=num, stop_strings=stops, **kwargs)
+    eos_ids, _ = special_ids(model, tokenizer)
+    return [[decoded(tokenizer, row, eos_ids, stops) for row in rows] for rows in found]
+
+
+def sample_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    *,
+    num: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -28,18 +57,18 @@ def sample(
     stop_strings: Sequence[str] | None = None,
     alone: bool = False,
     desc: str | None = None,
-) -> list[list[str]]:
+) -> list[list[list[int]]]:
     """
-    Samples `num` continuations of each prompt.
+    Samples `num` continuations of each prompt, as tokens.
 
-    Each batch has random numbers of its own, drawn from the seed and the batch's prompts. So the texts do not depend on
-    the number of processes, and the caller's random numbers stay as they were. They do depend on `batch_size`, and on
-    the kind of device. Of the model's generation configuration only the end-of-sequence ids are used: no top-k, no
-    penalties.
+    Each batch has random numbers of its own, drawn from the seed, the batch's prompts and the number of earlier batches
+    with the same prompts. So the texts do not depend on the number of processes, and the caller's random numbers stay
+    as they were. They do depend on `batch_size`, and on the kind of device. Of the model's generation configuration
+    only the end-of-sequence ids are used: no top-k, no penalties.
 
     Args:
         model, tokenizer, max_new_tokens, stop_strings, desc:
-            As of [`~blur_trainer.evaluation.scoring.generate`].
+            As of [`~blur_trainer.evaluation.scoring.generate`]. Rows that contain a stop string are not continued.
         prompt_ids (`Sequence[list[int]]`):
             The tokens of each prompt, special tokens included.
         num (`int`):
@@ -54,7 +83,8 @@ def sample(
             Only this process calls. Otherwise all processes call, and share the prompts.
 
     Returns:
-        `list[list[str]]`: The continuations of each prompt, without it, in the given order.
+        `list[list[list[int]]]`: The tokens of each prompt's continuations, up to the end-of-sequence token. Those that
+        ended by themselves have it.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, num=num)
     stops = check_stop_strings(stop_strings)
@@ -72,13 +102,15 @@ def sample(
         eos_token_id=eos_ids or None,
     )
     synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
+    batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
+    seeds = _seeds(seed, [[prompt_ids[i] for i in indices] for indices in batches])
+    seed_of = {indices[0]: own for indices, own in zip(batches, seeds, strict=True)}
 
-    def run(indices: list[int]) -> list[list[str]]:
-        rows = [prompt_ids[i] for i in indices]
-        ids, mask = pad(rows, pad_id, "left", model.device)
+    def run(indices: list[int]) -> list[list[list[int]]]:
+        ids, mask = pad([prompt_ids[i] for i in indices], pad_id, "left", model.device)
         width, device = ids.shape[1], model.device
         with _own_draws(device):
-            torch.manual_seed(_seed_of(seed, rows))
+            torch.manual_seed(seed_of[indices[0]])
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
@@ -86,12 +118,17 @@ def sample(
                 stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
                 synced_gpus=synced,
             )
-        texts = [decoded(tokenizer, row, eos_ids, stops) for row in output[:, width:].tolist()]
-        return [texts[start : start + num] for start in range(0, len(texts), num)]
+        rows = [_ended(row, eos_ids) for row in output[:, width:].tolist()]
+        return [rows[start : start + num] for start in range(0, len(rows), num)]
 
-    batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
     with evaluating(model), generation_config(model, config), gathering_in_generate(model):
         return in_shares(model, batches, run, desc, alone=alone)
+
+
+def _ended(ids: list[int], eos_ids: list[int]) -> list[int]:
+    """The tokens up to the first end-of-sequence token, which stays. Behind it is padding."""
+    ends = [ids.index(eos) for eos in eos_ids if eos in ids]
+    return ids[: min(ends) + 1] if ends else ids
 
 
 def _own_draws(device: torch.device) -> AbstractContextManager[None]:
@@ -101,5 +138,13 @@ def _own_draws(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device], device_type=device.type)
 
 
-def _seed_of(seed: int, rows: Sequence[list[int]]) -> int:
-    return int.from_bytes(hashlib.sha256(repr((seed, rows)).encode()).digest()[:7], "big")
+def _seeds(seed: int, batches: Sequence[Sequence[list[int]]]) -> list[int]:
+    """The seed of each batch. Batches with the same prompts have different ones."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for rows in batches:
+        earlier = seen[repr(rows)]
+        seen[repr(rows)] += 1
+        digest = hashlib.sha256(repr((seed, rows, earlier) if earlier else (seed, rows)).encode()).digest()
+        seeds.append(int.from_bytes(digest[:7], "big"))
+    return seeds

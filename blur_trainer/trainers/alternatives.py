@@ -1,31 +1,21 @@
 """Other answers to the questions of a forget set, sampled from the model before unlearning, kept in `output_dir`."""
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import date
-from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blur_trainer.atomic_write import atomic_write
 from blur_trainer.data.alternatives import Questions, ask, lacks_alternatives
 from blur_trainer.data.chat import parse_day
 from blur_trainer.evaluation.sampling import sample
-from blur_trainer.models.reference import is_partitioned
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.preference import AltPO
-from blur_trainer.saving import output_dir as saving
-from blur_trainer.saving.checkpoints import last_complete_checkpoint
-from blur_trainer.saving.lock import OutputLock
 from blur_trainer.trainers.config import UnlearningConfig
-from blur_trainer.trainers.cpu import engine_requested
-from blur_trainer.trainers.record import model_record
+from blur_trainer.trainers.sampled_file import check_can_answer, kept_or_sampled
 from blur_trainer.trainers.topics import topic_names
 
 #: file in `output_dir` with the alternatives; a resumed training reads them there
@@ -119,11 +109,7 @@ def settle_alternatives(
     missing = [name for name in sets if lacks_alternatives(sets[name], roles[name])]
     if not missing:
         return forget
-    if is_partitioned(model):
-        raise ValueError(
-            "ZeRO-3 has partitioned the model while it was loaded, and such a model cannot answer before training: "
-            "give the forget set a column `alternative` (by `generate_alternatives`, in a script of one process)."
-        )
+    check_can_answer(model, "give the forget set a column `alternative` (by `generate_alternatives`)")
     objective = without_level(objective)
     settings = objective if isinstance(objective, AltPO) else AltPO()
     how: dict[str, Any] = {"qa_template": args.qa_template, "instruct": settings.instruct}
@@ -137,9 +123,6 @@ def settle_alternatives(
 def _kept_or_sampled(
     questions: Mapping[str, Questions], model: Any, tokenizer: Any, args: UnlearningConfig, settings: AltPO
 ) -> Alternatives:
-    folder = str(args.output_dir)
-    path, first = Path(folder, ALTERNATIVES_NAME), args.process_index == 0
-    saving.agreed(lambda: saving.check_writable(folder), args.should_save)
     record = {
         "forget": {name: each.digest for name, each in questions.items()},
         "settings": {
@@ -147,27 +130,18 @@ def _kept_or_sampled(
             **{"max_new_tokens": settings.max_new_tokens, "instruct": settings.instruct, "seed": args.seed},
         },
     }
-    of_model = json.dumps(model_record(model), sort_keys=True)
-    kept = saving.agreed(lambda: _read(path, record, of_model), first)
-    if kept is not None:
-        return kept
-    # with `cpu_ram_efficient_loading` the others have no weights
-    alone = engine_requested(args, "fsdp") and args.world_size > 1
 
-    def sampled() -> Alternatives:
-        with _on(model, args.device):
-            return {
-                name: _sampled(
-                    *(model, tokenizer, each, settings, args.seed, args.per_device_eval_batch_size),
-                    alone=alone,
-                    desc=None if args.disable_tqdm else "Alternatives",
-                )
-                for name, each in questions.items()
-            }
+    def sampled(alone: bool) -> Alternatives:
+        return {
+            name: _sampled(
+                *(model, tokenizer, each, settings, args.seed, args.per_device_eval_batch_size),
+                alone=alone,
+                desc=None if args.disable_tqdm else "Alternatives",
+            )
+            for name, each in questions.items()
+        }
 
-    found = saving.agreed(sampled, first) if alone else sampled()
-    saving.agreed(lambda: _write(path, {**record, "model": of_model, "alternatives": found}), first)
-    return found
+    return kept_or_sampled(ALTERNATIVES_NAME, record, model, args, sampled)
 
 
 def _sampled(
@@ -204,45 +178,3 @@ def _sampled(
             found[row] = texts
     questions.check(found)
     return found
-
-
-@contextmanager
-def _on(model: Any, device: torch.device) -> Iterator[None]:
-    """Inside, the model is on the device of the training. Engines that shard it want it where it was."""
-    before = model.device
-    moves = before != device and getattr(model, "hf_device_map", None) is None
-    if moves and not getattr(model, "is_quantized", False):
-        model.to(device)
-    try:
-        yield
-    finally:
-        if model.device != before:
-            model.to(before)
-
-
-def _read(path: Path, record: Mapping[str, Any], of_model: str) -> Alternatives | None:
-    """What the folder has for these questions and settings. A training that has begun cannot take others."""
-    if not path.exists():
-        return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    other = [name for name in record if saved[name] != record[name]]
-    try:
-        last_complete_checkpoint(str(path.parent))
-    except ValueError:  # there is none
-        return None if other or saved["model"] != of_model else saved["alternatives"]
-    if other:
-        what = "another forget set" if "forget" in other else f"other settings, {saved['settings']}"
-        raise ValueError(
-            f"{str(path)!r} was sampled for {what}: resume with the dataset, tokenizer and settings of the interrupted "
-            "training, or pass another `output_dir`."
-        )
-    return saved["alternatives"]
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    lock = OutputLock()  # another training in this folder may be about to read the file
-    lock.acquire(str(path.parent))
-    try:
-        atomic_write(path, lambda file: file.write_text(json.dumps(content, indent=1), encoding="utf-8"))
-    finally:
-        lock.release(remove=not lock.broke_off)
