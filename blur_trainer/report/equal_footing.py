@@ -23,7 +23,8 @@ class Bound:
     Example:
 
     ```python
-    level = [Bound("forget_loss", low=0.9 * retrained["forget_loss"]), Bound("forget_rouge", high=0.1 + retrained["forget_rouge"])]
+    loss, rouge = retrained["forget_loss"], retrained["forget_rouge"]
+    level = [Bound("forget_loss", low=0.9 * loss), Bound("forget_rouge", high=rouge + 0.1)]
     ```
     """
 

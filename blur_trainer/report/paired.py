@@ -31,7 +31,8 @@ def mean_interval(numbers: Sequence[float], confidence: float = 0.95) -> Interva
     The mean of independent numbers (one per seed) and Student's interval of it.
 
     $$
-    \bar x \pm t_{n-1}\!\left(\tfrac{1 + c}{2}\right) \frac{s}{\sqrt n}, \qquad s^2 = \frac{1}{n-1} \sum_i (x_i - \bar x)^2
+    \bar x \pm t_{n-1}\!\left(\frac{1 + c}{2}\right) \frac{s}{\sqrt n}, \qquad
+    s^2 = \frac{1}{n-1} \sum_i (x_i - \bar x)^2
     $$
 
     Student's and not a bootstrap's: of five numbers the percentiles of resampled means are too narrow. Numbers that are

@@ -53,7 +53,7 @@ def test_the_share_of_a_way():
     assert share_of_way(12.5, 0.0, 8.2) == 1 and share_of_way(-1.0, 0.0, 8.2) == 0
     assert share_of_way(12.3, 0.0, 8.2, clip=False) == pytest.approx(1.5)
     assert math.isnan(share_of_way(math.nan, 0.0, 8.2))
-    with pytest.raises(ValueError, match="From 1.0 to 1.0"):
+    with pytest.raises(ValueError, match=r"From 1\.0 to 1\.0"):
         share_of_way(0.5, 1.0, 1.0)
 
 
@@ -177,7 +177,7 @@ def test_a_bound_by_the_way_to_the_retrained_model():
     assert not up.holds({"forget_loss": math.nan}) and not up.holds({"forget_loss": None}) and not up.holds({})
     with pytest.raises(ValueError, match=r"tolerance=10"):
         way_bound("forget_rouge", 1.0, 0.5, 10)
-    with pytest.raises(ValueError, match="'forget_rouge' is 0.5 at the start and 0.5 at the aim"):
+    with pytest.raises(ValueError, match=r"'forget_rouge' is 0.5 at the start and 0.5 at the aim"):
         way_bound("forget_rouge", 0.5, 0.5, 0.1)
 
 

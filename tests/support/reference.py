@@ -172,6 +172,11 @@ class ConstrainedDirection:
 # ---- the whole training, without Trainer, accumulation or collators ----
 
 
+def mixed_value(before: float, after: float, a: float) -> float:
+    """2406.09179: a theta_before + (1 - a) theta_after, of one number."""
+    return a * before + (1.0 - a) * after
+
+
 # Student's 97.5 % points by degrees of freedom, from a printed table (NIST handbook, 1.3.6.7.2)
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262}
 
