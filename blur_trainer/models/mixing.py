@@ -21,9 +21,10 @@ def weight_mix(model: nn.Module, before: nn.Module) -> Iterator[At]:
     \theta = a\, \theta_{before} + (1 - a)\, \theta_{after}, \qquad a = 1 - \text{strength}
     $$
 
-    Source: 2406.09179, where the mixture makes methods comparable (see [`smallest_mix`]). Computed in float32 (float64 for float64) and stored in the dtype of `model`. Strength 1 is the model as it was trained, bit for
-    bit, and so is the model after the `with` block; strength 0 has the weights of `before`. A strength above 1 goes
-    beyond the trained model.
+    Source: 2406.09179, where the mixture makes methods comparable (see [`smallest_mix`]). Computed in float32 (float64
+    for float64) and stored in the dtype of `model`. Strength 1 is the model as it was trained, bit for bit, and so is
+    the model after the `with` block; strength 0 has the weights of `before`. A strength above 1 goes beyond the trained
+    model.
 
     Only tensors that differ are copied. The copy lies where `before` lies: with `before` on the CPU, a GPU holds the
     model once.
