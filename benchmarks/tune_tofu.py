@@ -19,16 +19,8 @@ from tabulate import tabulate
 import blur_trainer as bt
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.methods import changed
+from blur_trainer.scripts.strengths import strength_of
 from blur_trainer.scripts.tofu import METHODS, parse, tiny_models, training_sets
-
-WEIGHTS, RATES = (0.03, 0.1, 0.3, 1.0), (3e-5, 1e-4, 3e-4, 1e-3)
-#: method -> its setting and the values that are tried; the others: the weight of the forget gradient
-TRIED = {
-    "blur-npo": ("gamma", WEIGHTS),
-    **dict.fromkeys(("gradascent", "undial", "ce-u", "flat", "ngdiff", "gru"), ("learning_rate", RATES)),
-    "pdu": ("initial", (30.0, 100.0, 300.0, 1000.0)),
-    "uld": ("weight", (-0.5, -0.8, -1.1, -1.5)),
-}
 
 
 def arguments() -> argparse.Namespace:
@@ -40,13 +32,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def with_value(args, name: str, value: float):
-    """The arguments with the tried value; PDU's first multiplier is among the arguments of its rule."""
-    own = {"rule_kwargs": {**args.rule_kwargs, name: value}} if name == "initial" else {name: value}
-    return changed(args, **own)
-
-
-def measured(method: str, name: str, value: float, options: argparse.Namespace) -> dict[str, float]:
+def measured(method: str, value: float, options: argparse.Namespace) -> dict[str, float]:
     given = ["--method", method, "--seed", str(options.seed), "--compare", "none", "--eval_strategy", "no"]
     script, args, model_args, _ = parse([*given, "--models_dir", options.models_dir, "--disable_tqdm", "True"])
     data = bt.load_tofu("embedded", script.split)
@@ -55,7 +41,7 @@ def measured(method: str, name: str, value: float, options: argparse.Namespace) 
     how = {"template": script.template, "protocol": script.protocol, "progress": False, "max_new_tokens": 32}
     reference = bt.TOFUEvaluation(data, tokenizer, **how).reference(load(retrained))
     with tempfile.TemporaryDirectory() as folder:
-        config = changed(with_value(args, name, value), output_dir=folder, model_init_kwargs=load.options)
+        config = changed(strength_of(method).put(args, value), output_dir=folder, model_init_kwargs=load.options)
         sets = training_sets(method, data, script)
         trainer = METHODS[method].trainer(target, config, processing_class=tokenizer, **sets)
         trainer.train()
@@ -74,12 +60,12 @@ def main() -> None:
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     done = {(run["method"], run["value"]) for run in known if run["seed"] == options.seed}
     for method in options.methods:
-        name, values = TRIED.get(method, ("forget_weight", WEIGHTS))
-        for value in values:
+        strength = strength_of(method)
+        for value in strength.tried:
             if (method, value) in done:
                 continue
-            numbers = measured(method, name, value, options)
-            run = {"method": method, "setting": name, "value": value, "seed": options.seed, **numbers}
+            numbers = measured(method, value, options)
+            run = {"method": method, "setting": strength.setting, "value": value, "seed": options.seed, **numbers}
             known.append(run)
             with options.out.open("a") as file:
                 file.write(json.dumps(run) + "\n")

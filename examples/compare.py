@@ -2,6 +2,7 @@
 
 python examples/compare.py                                    # 4 methods, 3 seeds, tiny Llama: a quarter of an hour
 python examples/compare.py --methods npo simnpo --seeds 0 1 --split forget05
+python examples/compare.py --strengths 0.1 0.3 1 3            # at equal forgetting, and at equal utility
 python examples/compare.py --benchmark wmdp --methods blur-rmu rmu
 python examples/compare.py --resume_from_checkpoint True      # after an interrupt: what is not finished
 
@@ -9,7 +10,6 @@ Arguments that are not listed by --help go to the runs.
 """
 
 import argparse
-import itertools
 import json
 import re
 import shlex
@@ -23,14 +23,26 @@ import run_wmdp
 
 import blur_trainer as bt
 from blur_trainer.atomic_write import atomic_write
+from blur_trainer.report.readings import check_shares
 from blur_trainer.report.seeds import write_means
 from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.scripts.running import check_launch
+from blur_trainer.scripts.sweep import check_factors, footing, joined, plan
+from blur_trainer.trainers.ending import TrainingInterrupted
 
 BENCHMARKS = {  # script, methods, arguments of all runs; attacks are of one run's model and cannot be averaged
     "tofu": (run_tofu, ["blur-npo", "npo", "simnpo", "uld"], []),
     "wmdp": (run_wmdp, ["blur-rmu", "rmu", "blur-npo", "npo"], ["--no_robustness"]),
 }
+# what is read at equal forgetting and at equal utility, where it is not all columns of the forget and the retain set
+READ = {
+    "tofu": {
+        "forgotten": ("forget_probability", "forget_rouge"),
+        "kept": ("model_utility",),
+        "shown": ("model_utility", "retain_rouge", "real_authors_rouge", "world_facts_rouge"),
+    }
+}
+REMEDY = "Go on with --resume_from_checkpoint True and the same arguments."
 
 
 def parse():
@@ -39,6 +51,9 @@ def parse():
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="tofu")
     parser.add_argument("--methods", nargs="+", help="Of the benchmark's (default: four of them).")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--strengths", nargs="+", type=float, help="Multiples of each method's own strength.")
+    parser.add_argument("--tolerance", type=float, help="Level: 1 - this, of the way to the retrained model (0.1).")
+    parser.add_argument("--utility", type=float, help="Equal utility: this share of the target's (0.95).")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--models_dir", help="Where tiny models are kept (default: beside the runs).")
     parser.add_argument("--resume_from_checkpoint", metavar="True", help="Go on with the comparison in --output_dir.")
@@ -49,11 +64,17 @@ def parse():
     shared += ["--compare", "none", "--models_dir", options.models_dir or str(options.output_dir / "models"), *always]
     if re.search(r'--hub_token|"(use_auth_)?token"', shlex.join(shared)):
         raise ValueError("A token among the arguments would be written down: `hf auth login` instead.")
+    read = {name: getattr(options, name) for name in ("tolerance", "utility") if getattr(options, name) is not None}
+    if read and not options.strengths:
+        raise ValueError(f"{', '.join(f'--{name}' for name in read)}: only a sweep reads it. Pass --strengths too.")
+    check_factors(options.strengths or ())
+    check_shares(**read)
+    options.read, arguments = read, {}
     for method in options.methods:  # wrong arguments are found before anything is trained
-        _, args, *_ = script.parse(["--method", method, *shared])
+        _, arguments[method], *_ = script.parse(["--method", method, *shared])
         if options.launcher == sys.executable:
-            check_launch(args, "pass --launcher 'accelerate launch'")
-    return options, shared
+            check_launch(arguments[method], "pass --launcher 'accelerate launch'")
+    return options, shared, plan(arguments, options.seeds, options.strengths)
 
 
 def begin(out, resume, shared):
@@ -78,40 +99,40 @@ def finished(folder, command):
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts:
-        raise SystemExit("Interrupted. Go on with --resume_from_checkpoint True and the same arguments.")
+        print(f"Interrupted. {REMEDY}", file=sys.stderr)
+        raise TrainingInterrupted("Interrupted", REMEDY, signal.SIGINT)
     how, last = (f"FAILED (status {status}), see {log}", log.read_text().splitlines()[-5:]) if status else ("done", [])
     print(f"{folder.name}: {how}", *last, sep="\n    ", flush=True)
     return status == 0
 
 
-def average(means):
-    """One table of several, of a method each: the target, all methods, the retrained model."""
-    rows = {row["name"]: row for mean in means for row in mean["rows"]}
-    for mean in means[1:]:
-        for sample, other in zip(means[0]["samples"], mean["samples"], strict=True):
-            sample["responses"] |= other["responses"]
-    order = sorted(rows.values(), key=lambda row: ["target", "unlearned", "retrain"].index(row["kind"]))
-    settings = {k: v for k, v in means[0]["settings"].items() if all(mean["settings"].get(k) == v for mean in means)}
-    return means[0] | {"rows": order, "settings": settings}
-
-
 def main():
-    options, shared = parse()
+    options, shared, runs = parse()
     out, resume = options.output_dir, options.resume_from_checkpoint
     begin(out, resume, shared)
-    runs = {method: [] for method in options.methods}
     program = [*shlex.split(options.launcher), BENCHMARKS[options.benchmark][0].__file__, *shared]
     program += ["--resume_from_checkpoint", "True"] if resume else []
-    for seed, method in itertools.product(options.seeds, options.methods):
-        folder = out / f"{method}-{seed}"
-        if finished(folder, [*program, "--method", method, "--seed", str(seed), "--output_dir", str(folder)]):
-            runs[method].append(json.loads((folder / "metrics.json").read_text()))
-    if not any(runs.values()):
+    contents = {}
+    for run in runs:
+        folder = out / run.folder
+        own = ["--method", run.method, "--seed", str(run.seed), *run.flags, "--output_dir", str(folder)]
+        if finished(folder, [*program, *own]):
+            contents[run] = json.loads((folder / "metrics.json").read_text())
+    if not contents:
         raise SystemExit("No run finished.")
-    content = average([bt.mean_and_spread(contents) for contents in runs.values() if contents])
+    content = joined(runs, contents)
+    try:
+        if options.strengths:
+            content["footing"] = footing(contents, content, **READ.get(options.benchmark, {}), **options.read)
+    except ValueError as error:  # hours of runs have their table all the same
+        print(f"No reading at equal forgetting: {error}")
     write_means(out, content)
-    table = bt.format_table(content["columns"][:9], content["rows"])  # the rest is in the report
-    print(f"\n{table}\n\nReport: {bt.write_report(out)}")
+    print(f"\n{bt.format_table(content['columns'][:9], content['rows'])}")  # the rest is in the report
+    for reading in content.get("footing", {}).get("readings", []):
+        print(f"\n{reading['title']}\n{reading['note']}\n\n{bt.format_table(reading['columns'], reading['rows'])}\n")
+        print(*(f"{row['name']} {row['said']}." for row in reading["rows"] if "said" in row), sep="\n")
+        print(*(f"Best, {verdict['column']}: {verdict['text']}." for verdict in reading["verdicts"]), sep="\n")
+    print(f"\nReport: {bt.write_report(out)}")
 
 
 if __name__ == "__main__":

@@ -104,14 +104,20 @@ def _whole_vector(target: CheckpointTensors, finetuned: CheckpointTensors) -> Ve
     return difference
 
 
-def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
-    """The vector of a LoRA by PEFT's own arithmetic, which handles rank patterns, transposed layers and embeddings."""
-    check_adapter(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+def more_than_lora(config: PeftConfig) -> list[str]:
+    """The settings that make an adapter more than `W + scaling B A` on unchanged weights `W`."""
     extra = [x for x in ("use_dora", "modules_to_save", "trainable_token_indices") if getattr(config, x, None)]
     if isinstance(config, LoraConfig):
         extra += [] if config.bias == "none" else ["bias"]
         extra += [] if config.init_lora_weights in PLAIN_STARTS else [f"init_lora_weights={config.init_lora_weights}"]
+    return extra
+
+
+def _adapter_vector(target: CheckpointTensors, folder: Path) -> Vector:
+    """The vector of a LoRA by PEFT's own arithmetic, which handles rank patterns, transposed layers and embeddings."""
+    check_adapter(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    extra = more_than_lora(config)
     if not isinstance(config, LoraConfig) or extra:
         raise ValueError(
             f"The adapter in {str(folder)!r} ({type(config).__name__}, {', '.join(extra)}) is more than a LoRA: merge "

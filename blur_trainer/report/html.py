@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.figures import DARK, LIGHT, NAMES, Drawing, draw_all, over_runs, row_colors
-from blur_trainer.report.summary import find_faults, read_results, read_training
+from blur_trainer.report.summary import find_faults, read_results, read_sweep, read_training
 from blur_trainer.report.tables import (
     ARROWS,
     cells,
@@ -55,6 +55,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     _check(state or {}, {"log_history": None})
     _check(metrics or {}, {"columns": "name", "rows": "name", "stages": None, "samples": "prompt"})
     _check_robustness((metrics or {}).get("robustness"))
+    _check_footing((metrics or {}).get("footing"))
     page = Environment(loader=PackageLoader("blur_trainer.report"), autoescape=True, undefined=StrictUndefined)
     html = page.get_template("report.html").render(
         **_content(state or {}, metrics or {}),
@@ -105,31 +106,62 @@ def _check_robustness(data: Any) -> None:
         _check(curve, {"points": "steps"})
 
 
+def _check_footing(data: Any) -> None:
+    if data is None:
+        return
+    if not isinstance(data, dict):
+        raise ValueError(f'"footing" must be a JSON object, but got {str(data)[:80]}.')
+    _check(data, {"readings": "rows", "points": "method"})
+    for reading in data.get("readings") or []:
+        _check(reading, {"columns": "name", "rows": "name", "verdicts": "text"})
+
+
 def _robustness(columns: Items, rows: Items, data: Mapping[str, Any]) -> dict[str, Any]:
     """The table of attacks as a template needs it."""
     rows = robustness_rows(data, rows)
     shown = robustness_columns(columns, rows)
-    heads = [(heading({**column, "goal": None}), ARROWS.get(goal_of(column) or "", "")) for column in shown]
-    return {"columns": heads, "rows": _table(shown, rows)}
+    return {"columns": _heads(shown), "rows": _table(shown, rows)}
+
+
+def _readings(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tables of a sweep as a template needs them. What the verdicts say stands below; no cell is highlighted."""
+    readings = (metrics.get("footing") or {}).get("readings") or []
+    return [
+        {**reading, "columns": _heads(reading["columns"]), "rows": _table(reading["columns"], reading["rows"])}
+        for reading in readings
+    ]
+
+
+def _dots(rows: Items) -> list[tuple[str, tuple[str, str]]]:
+    """The name of each row, and its color on light and on dark paper."""
+    colors = zip(row_colors(rows, LIGHT), row_colors(rows, DARK), strict=True)
+    return [(row["name"], pair) for row, pair in zip(rows, colors, strict=True)]
+
+
+def _heads(columns: Items) -> list[tuple[str, str]]:
+    """Label and arrow of each column."""
+    return [(heading({**column, "goal": None}), ARROWS.get(goal_of(column) or "", "")) for column in columns]
 
 
 def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
     settings = dict(metrics.get("settings") or {})
     versions = {k: settings.pop(k) for k in ("environment", "versions") if isinstance(settings.get(k), dict)}
-    dots = zip(row_colors(rows, LIGHT), row_colors(rows, DARK), strict=True)
+    readings = _readings(metrics)
+    tables = [*(reading["rows"] for reading in readings), rows]
     return {
         "benchmark": metrics.get("benchmark") or "Training run",
-        "results": read_results(columns, rows, list((metrics.get("plane") or {}).values())),
+        "results": read_sweep(metrics) or read_results(columns, rows, list((metrics.get("plane") or {}).values())),
         "training": read_training(state),
         "faults": find_faults(state, columns, rows),
-        "columns": [(heading({**column, "goal": None}), ARROWS.get(goal_of(column) or "", "")) for column in columns],
+        "columns": _heads(columns),
         "rows": _table(columns, rows),
+        "readings": readings,
         "robust": _robustness(columns, rows, metrics.get("robustness") or {}),
         "timed": any(row.get("seconds") is not None for row in rows),
         "compared": len(_methods(rows)) > 1,
         "over_runs": over_runs(rows),
-        "dots": {row["name"]: dot for row, dot in zip(rows, dots, strict=True)},
+        "dots": dict(pair for table in tables for pair in _dots(table)),
         "settings": {key: _text(value) for key, value in settings.items()},
         "versions": {key: _text(value) for group in versions.values() for key, value in group.items()},
         "samples": metrics.get("samples") or [],
@@ -145,7 +177,7 @@ def _table(columns: Items, rows: Items) -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "kind": row.get("kind") or "",
+            "kind": row.get("said") or row.get("kind") or "",
             "cells": [column[i] for column in texts],
             "seconds": format_number(row.get("seconds")),
         }

@@ -44,6 +44,16 @@ def read_results(columns: Items, rows: Items, first: Sequence[str] = ()) -> list
     return sentences
 
 
+def read_sweep(metrics: Mapping[str, Any]) -> list[str]:
+    """The verdicts of a sweep over strengths, one sentence per reading; none for other runs."""
+    readings = (metrics.get("footing") or {}).get("readings") or []
+    return [
+        f"{reading['title']}. " + "; ".join(f"{v['column']}: {v['text']}" for v in reading["verdicts"]) + "."
+        for reading in readings
+        if reading.get("verdicts")
+    ]
+
+
 def _label(column: Mapping[str, Any]) -> str:
     return heading({**column, "goal": None})
 

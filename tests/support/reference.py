@@ -182,6 +182,49 @@ class ConstrainedDirection:
 # ---- the whole training, without Trainer, accumulation or collators ----
 
 
+def mixed_value(before: float, after: float, a: float) -> float:
+    """2406.09179: a theta_before + (1 - a) theta_after, of one number."""
+    return a * before + (1.0 - a) * after
+
+
+# Student's 97.5 % points by degrees of freedom, from a printed table (NIST handbook, 1.3.6.7.2)
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262}
+
+
+def student_interval(numbers: list[float]) -> tuple[float, float]:
+    """mean -+ t s / sqrt(n), s^2 = sum (x - mean)^2 / (n - 1)."""
+    n, total, squares = len(numbers), 0.0, 0.0
+    for number in numbers:
+        total += number
+    for number in numbers:
+        squares += (number - total / n) ** 2
+    half = STUDENT[n - 1] * math.sqrt(squares / (n - 1)) / math.sqrt(n)
+    return total / n - half, total / n + half
+
+
+def unbeaten(points: list[tuple[float, float]]) -> set[tuple[float, float]]:
+    """Each point against each other one."""
+    front = set()
+    for x, y in points:
+        beaten = False
+        for u, v in points:
+            beaten = beaten or (u >= x and v >= y and (u > x or v > y))
+        if not beaten:
+            front.add((x, y))
+    return front
+
+
+def union_area(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area of the union of the rectangles from the reference to each point, by inclusion and exclusion."""
+    area = 0.0
+    for subset in range(1, 2 ** len(points)):
+        inside = [point for i, point in enumerate(points) if subset >> i & 1]
+        width = min(x for x, _ in inside) - reference[0]
+        height = min(y for _, y in inside) - reference[1]
+        area += (-1) ** (len(inside) + 1) * max(width, 0.0) * max(height, 0.0)
+    return area
+
+
 def full_gradient(model: nn.Module, loss: Tensor) -> list[Tensor]:
     """d loss / d parameter for every trainable parameter; zeros where it does not enter."""
     parameters = [p for p in model.parameters() if p.requires_grad]

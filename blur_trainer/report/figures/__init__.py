@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blur_trainer.report.figures.front import draw_front
 from blur_trainer.report.figures.plane import draw_plane
 from blur_trainer.report.figures.results import draw_bars, draw_stages
 from blur_trainer.report.figures.robustness import draw_relearning
@@ -11,11 +12,13 @@ from blur_trainer.report.figures.training import draw_gradients, draw_losses
 
 __all__ = ["DARK", "LIGHT", "NAMES", "Drawing", "Theme", "draw_all", "over_runs", "row_colors"]
 
-NAMES = ("before_after", "plane", "stages", "losses", "gradients", "relearning")
+NAMES = ("front", "before_after", "plane", "stages", "losses", "gradients", "relearning")
 
 
 def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
-    """Draws every figure that the data allow: first results, then training, then robustness."""
+    """Draws every figure that the data allow: first results, then training, then robustness. Of a sweep its fronts."""
+    if front := draw_front(metrics, theme):
+        return [front]
     drawings = [
         draw_bars(metrics, theme),
         draw_plane(history, metrics, theme),

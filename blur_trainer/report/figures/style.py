@@ -71,14 +71,19 @@ class Drawing:
 
 
 def row_colors(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
-    """One color per row: the target's, the retrained model's, and the methods' in the order of the rows."""
-    colors, methods = [], 0
-    for row in rows:
+    """One color per row: the target's, the retrained model's, and the methods' in the order of the rows.
+
+    Rows of one method in several strengths name it as `method` and have one color.
+    """
+    colors: list[str] = []
+    methods: dict[Any, str] = {}
+    for number, row in enumerate(rows):
         if row.get("kind") in ("target", "retrain"):
             colors.append(theme.target if row["kind"] == "target" else theme.retrain)
         else:
-            colors.append(theme.methods[methods % len(theme.methods)])
-            methods += 1
+            method = row.get("method") or number
+            methods.setdefault(method, theme.methods[len(methods) % len(theme.methods)])
+            colors.append(methods[method])
     return colors
 
 
