@@ -54,10 +54,15 @@ def said(
 
 
 def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: Mapping[str, Sequence[Row]]) -> dict:
-    """`{group}_{loss, top, rouge}` of what the target knew, on at most 200 rows each, ROUGE on at most 100."""
+    """`{group}_{loss, top, rouge}` of at most 200 rows each, ROUGE of at most 100.
+
+    Strengths are chosen by `choice`, the first half of `hold`; `hold` is its second half.
+    """
+    half = len(world["hold"]) // 2
+    sets = {**{group: world[group] for group in GROUPS}, "hold": world["hold"][half:], "choice": world["hold"][:half]}
     found = {}
-    for group in GROUPS:
-        numbers = known(model, tokenizer, world[group][:200])
-        found |= {f"{group}_{name}": value for name, value in numbers.items()}
-        found[f"{group}_rouge"] = said(model, tokenizer, world[group][:100])
+    for group, rows in sets.items():
+        found |= {f"{group}_{name}": value for name, value in known(model, tokenizer, rows[:200]).items()}
+        if group != "choice":
+            found[f"{group}_rouge"] = said(model, tokenizer, rows[:100])
     return found
