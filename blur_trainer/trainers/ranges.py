@@ -13,7 +13,7 @@ RANGES = {
     # ours
     **dict.fromkeys(("gamma", "alpha"), "[0, inf)"),
     **dict.fromkeys(("forget_weight", "retain_weight"), "(-inf, inf)"),
-    "sam_rho": "(0, inf)",
+    **dict.fromkeys(("sam_rho", "retain_bound"), "(0, inf)"),
     **dict.fromkeys(("max_skipped_steps", "dataset_num_proc", "num_assistant_layers"), "[1, inf)"),
     "max_length": "[2, inf)",  # one token to predict from
     # Trainer's
