@@ -126,7 +126,7 @@ def test_what_cannot_be_measured(model, asked):
             Level.of_exchanged(asked_model, rows, tokenizer)
     broken = tiny_llama(0)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
-    with pytest.raises(ValueError, match="Row 0 .* is no level"):
+    with pytest.raises(ValueError, match=r"Row 0 .* is no level"):
         Level.of_retrained(broken, ROWS)
 
 
