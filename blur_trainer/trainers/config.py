@@ -170,6 +170,7 @@ class UnlearningConfig(LevelConfig, MaskConfig, HiddenTokens, ByDevice, Training
         prepare_cpu_engine(self)
         self.choose_by_device()
         super().__post_init__()
+        self.check_schedule()
         self.find_unused_parameters()
         join_cpu_processes(self)
         if self.label_smoothing_factor != 0:

@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.distributions import KL
+from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 
 #: Nats per token that the retain loss may rise: e^2 = 7 times the perplexity. Batches differ by less than one nat.
@@ -80,7 +81,8 @@ def last_words(
             f"Gradient ascent ran away: {-forget[-1]:.3g} nats per token of the forget set, where guessing costs "
             f"{guess:.3g}. The model is probably broken: stop earlier, or choose a bounded objective (`npo`)."
         )
-    if len(forget) > 1 and abs(forget[-1] - forget[0]) <= UNMOVED_FORGET * abs(forget[0]):
+    levelled = isinstance(objectives["forget"], TargetLoss | Until)  # `LevelCallback` says how that ended
+    if not levelled and len(forget) > 1 and abs(forget[-1] - forget[0]) <= UNMOVED_FORGET * abs(forget[0]):
         lines.append(
             f"The forget loss has not moved ({forget[0]:.6g} in the first log, {forget[-1]:.6g} in the last): probably "
             "nothing was forgotten."

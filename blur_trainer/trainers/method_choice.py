@@ -45,8 +45,7 @@ class MethodChoice:
     @property
     def variable(self) -> set[str]:
         """The settings that a later training of the same trainer may have changed."""
-        objectives = ("forget_objective_kwargs", "retain_objective_kwargs", "forget_level")
-        return {*_RULE, *objectives, "topics", "sam_rho"} - self.unread
+        return {*_RULE, "forget_objective_kwargs", "retain_objective_kwargs", "topics", "sam_rho"} - self.unread
 
     def procedure(self, args: UnlearningConfig) -> Procedure | None:
         """How the forget gradient is made; `None`: by one pass."""

@@ -35,6 +35,7 @@ _FIXED = (
 #: These take effect from the checkpoint on.
 _FREE = (
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("stop_at_level", "retain_bound"),
     *("bf16", "fp16", "neftune_noise_alpha", "repeat_topics", "precompute_ref_logps", "single_gradient_buffer"),
 )
 #: of an adapter's configuration: what says where it came from, not what it is

@@ -23,7 +23,7 @@ from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.forward import evaluating, forward
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.precision import is_reentrant
-from blur_trainer.trainers.step import Step, objective_pass, record
+from blur_trainer.trainers.step import Step, objective_pass, record, weights_of
 
 
 def check_single_buffer(args: UnlearningConfig, rule: Rule, roles: Mapping[str, Any], one_pass: bool = True) -> None:
@@ -86,10 +86,10 @@ def one_buffer_step(step: Step) -> Tensor:
     _mask(backend)
     gramian = torch.full((2, 2), torch.nan, dtype=torch.float64)
     gramian[0, 0] = _squared_norm(backend)
-    weights = rule(gramian)
+    weights = weights_of(step, rule, gramian)
     if gramian[0, 0].isfinite() and not weights.isfinite().all():  # a fixed sum does not need the inner product
         gramian[0, 1] = gramian[1, 0] = _inner_product(step)
-        weights = rule(gramian)
+        weights = weights_of(step, rule, gramian)
     # NaN in the inner product: it was not computed, or the weights are NaN too. A clamp may hide inf.
     finite = bool(gramian[0, 0].isfinite() and weights.isfinite().all() and not gramian[0, 1].isinf())
     if finite:

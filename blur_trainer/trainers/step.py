@@ -29,7 +29,8 @@ class Step:
     `window`: the micro-batches, each `{"forget": batch, "retain": batch}`. `counts`: per role, in order, the items that
     all processes have in their windows, the divisor of its loss. `loss`: goes through the trainer's `compute_loss`.
     `rule`: answers the rule of this window's topic. `forget_pass`: makes the forget gradient, `None`: by one pass.
-    `autocast`: makes the context of a forward pass. `epoch`: those that were finished before this step.
+    `autocast`: makes the context of a forward pass. `epoch`: those that were finished before this step. `strength`: a
+    factor of the forget objective.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Step:
     accelerator: Accelerator
     autocast: Callable[[], AbstractContextManager[Any]]
     log: StepLog
+    strength: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,7 @@ def two_slot_step(step: Step) -> Tensor:
         backend.take(role)
     gramian = backend.gramian()
     rule = step.rule()
-    weights = rule(gramian)
+    weights = weights_of(step, rule, gramian)
     finite = bool(gramian.isfinite().all() and _norm_bound(gramian, weights).isfinite())
     # A loss scaler skips the step itself and lowers its scale. So it must see NaN, even if only the norm is inf.
     if finite or backend.skips_overflow:
@@ -66,6 +68,15 @@ def two_slot_step(step: Step) -> Tensor:
     else:
         backend.discard()
     return record(step, rule, losses, gramian, weights, finite)
+
+
+def weights_of(step: Step, rule: Rule, gramian: Tensor) -> Tensor:
+    """The rule's weights, as if the forget objective were `strength` times what it is."""
+    if step.strength == 1.0:
+        return rule(gramian)
+    scale = torch.ones(len(gramian), dtype=gramian.dtype, device=gramian.device)
+    scale[0] = step.strength
+    return scale * rule(scale[:, None] * gramian * scale)
 
 
 def _norm_bound(gramian: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from blur_trainer.gradients.rules import Rule, Sum
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.level_guard import LevelCallback
 from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.procedures import Procedure
 from blur_trainer.trainers.references import PrecomputeCallback
@@ -51,6 +52,7 @@ class StepMixin(_Base):
     step_log: StepLog
     _topic_rules: list[Rule]
     _backend: GradientBackend | None
+    _level: LevelCallback | None
     _precompute: PrecomputeCallback
     _rule_state: RuleStateCallback
     _masking: MaskCallback
@@ -197,6 +199,7 @@ class StepMixin(_Base):
             accelerator=self.accelerator,
             autocast=self.compute_loss_context_manager,
             log=self.step_log,
+            strength=1.0 if self._level is None else self._level.strength,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

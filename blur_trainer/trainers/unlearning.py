@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from blur_trainer.data.row_collator import RowCollator
 from blur_trainer.evaluation.base import Evaluation, Measure
+from blur_trainer.evaluation.level_check import LevelCheck
 from blur_trainer.gradients.engines import check_engine
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
@@ -24,6 +25,7 @@ from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
+from blur_trainer.trainers.level_guard import LevelCallback, level_check, with_level_check
 from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.model import ModelMixin
@@ -118,7 +120,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
         )
         self._tokenized = (forget, retain)
-        self.benchmarks = settle_benchmarks(benchmarks or {}, args)
+        check = level_check(self.objectives, forget, retain, args)
+        self.benchmarks = settle_benchmarks(with_level_check(benchmarks or {}, check), args)
         self.reference = make_reference(model, ref_model, self.objectives, args, given)
         self._first_model = None if model_init is None else model
         super().__init__(
@@ -139,6 +142,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         # what a fresh model needs; without `model_init`, a `ref_model` may go when its numbers are precomputed
         self._models = (peft_config, None if model_init is None else ref_model)
         self._tokenized, self._settings = (forget, retain), Settings(args)
+        self._level = self._level_callback(check)
         self._settle_engine(ref_model)
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
@@ -167,6 +171,19 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         self.add_callback(self._masking)
         if self.args.precompute_ref_logps:
             self.add_callback(self._precompute)
+        if self._level is not None:
+            self.add_callback(self._level)
+
+    def _level_callback(self, check: LevelCheck | None) -> LevelCallback | None:
+        if check is None:
+            return None
+
+        def method() -> Any:
+            return self.objectives, self._topic_rules or [self.rule]
+
+        return LevelCallback(
+            check, self.args, method, self.benchmarked_model, interrupted=lambda: self.interrupt.interrupted
+        )
 
     # ---- beginning and end ----
 
