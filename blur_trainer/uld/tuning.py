@@ -30,8 +30,8 @@ FILTERS = (0.0, 1e-3, 1e-2, 1e-1)
 _COLUMNS = ("weight", "top_logit_filter", "forget", "retain", "change")
 _NOT_REACHED = (
     "No pair brings the held-out forget rows to the level of %.4g nats per token. The nearest, weight %g and filter "
-    "%g, brings them to %.4g. Try weights further from 0, train the assistant longer or with more paraphrases, or check "
-    "that the level and these rows are of the same kind."
+    "%g, brings them to %.4g. Try weights further from 0, train the assistant longer or with more paraphrases, or "
+    "check that the level and these rows are of the same kind."
 )
 
 
