@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
         *("constants", "checks", "atomic_write", "credentials", "gradients", "data", "models"),
         *("objectives", "evaluation", "report", "saving"),
     },
-    "uld": {"constants", "data", "models", "objectives", "evaluation", "trainers"},
+    "uld": {"constants", "checks", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
     "scripts": {"checks", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
 }

@@ -9,6 +9,7 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import reference
 from support.fake_device import DEVICE, FakeDevice
 from support.logit_models import CLOSE, MODES, generate, learned, padded, prompts, tiny
 from support.models import VOCAB, collate, examples, tiny_llama
@@ -46,20 +47,6 @@ def llama():
     return pair(tiny("Llama"))
 
 
-def literal(target: list[float], assistant: list[float], weight: float, ratio: float) -> list[float]:
-    """The rule, token by token: probabilities."""
-    total = sum(math.exp(x) for x in target)
-    probabilities = [math.exp(x) / total for x in target]
-    count = max(1, int(ratio * len(target)))
-    last = sorted(probabilities, reverse=True)[count - 1]
-    passes = [p >= ratio * max(probabilities) or p >= last for p in probabilities]
-    shares = [math.exp(t + weight * a) * ok for t, a, ok in zip(target, assistant, passes, strict=True)]
-    together = sum(p for p, ok in zip(probabilities, passes, strict=True) if ok)
-    return [
-        together * share / sum(shares) if ok else p for p, share, ok in zip(probabilities, shares, passes, strict=True)
-    ]
-
-
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +57,7 @@ def test_the_rule_is_its_literal_form(weight, ratio):
     target, assistant = 2 * torch.randn(4, 30, dtype=torch.float64), torch.randn(4, 30, dtype=torch.float64)
     ours = logit_difference(target, assistant, weight, ratio)
     for row in range(4):
-        theirs = literal(target[row].tolist(), assistant[row].tolist(), weight, ratio)
+        theirs = reference.logit_difference(target[row].tolist(), assistant[row].tolist(), weight, ratio)
         torch.testing.assert_close(ours[row].softmax(-1), torch.tensor(theirs, dtype=torch.float64))
         assert sum(theirs) == pytest.approx(1)
     shifted = logit_difference(target.log_softmax(-1), assistant, weight, ratio)

@@ -67,6 +67,20 @@ def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(totals)
 
 
+def logit_difference(target: list[float], assistant: list[float], weight: float, ratio: float) -> list[float]:
+    """ULD's distribution of one token, word by word: probabilities. `ratio` 0: no filter."""
+    total = sum(math.exp(x) for x in target)
+    probabilities = [math.exp(x) / total for x in target]
+    count = max(1, int(ratio * len(target)))
+    last = sorted(probabilities, reverse=True)[count - 1]
+    passes = [ratio == 0 or p >= ratio * max(probabilities) or p >= last for p in probabilities]
+    shares = [math.exp(t + weight * a) * ok for t, a, ok in zip(target, assistant, passes, strict=True)]
+    together = sum(p for p, ok in zip(probabilities, passes, strict=True) if ok)
+    return [
+        together * share / sum(shares) if ok else p for p, share, ok in zip(probabilities, shares, passes, strict=True)
+    ]
+
+
 # ---- functions of the probabilities of answer tokens ----
 
 
