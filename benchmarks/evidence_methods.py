@@ -51,7 +51,7 @@ def _argument(of: str, name: str) -> Callable[[dict[str, Any], float], None]:
 _BETA = _argument("forget_objective_kwargs", "beta")
 _NPO: dict[str, Any] = {"forget_objective": "npo", "precompute_ref_logps": True}
 _TARGET: dict[str, Any] = {"forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}}
-_PDU = {"epsilon": 0.3, "rate": 5.0, "warmup_epochs": 5.0}
+_PDU = {"epsilon": 0.3, "rate": 5.0, "warmup_epochs": 2.5}
 
 _RMU_ENDS = {"forget_objective": "rmu", "retain_objective": "activation_match"}
 _LAYER = {f"{name}_kwargs": {"layer": 3} for name in ("forget_objective", "retain_objective")}
