@@ -62,11 +62,16 @@ def _draw_method(ax: Axes, points: Points, look: Mapping[str, Any]) -> None:
         if len(own) > 1:
             ax.plot(*zip(*own, strict=True), **center_look, markersize=3.5, alpha=0.45, zorder=2)
             spread_x, spread_y = (stdev(values) for values in zip(*own, strict=True))
-            bars = {"ecolor": look["color"], "elinewidth": 1, "capsize": 2}
+            bars: dict[str, Any] = {"ecolor": look["color"], "elinewidth": 1, "capsize": 2}
             ax.errorbar(x, y, spread_y, spread_x, fmt="none", zorder=3, **bars)
     ax.plot(*zip(*centers, strict=True), **center_look, markersize=7.5, zorder=4)
     front = [centers[i] for i in pareto_front(centers)]
-    steps = {"color": look["color"], "linestyle": look["linestyle"], "drawstyle": "steps-pre", "alpha": 0.7}
+    steps: dict[str, Any] = {
+        "color": look["color"],
+        "linestyle": look["linestyle"],
+        "drawstyle": "steps-pre",
+        "alpha": 0.7,
+    }
     ax.plot(*zip(*front, strict=True), linewidth=1.3, zorder=3, **steps)
 
 
@@ -81,10 +86,15 @@ def _frame(ax: Axes, low: float, high: float, footing: Mapping[str, Any], theme:
     ax.set_xlabel("Forgotten: share of the way from the target to the retrained model")
     ax.set_ylabel("Kept: share of the target's")
     level, utility = footing["level"], footing["utility"]
-    line = {"color": theme.muted, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
+    line: dict[str, Any] = {"color": theme.muted, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
     ax.axvline(level, **line)
     ax.axhline(utility, **line)
-    words = {"fontsize": 8, "color": theme.muted, "textcoords": "offset points", "annotation_clip": True}
+    words: dict[str, Any] = {
+        "fontsize": 8,
+        "color": theme.muted,
+        "textcoords": "offset points",
+        "annotation_clip": True,
+    }
     ax.annotate("enough forgotten", (level, high + room), (0, 3), ha="center", va="bottom", **words)
     ax.annotate("enough kept", (ax.get_xlim()[0], utility), (4, -4), ha="left", va="top", **words)
 
@@ -95,7 +105,7 @@ def _draw_level(
     """One line per method: what it keeps at equal forgetting, by seed and on average, or words where there is none."""
     level, low = least
     chosen = best_within(points, [Bound("way", low=level)], "kept")
-    words = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": theme.muted}
+    words: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": theme.muted}
     for place, (method, look) in enumerate(looks.items()):
         kept = [run["kept"] for run in chosen.get(method, {}).values() if run is not None]
         point_look = {**look, "linestyle": ""}
@@ -106,7 +116,7 @@ def _draw_level(
         ax.plot(mean(kept), place, **point_look, markersize=7.5, zorder=4)
         if len(kept) > 1:
             ax.plot(kept, [place] * len(kept), **point_look, markersize=3.5, alpha=0.45, zorder=2)
-            bars = {"ecolor": look["color"], "elinewidth": 1, "capsize": 2}
+            bars: dict[str, Any] = {"ecolor": look["color"], "elinewidth": 1, "capsize": 2}
             ax.errorbar(mean(kept), place, xerr=stdev(kept), fmt="none", zorder=3, **bars)
     ax.set_yticks(range(len(looks)), [plain(method, 20) for method in looks])
     ax.set_ylim(len(looks) - 0.5, -0.5)
