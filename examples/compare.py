@@ -52,7 +52,7 @@ def parse():
     parser.add_argument("--methods", nargs="+", help="Of the benchmark's (default: four of them).")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--strengths", nargs="+", type=float, help="Multiples of each method's own strength.")
-    parser.add_argument("--tolerance", type=float, help="Level: 1 - this, of the way to the retrained model (0.1).")
+    parser.add_argument("--tolerance", type=float, help="Level: 1 - this, of the way to the retrained model (0.05).")
     parser.add_argument("--utility", type=float, help="Equal utility: this share of the target's (0.95).")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--models_dir", help="Where tiny models are kept (default: beside the runs).")

@@ -15,10 +15,10 @@ Columns = Sequence[Mapping[str, Any]]
 AREA = {"name": "area", "label": "Area below the front", "goal": "max"}
 
 
-def check_shares(tolerance: float = 0.1, utility: float = 0.95) -> None:
+def check_shares(tolerance: float = 0.05, utility: float = 0.95) -> None:
     """Raises `ValueError` unless the tolerance is in [0, 1) and the utility in (0, 1]."""
     if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: pass a share of the way, at least 0 and below 1, e.g. 0.1.")
+        raise ValueError(f"tolerance={tolerance}: pass a share of the way, at least 0 and below 1, e.g. 0.05.")
     if not 0 < utility <= 1:
         raise ValueError(f"utility={utility}: pass a share of the target's, above 0 and at most 1, e.g. 0.95.")
 
@@ -46,7 +46,7 @@ class Yardstick:
     forgotten: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
-    tolerance: float = 0.1
+    tolerance: float = 0.05
     utility: float = 0.95
 
     def __post_init__(self) -> None:
@@ -178,8 +178,8 @@ def _rows(
         tried = [run for run in runs if run["method"] == method]
         listed = [f"{run['strength']:g}" for run in own] or dict.fromkeys(f"{run['strength']:g}" for run in tried)
         with_what = f"with {tried[0].get('setting', 'strength')} {', '.join(listed)}"
-        said = f"{what} in {len(own)} of {len(seeds)} seeds, {with_what}" if own else f"never {what}, {with_what}"
-        rows.append({**_row(method, columns, own), "said": said})
+        share = f"{what} in {len(own)} of {len(seeds)} seed{'s' * (len(seeds) > 1)}" if own else f"never {what}"
+        rows.append({**_row(method, columns, own), "said": f"{share}, {with_what}"})
     return [*rows, {"name": "retrain", "kind": "retrain", "metrics": dict(yardstick.retrained)}]
 
 

@@ -99,7 +99,9 @@ def footing(contents: Mapping[Run, Content], like: Content, **yardstick: Any) ->
     if "retrain" not in kinds:
         raise ValueError("Equal forgetting is the retrained model's, and there is none: pass one (--retain_model).")
     columns = {column["name"] for column in like["columns"]}
-    chosen = {k: tuple(n for n in v if n in columns) if isinstance(v, tuple) else v for k, v in yardstick.items()}
+    chosen: dict[str, Any] = {
+        k: tuple(n for n in v if n in columns) if isinstance(v, tuple) else v for k, v in yardstick.items()
+    }
     runs = []
     for run, content in contents.items():
         [row] = [row for row in content["rows"] if row["kind"] == "unlearned"]

@@ -77,6 +77,17 @@ def test_both_ends_are_exact_and_nothing_is_left_behind(dtype):
     assert same(copied(after), new), "an error in the block left a mixture"
 
 
+def test_broken_weights_come_back_too():
+    """Arithmetic would make NaN of an infinite weight, and 0 of -0."""
+    before, after = pair()
+    weight = after.lm_head.weight.data
+    weight[0, :2] = torch.tensor([float("inf"), -0.0])
+    bits = weight.clone().view(torch.int32)
+    with weight_mix(after, before) as at:
+        at(0.5)
+    assert torch.equal(after.lm_head.weight.data.view(torch.int32), bits)
+
+
 def test_only_what_differs_is_copied(monkeypatch):
     before, after = pair(tie=True)
     copies, to = [], torch.Tensor.to

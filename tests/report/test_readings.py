@@ -56,7 +56,7 @@ def test_a_metric_without_a_way_is_left_out():
 
 
 def test_who_is_named():
-    forgetting, utility, fronts = read_sweep(RUNS, yardstick(utility=0.8))["readings"]
+    forgetting, utility, fronts = read_sweep(RUNS, yardstick(tolerance=0.1, utility=0.8))["readings"]
     said = {row["name"]: row.get("said") for row in forgetting["rows"]}
     assert said["A"] == "forgets enough in 3 of 3 seeds, with gamma 1, 1, 1"
     assert said["C"] == "never forgets enough, with gamma 1, 3"
@@ -78,15 +78,32 @@ def test_forgetting_more_than_the_retrained_model_wins_nothing():
     assert verbmem["text"] == "no difference shown (3 seeds)" and knowmem["winner"] is None
 
 
+def test_of_two_that_forget_alike_the_one_that_keeps_more():
+    runs = [run("A", strength, 0, 20.0, 0.0, kept, 50.0) for strength, kept in ((1.0, 86.0), (0.3, 88.0), (3.0, 87.0))]
+    [_, row, _] = read_sweep(runs, yardstick(utility=0.9))["readings"][1]["rows"]
+    assert row["said"] == "keeps enough in 1 of 1 seed, with gamma 0.3"
+
+
 def test_the_figure_shows_each_run():
     metrics = {"footing": read_sweep(RUNS, yardstick())}
     drawing = draw_front(metrics, LIGHT)
     assert "mean and standard deviation over 3 seeds" in drawing.caption
     xs = sorted(x for line in drawing.figure.axes[0].lines for x in line.get_xdata() if line.get_markersize() == 3.5)
     assert xs == pytest.approx([0.95] * 6), "C has one seed, and one run without a value"
+    side = drawing.figure.axes[1]
+    kept = {line.get_ydata()[0]: line.get_xdata() for line in side.lines if line.get_markersize() == 7.5}
+    assert kept == {0: pytest.approx([(0.9 + 41 / 50) / 2]), 1: pytest.approx([(71 / 90 + 0.6) / 2])}
+    assert [text.get_text() for text in side.texts] == ["never forgets enough"] and side.texts[0].xy[1] == 2
     [legend] = drawing.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "C"]
     assert draw_front({}, LIGHT) is None and draw_front({"footing": {"points": []}}, DARK) is None
+
+
+def test_a_broken_model_does_not_squeeze_the_others():
+    drawing = draw_front({"footing": read_sweep([*RUNS, run("D", 9.0, 0, 0.0, 0.0, 0.0, 0.0)], yardstick())}, LIGHT)
+    assert drawing.figure.axes[0].get_ylim()[0] > 0.5 and "are not shown" in drawing.caption
+    assert [text.get_text() for text in drawing.figure.axes[1].texts] == ["never forgets enough", "keeps 0%"]
+    assert "are not shown" not in draw_front({"footing": read_sweep(RUNS, yardstick())}, LIGHT).caption
 
 
 def test_many_methods_look_different():
@@ -94,6 +111,7 @@ def test_many_methods_look_different():
     handles = draw_front({"footing": read_sweep(runs, yardstick())}, LIGHT).figure.legends[0].legend_handles
     looks = {(h.get_color(), h.get_marker(), h.get_linestyle(), h.get_markerfacecolor()) for h in handles}
     assert len(looks) == 20
+    assert len({(h.get_color(), h.get_marker(), h.get_markerfacecolor()) for h in handles[:16]}) == 16
 
 
 def test_strengths_of_a_method_have_its_color():
