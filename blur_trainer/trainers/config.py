@@ -16,14 +16,18 @@ from blur_trainer.trainers.cpu import join_cpu_processes, prepare_cpu_engine
 from blur_trainer.trainers.hidden_tokens import HiddenTokens
 from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
+from blur_trainer.trainers.replay_config import ReplayConfig, check_weights
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
 #: settings that may be JSON, as on a command line
-_DICTS = ("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "model_init_kwargs", "topics")
+_DICTS = (
+    *("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "model_init_kwargs", "topics"),
+    *("replay_kwargs", "retain_set_weights"),
+)
 
 
 @dataclass
-class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
+class UnlearningConfig(HiddenTokens, ByDevice, ReplayConfig, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
@@ -173,9 +177,10 @@ class UnlearningConfig(HiddenTokens, ByDevice, TrainingArguments):
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
         check_topics(self.topics)
+        check_weights(self.retain_set_weights)
         parse_day(self.chat_template_date)
         # Build everything once, so that a typo raises before any model is loaded.
-        self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
+        self.build_forget_objective(), self.build_retain_objective(), self.build_rule(), self.build_replay()
 
     def build_forget_objective(self) -> Objective:
         return _build("forget_objective", self.forget_objective, self.forget_objectives, self.forget_objective_kwargs)
