@@ -86,8 +86,9 @@ def replayed(
         desc=desc,
     )
     rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(prompts, sampled, strict=True)]
-    kept = [_kept(model, tokenizer, rows, sets, settings, batch_size)]
-    if not alone and rank_and_world()[1] > 1:  # a filter at its limit may differ by rounding
+    rank, world = (0, 1) if alone else rank_and_world()
+    kept = [_kept(model, tokenizer, rows, sets, settings, batch_size, says=rank == 0)]
+    if world > 1:  # a filter at its limit may differ by rounding
         dist.broadcast_object_list(kept)
     return kept[0]
 
@@ -136,8 +137,9 @@ def _kept(
     sets: ReplaySets,
     settings: ReplaySettings,
     batch_size: int,
+    says: bool,
 ) -> list[Row]:
-    """The rows that no filter drops. Logs what each one drops."""
+    """The rows that no filter drops. `says`: logs what each one drops."""
     said = [f"replay: {len(rows)} texts were sampled"]
 
     def keep(good: Sequence[bool], what: str) -> list[Row]:
@@ -155,7 +157,8 @@ def _kept(
         _, pad_id = special_ids(model, tokenizer)
         good = _within_retain(model, rows, sets, settings.loss_quantile, pad_id, batch_size)
         rows = keep(good, "have a loss that falls with the forget set's")
-    logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
+    if says:
+        logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
     if not rows:
         raise ValueError(
             f"{', '.join(said)}: none is left to train on. Sample more (`num`), give other `prompts`, raise `ngram` or "
