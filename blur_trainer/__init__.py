@@ -8,6 +8,7 @@ from blur_trainer._version import __version__
 # Names are loaded on first use. `import blur_trainer` alone imports neither torch nor transformers.
 _HOMES = {
     "data.formats": ["tokenize_dataset"],
+    "data.general": ["general_text"],
     "data.muse": ["load_muse"],
     "data.tofu": ["load_tofu"],
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
@@ -49,6 +50,7 @@ _HOMES = {
     "trainers.ending": ["TrainingInterrupted"],
     "trainers.grad_diff": ["GradDiffConfig", "GradDiffTrainer"],
     "trainers.procedures": ["SAM"],
+    "trainers.replay": ["replay"],
     "trainers.unlearning": ["UnlearningTrainer"],
     "uld.augment": ["paraphrases", "perturbed_answers"],
     "uld.trainer": ["ULDConfig", "ULDTrainer"],
@@ -60,6 +62,7 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares both
     from blur_trainer.data.formats import tokenize_dataset
+    from blur_trainer.data.general import general_text
     from blur_trainer.data.muse import load_muse
     from blur_trainer.data.tofu import load_tofu
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
@@ -101,6 +104,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.trainers.ending import TrainingInterrupted
     from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
     from blur_trainer.trainers.procedures import SAM
+    from blur_trainer.trainers.replay import replay
     from blur_trainer.trainers.unlearning import UnlearningTrainer
     from blur_trainer.uld.augment import paraphrases, perturbed_answers
     from blur_trainer.uld.trainer import ULDConfig, ULDTrainer

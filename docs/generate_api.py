@@ -28,6 +28,8 @@ TASKS = {
         "load_wmdp_questions",
         "tokenize_dataset",
         "generate_alternatives",
+        "replay",
+        "general_text",
     ],
     "Measure": [
         *("MUSEEvaluation", "TOFUEvaluation", "RetainReference", "aggregate_log", "WMDPEvaluation", "LMEval"),

@@ -31,7 +31,8 @@ class UnlearningCollator:
 
     B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). If the examples have the columns, B also
     holds `ref_logps`, float32 (B,); `refusal`, another B from `refusal_input_ids`, `refusal_labels` and
-    `refusal_ref_logps`; `forget_level`, float32 (B,); and `topic`, int64 (B,). Other columns are left out.
+    `refusal_ref_logps`; `forget_level` and `weight`, float32 (B,); and `topic`, int64 (B,). Other columns are left
+    out.
     """
 
     pad_token_id: int
@@ -63,6 +64,9 @@ class UnlearningCollator:
             batch[LEVEL] = torch.tensor(levels, dtype=torch.float32)
         if any("topic" in example for example in examples):
             batch["topic"] = torch.tensor([int(_get(example, "topic", role)) for example in examples])
+        if any("weight" in example for example in examples):
+            weights = [float(_get(example, "weight", role)) for example in examples]
+            batch["weight"] = torch.tensor(weights, dtype=torch.float32)
         return batch
 
     def _padded(self, examples: Sequence[Mapping[str, Any]], prefix: str, role: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def row_texts(dataset: Any, tokenizer: PreTrainedTokenizerBase, role: str) -> It
     fmt = find_format(column_names(dataset), role)
     for row in dataset:
         if fmt == "input_ids":
-            yield tokenizer.decode(plain(row["input_ids"]), skip_special_tokens=True)
+            yield tokenizer.batch_decode([plain(row["input_ids"])], skip_special_tokens=True)[0]
             continue
         for value in (row[column] for column in FORMATS[fmt]):
             if isinstance(value, str):

@@ -46,9 +46,9 @@ class ActivationObjective(Objective):
         mask = batch["attention_mask"] if self.masked else None
         return activation_loss(activations(model, batch, self.layer), target, mask)
 
-    def num_items(self, batch: Batch) -> Tensor:
+    def items(self, batch: Batch) -> Tensor:
         mask = batch["attention_mask"]
-        return mask.sum() if self.masked else torch.ones_like(mask).sum()
+        return mask.sum(-1) if self.masked else torch.ones_like(mask).sum(-1)
 
 
 @dataclass(frozen=True)

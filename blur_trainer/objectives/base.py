@@ -20,6 +20,9 @@ class Objective:
     A subclass defines `losses` and what an item is: `per="token"` averages over the answer tokens, `per="example"` over
     the examples. The trainer sums `losses` over the accumulation window and all processes, and divides by the summed
     `num_items`. So micro-batches of unequal length give exactly the mean over the window.
+
+    With weights of the examples, `batch["weight"]` `(B,)`, it is the weighted mean of all items: `sum_i w_i losses_i /
+    sum_i w_i items_i`.
     """
 
     per: ClassVar[Literal["token", "example"]] = "token"
@@ -51,10 +54,15 @@ class Objective:
     def load_state(self, folder: str | Path, model: nn.Module) -> None:
         """Reads it back, on every process. Raises `ValueError` where the checkpoint is another objective's."""
 
-    def num_items(self, batch: Batch) -> Tensor:
-        """Number of items in a batch, 0-d int64, on the batch's device."""
+    def items(self, batch: Batch) -> Tensor:
+        """Number of items of each example, `(B,)` int64, on the batch's device."""
         mask = answer_mask(batch["labels"])
-        return mask.sum() if self.per == "token" else mask.any(-1).sum()
+        return mask.sum(-1) if self.per == "token" else mask.any(-1).long()
+
+    def num_items(self, batch: Batch) -> Tensor:
+        """Number of items in a batch, 0-d int64, on the batch's device. With weights: float32, their weighted sum."""
+        items, weight = self.items(batch), batch.get("weight")
+        return items.sum() if weight is None else (items * weight).sum()
 
     def __call__(
         self,
@@ -64,5 +72,6 @@ class Objective:
         num_items: Tensor | int | None = None,
     ) -> Tensor:
         """The scalar to descend. Default of `num_items`: the batch's own count."""
-        total = self.losses(model, batch, reference).sum()
+        losses, weight = self.losses(model, batch, reference), batch.get("weight")
+        total = losses.sum() if weight is None else (losses * weight).sum()
         return total / (self.num_items(batch) if num_items is None else num_items)

@@ -28,8 +28,8 @@ class JensUn(Objective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         return jensun_loss(answer_token_logps(model, batch["refusal"]))
 
-    def num_items(self, batch: Batch) -> Tensor:
-        return answer_mask(batch["refusal"]["labels"]).sum()
+    def items(self, batch: Batch) -> Tensor:
+        return answer_mask(batch["refusal"]["labels"]).sum(-1)
 
 
 @dataclass(frozen=True)

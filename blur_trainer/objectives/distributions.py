@@ -117,8 +117,8 @@ class CEU(DistributionObjective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         return ce_u_loss(forward(model, batch), without_first(batch["labels"], self.skip))
 
-    def num_items(self, batch: Batch) -> Tensor:
-        return answer_mask(without_first(batch["labels"], self.skip)).sum()
+    def items(self, batch: Batch) -> Tensor:
+        return answer_mask(without_first(batch["labels"], self.skip)).sum(-1)
 
 
 @dataclass(frozen=True)

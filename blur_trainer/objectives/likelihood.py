@@ -61,5 +61,5 @@ class IDK(Objective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         return NLL().losses(model, batch["refusal"], reference)
 
-    def num_items(self, batch: Batch) -> Tensor:
-        return answer_mask(batch["refusal"]["labels"]).sum()
+    def items(self, batch: Batch) -> Tensor:
+        return answer_mask(batch["refusal"]["labels"]).sum(-1)

@@ -19,14 +19,18 @@ from blur_trainer.trainers.level_config import LevelConfig
 from blur_trainer.trainers.mask_config import MaskConfig
 from blur_trainer.trainers.precision import ByDevice
 from blur_trainer.trainers.ranges import check_settings, check_topics
+from blur_trainer.trainers.replay_config import ReplayConfig, check_weights
 from blur_trainer.trainers.trainable import check_pattern, parse_layers
 
 #: settings that may be JSON, as on a command line
-_DICTS = ("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "model_init_kwargs", "topics")
+_DICTS = (
+    *("forget_objective_kwargs", "retain_objective_kwargs", "rule_kwargs", "model_init_kwargs", "topics"),
+    *("replay_kwargs", "retain_set_weights"),
+)
 
 
 @dataclass
-class UnlearningConfig(LevelConfig, MaskConfig, HiddenTokens, ByDevice, TrainingArguments):
+class UnlearningConfig(LevelConfig, ReplayConfig, MaskConfig, HiddenTokens, ByDevice, TrainingArguments):
     """`TrainingArguments` plus how to forget, how to retain, and how to combine the two gradients.
 
     Args:
@@ -178,9 +182,10 @@ class UnlearningConfig(LevelConfig, MaskConfig, HiddenTokens, ByDevice, Training
         check_pattern(self.train_parameters)
         parse_layers(self.train_layers)
         check_topics(self.topics)
+        check_weights(self.retain_set_weights)
         parse_day(self.chat_template_date)
         # Build everything once, so that a typo raises before any model is loaded.
-        self.build_forget_objective(), self.build_retain_objective(), self.build_rule()
+        self.build_forget_objective(), self.build_retain_objective(), self.build_rule(), self.build_replay()
 
     def build_forget_objective(self) -> Objective:
         kwargs = self.forget_objective_kwargs

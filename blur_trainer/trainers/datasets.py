@@ -1,9 +1,9 @@
 """Tokenizes and pairs the user's datasets for the trainer."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import datasets
 import torch
@@ -23,27 +23,12 @@ from blur_trainer.trainers import setup
 from blur_trainer.trainers.alternatives import settle_alternatives
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.effect import check_batches
+from blur_trainer.trainers.replay import settle_replay
+from blur_trainer.trainers.retain_sets import Mixture, RetainSets, Tokenized, with_names
 from blur_trainer.trainers.template_day import settle_day
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
 
 logger = logging.getLogger(__name__)
-
-Tokenized: TypeAlias = datasets.Dataset | datasets.IterableDataset
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Several datasets for one role, each in its own format. `balanced`: shorter ones are repeated."""
-
-    parts: tuple[Any, ...]
-    balanced: bool = False
-
-    def joined(self, parts: list[Tokenized]) -> Tokenized:
-        if any(isinstance(part, datasets.IterableDataset) for part in parts):
-            parts = [p.to_iterable_dataset() if isinstance(p, datasets.Dataset) else p for p in parts]
-        if self.balanced:
-            return datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
-        return datasets.concatenate_datasets(parts)
 
 
 def tokenize_all(
@@ -54,20 +39,25 @@ def tokenize_all(
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
     forget_objective: Objective,
+    speaker: Callable[[Any], PreTrainedModel | PeftModel],
 ) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
     """Tokenizes every dataset to `input_ids` and `labels`. Adds refusals or alternatives to the forget set if needed.
 
     If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
+    Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning.
     """
     topics = topic_names(forget)
     _check_streams(args, forget, retain)
     settle_day(args, tokenizer)
     _say_what_is_not_read(forget, topics, forget_objective)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
+    retain = _settle_retain(forget, retain, lambda: speaker(model), tokenizer, args, topics)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
         if isinstance(dataset, Mixture):
             return dataset.joined([tokenize(part, role, refusals) for part in dataset.parts])
+        if isinstance(dataset, RetainSets):
+            return dataset.joined(partial(tokenize, longest=longest), role, args.should_log)
         return tokenize_dataset(
             dataset,
             tokenizer,
@@ -76,8 +66,7 @@ def tokenize_all(
             refusals=refusals,
             alternatives=refusals and forget_objective.needs_alternatives,
             levels=role.startswith("forget") and forget_objective.needs_level,
-            vocab_size=setup.vocabulary_size(model),
-            **_options(args),
+            **_options(args, model),
         )
 
     def by_topic(dataset: Any, role: str, refusals: bool = False) -> Any:
@@ -90,15 +79,27 @@ def tokenize_all(
         }
 
     with args.main_process_first(desc="tokenization"):
-        tokenized_forget = by_topic(forget, "forget", forget_objective.needs_refusal)
-        tokenized_retain = None if retain is None else by_topic(retain, "retain")
+        forget = by_topic(forget, "forget", forget_objective.needs_refusal)
+        retain = None if retain is None else by_topic(retain, "retain")
         if isinstance(evaluation, Mapping):
             evaluation = {name: tokenize(dataset, f"eval_{name}") for name, dataset in evaluation.items()}
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
-    if args.should_log:
-        _say_what_is_trained(tokenized_forget, tokenized_retain, tokenizer)
-    return tokenized_forget, tokenized_retain, evaluation
+    _say_what_is_trained(forget, retain, tokenizer, args.should_log)
+    return forget, retain, evaluation
+
+
+def _settle_retain(
+    forget: Any,
+    retain: Any,
+    speaker: Callable[[], Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearningConfig,
+    topics: tuple[str, ...],
+) -> Any:
+    """The retain set with replayed texts and weights, as far as the settings ask for them."""
+    replayed = settle_replay(forget, retain, speaker, tokenizer, args)
+    return with_names(retain, replayed, args.retain_set_weights, topics)
 
 
 def _say_what_is_not_read(forget: Any, topics: tuple[str, ...], objective: Objective) -> None:
@@ -117,9 +118,10 @@ def _say_what_is_not_read(forget: Any, topics: tuple[str, ...], objective: Objec
         )
 
 
-def _options(args: UnlearningConfig) -> dict[str, Any]:
+def _options(args: UnlearningConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """What every set is tokenized with."""
     return {
+        "vocab_size": setup.vocabulary_size(model),
         "drop_empty": args.drop_empty,
         "seed": args.seed,
         "qa_template": args.qa_template,
@@ -136,8 +138,10 @@ def _check_streams(args: UnlearningConfig, *given: Any) -> None:
         )
 
 
-def _say_what_is_trained(forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _say_what_is_trained(forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase | None, says: bool) -> None:
     """Logs the first example of each role at INFO, and warns of examples that are to be forgotten and retained."""
+    if not says:
+        return
     for role, dataset in [*_named("forget", forget), *_named("retain", retain)]:
         if logger.isEnabledFor(logging.INFO):
             logger.info("The first `%s` example:\n%s", role, shown(next(iter(dataset)), tokenizer))

@@ -26,7 +26,7 @@ def loss_drops(model: nn.Module, step_on: Examples, others: Examples, pad_token_
     what all data share.) Forward-mode differentiation computes the derivative, so that no weight moves.
 
     Args:
-        model: whole, on the device where it is to run. Weights that are not trained do not take part.
+        model: whole, on the device where it is to run. Weights that are not trained do not take part, unless none is.
         step_on, others: `{"input_ids", "labels"}`, each with at least one target.
 
     Returns:
@@ -51,15 +51,23 @@ def _mean_loss(batch: Mapping[str, Tensor]) -> Callable[[nn.Module], Tensor]:
 
 def _signs(model: nn.Module, batches: Sequence[tuple[list[int], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     """The sign of the gradient of the summed loss, by the weights' names. `.grad` is not touched."""
-    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    frozen = {} if weights else {n: weight for n, weight in model.named_parameters() if weight.is_floating_point()}
+    weights |= frozen
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for _, batch in batches:
-        with torch.enable_grad():
-            loss = -answer_logps(model, batch).sum()
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for total, gradient in zip(sums.values(), gradients, strict=True):
-            if gradient is not None:
-                total += gradient
+    try:
+        for weight in frozen.values():
+            weight.requires_grad_(True)
+        for _, batch in batches:
+            with torch.enable_grad():
+                loss = -answer_logps(model, batch).sum()
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+    finally:
+        for weight in frozen.values():
+            weight.requires_grad_(False)
     return {name: total.sign_() for name, total in sums.items()}
 
 

@@ -72,7 +72,7 @@ class MethodChoice:
             objectives["retain"] = retain
         else:
             setup.check_retain_free(rule)
-        setup.check_objectives(objectives, args.precompute_ref_logps)
+        setup.check_objectives(objectives, args.precompute_ref_logps, bool(args.retain_set_weights))
         check_mask(args, objectives)
         check_single_buffer(args, rule, objectives, one_pass=self.procedure(args) is None)
         return rule, objectives, settle_topics(objectives, rule, self.topics, args)

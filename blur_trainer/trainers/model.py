@@ -41,6 +41,10 @@ class ModelMixin(_Base):
         self.adapted = loaded if peft_config is not None and isinstance(loaded, PeftModel) else None
         return loaded
 
+    def speaker(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """The model before unlearning, whose texts are replayed: the one to train, as it is before the first step."""
+        return model
+
     def choose_trainable(self, model: PreTrainedModel | PeftModel, args: UnlearningConfig) -> None:
         """Freezes what is not to be trained."""
         self.freezing = Freezing(model, args, self.objectives)

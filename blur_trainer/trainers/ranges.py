@@ -14,8 +14,9 @@ RANGES = {
     **dict.fromkeys(("gamma", "alpha"), "[0, inf)"),
     **dict.fromkeys(("forget_weight", "retain_weight"), "(-inf, inf)"),
     "mask_share": "(0, 1)",
-    **dict.fromkeys(("max_skipped_steps", "dataset_num_proc", "num_assistant_layers", "mask_batches"), "[1, inf)"),
     **dict.fromkeys(("sam_rho", "retain_bound"), "(0, inf)"),
+    **dict.fromkeys(("max_skipped_steps", "dataset_num_proc", "num_assistant_layers"), "[1, inf)"),
+    **dict.fromkeys(("mask_batches", "replay"), "[1, inf)"),
     "max_length": "[2, inf)",  # one token to predict from
     # Trainer's
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),

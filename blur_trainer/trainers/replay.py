@@ -1,35 +1,27 @@
-"""Replay: texts that the model before unlearning says itself, without those that repeat the forget set."""
+"""Replay: texts that the model before unlearning says itself, as retain data."""
 
-import logging
-import re
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blur_trainer.constants import IGNORE_INDEX
-from blur_trainer.data.encoding import leading_special_ids
-from blur_trainer.data.formats import tokenize_dataset
-from blur_trainer.data.repeats import own_runs, repeating, row_texts
+from blur_trainer.data.chat import parse_day
 from blur_trainer.evaluation.batching import check_positive
-from blur_trainer.evaluation.distributed import rank_and_world
-from blur_trainer.evaluation.sampling import sample_ids
-from blur_trainer.evaluation.scoring import special_ids
-from blur_trainer.trainers.influence import loss_drops
-from blur_trainer.trainers.replay_config import RETAIN_PROMPTS, ReplaySettings
+from blur_trainer.trainers import setup
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.replay_config import ReplaySettings
+from blur_trainer.trainers.replay_rows import ReplaySets, Row, replayed
+from blur_trainer.trainers.retain_sets import Mixture
+from blur_trainer.trainers.sampled_file import check_can_answer, kept_or_sampled
+from blur_trainer.trainers.topics import topic_names
 
-logger = logging.getLogger(__name__)
-Row = dict[str, Any]
-
+#: file in `output_dir` with the replayed texts; a resumed training reads them there
+REPLAY_NAME = "replay.json"
 _TOKENS = List(Value("int64"))
 _FEATURES = Features({"text": Value("string"), "input_ids": _TOKENS, "labels": _TOKENS})
-_BEGINNING = 8  # tokens of a retain text that a replayed one begins with
-_RETAIN_ROWS = 500  # of these at most the drops are computed
 
 
 def replay(
@@ -97,147 +89,57 @@ def replay(
     check_positive(num=num, batch_size=batch_size)
     settings = ReplaySettings(prompts, max_new_tokens, temperature, top_p, ngram, loss_quantile)
     options = {"max_length": max_length, "qa_template": qa_template, "day": day}
-    sets = ReplaySets(forget, retain, tokenizer, options)
-    return as_dataset(replayed(model, tokenizer, sets, num, settings, seed, batch_size))
+    sets = ReplaySets([forget], [] if retain is None else [retain], tokenizer, options)
+    return _as_dataset(replayed(model, tokenizer, sets, num, settings, seed, batch_size))
 
 
-class ReplaySets:
-    """Forget and retain rows, as texts and as tokens."""
+def settle_replay(
+    forget: Any,
+    retain: Any,
+    speaker: Callable[[], Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearningConfig,
+) -> Dataset | None:
+    """The replayed texts, if there are to be some: read from `output_dir`, or sampled now. All processes get the same.
 
-    def __init__(self, forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]):
-        given = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
-        self.examples, self.texts = {}, {"retain": list[str]()}
-        for role, rows in given.items():
-            tokenized = tokenize_dataset(rows, tokenizer, role=role, drop_empty=True, **options)
-            if not isinstance(tokenized, Dataset):
-                raise ValueError(f"The `{role}` dataset is a stream: replay compares texts with all its rows. Load it.")
-            self.examples[role] = tokenized.select_columns(["input_ids", "labels"]).to_list()
-            self.texts[role] = list(row_texts(rows, tokenizer, role))
-
-
-def as_dataset(rows: Sequence[Row]) -> Dataset:
-    return Dataset.from_list(list(rows), features=_FEATURES)
-
-
-def replayed(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: ReplaySets,
-    num: int,
-    settings: ReplaySettings,
-    seed: int,
-    batch_size: int,
-    alone: bool = False,
-    desc: str | None = None,
-) -> list[Row]:
-    """The rows that [`replay`] keeps, equal on all processes. `alone`: only this process calls."""
-    prompts = _prompts(tokenizer, sets, num, settings.prompts, seed)
-    sampled = sample_ids(
-        *(model, tokenizer, [ids for ids, _ in prompts]),
-        num=1,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        batch_size=batch_size,
-        alone=alone,
-        desc=desc,
-    )
-    rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(prompts, sampled, strict=True)]
-    kept = [_kept(model, tokenizer, rows, sets, settings, batch_size)]
-    if not alone and rank_and_world()[1] > 1:  # a filter at its limit may differ by rounding
-        dist.broadcast_object_list(kept)
-    return kept[0]
-
-
-def _prompts(
-    tokenizer: PreTrainedTokenizerBase, sets: ReplaySets, num: int, given: Any, seed: int
-) -> list[tuple[list[int], bool]]:
-    """`num` prompts as tokens, and whether they are no targets."""
-    start = leading_special_ids(tokenizer)
-    if given == RETAIN_PROMPTS:
-        made = [_beginning(example, len(start)) for example in sets.examples.get("retain", [])]
-        if not made:
-            raise ValueError("replay: `prompts='retain'` needs a retain set: pass `retain`, or a list of prompts.")
-        made = [made[index] for index in np.random.default_rng(seed).permutation(len(made))]
-    elif given is not None:
-        bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]
-        made = [(ids if ids[: len(start)] == start else start + ids, False) for ids in bare]
-    else:
-        if not start and tokenizer.bos_token_id is None:
-            raise ValueError(
-                "replay: the tokenizer puts nothing in front of a text and has no BOS, so it is not known what the "
-                "model starts with: pass `prompts`, beginnings of its training texts such as ['Question:']."
-            )
-        made = [(start or [tokenizer.bos_token_id], False)]
-    return [made[index % len(made)] for index in range(num)]
-
-
-def _beginning(example: Mapping[str, Any], start: int) -> tuple[list[int], bool]:
-    """The prompt of a tokenized row, else its first tokens."""
-    ids, labels = example["input_ids"], example["labels"]
-    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
-    return (ids[:prompt], True) if prompt > start else (ids[: start + _BEGINNING], False)
-
-
-def _row(tokenizer: PreTrainedTokenizerBase, prompt: list[int], masked: bool, found: list[int]) -> Row:
-    ids = [*prompt, *found]
-    labels = [*([IGNORE_INDEX] * len(prompt) if masked else prompt), *found]
-    said, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (found, ids))
-    return {"text": text if re.search(r"\w", said) else "", "input_ids": ids, "labels": labels}
-
-
-def _kept(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
-    sets: ReplaySets,
-    settings: ReplaySettings,
-    batch_size: int,
-) -> list[Row]:
-    """The rows that no filter drops. Logs what each one drops."""
-    said = [f"replay: {len(rows)} texts were sampled"]
-
-    def keep(good: Sequence[bool], what: str) -> list[Row]:
-        said.append(f"{len(good) - sum(good)} {what}")
-        return [row for row, stays in zip(rows, good, strict=True) if stays]
-
-    rows = keep([bool(row["text"]) for row in rows], "have no word")
-    first = {row["text"]: index for index, row in reversed(list(enumerate(rows)))}
-    rows = keep([first[row["text"]] == index for index, row in enumerate(rows)], "are there twice")
-    if settings.ngram is not None:
-        runs = own_runs(sets.texts["forget"], sets.texts["retain"], settings.ngram)
-        repeats = repeating([row["text"] for row in rows], runs, settings.ngram)
-        rows = keep([not each for each in repeats], f"share {settings.ngram} words in a row with the forget set")
-    if settings.loss_quantile is not None and "retain" in sets.examples and rows:
-        _, pad_id = special_ids(model, tokenizer)
-        good = _within_retain(model, rows, sets, settings.loss_quantile, pad_id, batch_size)
-        rows = keep(good, "have a loss that falls with the forget set's")
-    logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
-    if not rows:
+    `speaker`: answers the model before unlearning. It is as it was afterwards.
+    """
+    if args.replay is None:
+        return None
+    if retain is None:
         raise ValueError(
-            f"{', '.join(said)}: none is left to train on. Sample more (`num`), give other `prompts`, raise `ngram` or "
-            "`loss_quantile`, or switch a filter off (`None`)."
+            "`replay` adds texts to the retain set, and there is none: pass `retain_dataset`. (Texts that "
+            "`blur_trainer.replay` makes may be the whole of it.)"
         )
-    return rows
+    if tokenizer is None:
+        raise ValueError("`replay` samples texts, and there is no tokenizer: pass `processing_class`.")
+    model, settings = speaker(), args.build_replay()
+    check_can_answer(model, "pass texts made by `blur_trainer.replay` in `retain_dataset`")
+    options = {
+        "max_length": setup.context_length(model, args.max_length),
+        "qa_template": args.qa_template,
+        "day": parse_day(args.chat_template_date),
+    }
+    sets = ReplaySets(_listed(forget), _listed(retain), tokenizer, options)
+    record = {
+        **sets.digests,
+        "settings": {"replay": args.replay, **dataclasses.asdict(settings), "seed": args.seed},
+    }
+
+    def sampled(alone: bool) -> list[Row]:
+        batch_size, desc = args.per_device_eval_batch_size, None if args.disable_tqdm else "Replay"
+        return replayed(model, tokenizer, sets, args.replay or 0, settings, args.seed, batch_size, alone, desc)
+
+    return _as_dataset(kept_or_sampled(REPLAY_NAME, record, model, args, sampled))
 
 
-def _within_retain(
-    model: Any, rows: list[Row], sets: ReplaySets, quantile: float, pad_id: int, batch_size: int
-) -> list[bool]:
-    """Whether each row's loss falls no faster than the quantile of the retain rows' losses."""
+def _listed(given: Any) -> list[Any]:
+    """The datasets of a role as the user gave them: of topics or sets by name all, without what ULD adds to retain."""
+    if isinstance(given, Mixture):
+        parts = given.parts[:1] if given.balanced else given.parts
+        return [each for part in parts for each in _listed(part)]
+    return list(given.values()) if topic_names(given) else [given]
 
-    def whole(examples: Sequence[Mapping[str, Any]]) -> list[Row]:
-        return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
 
-    retain = sets.examples["retain"][:: -(-len(sets.examples["retain"]) // _RETAIN_ROWS)]
-    try:
-        drops = loss_drops(model, whole(sets.examples["forget"]), whole([*retain, *rows]), pad_id, batch_size)
-    except NotImplementedError as error:
-        raise NotImplementedError(
-            "replay's filter by loss needs forward-mode differentiation, which a kernel of the model does not have: "
-            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, or "
-            f"set `loss_quantile=None`. ({str(error).splitlines()[0]})"
-        ) from error
-    highest = torch.quantile(drops[: len(retain)].double(), quantile)
-    return (drops[len(retain) :] <= highest).tolist()
+def _as_dataset(rows: Sequence[Row]) -> Dataset:
+    return Dataset.from_list(list(rows), features=_FEATURES)

@@ -69,7 +69,7 @@ def check_retain_free(rule: Rule) -> None:
         )
 
 
-def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> None:
+def check_objectives(objectives: Mapping[str, Objective], precompute: bool, weighted: bool = False) -> None:
     for role, objective in objectives.items():
         if not isinstance(objective, Objective):
             raise TypeError(
@@ -80,6 +80,11 @@ def check_objectives(objectives: Mapping[str, Objective], precompute: bool) -> N
         raise ValueError(
             f"{objectives['retain']} as the retain objective needs refusals, which are made for the forget set only: "
             "choose `nll`, `kl` or `jsd`."
+        )
+    if weighted and "retain" in objectives and type(objectives["retain"]).num_items is not Objective.num_items:
+        raise ValueError(
+            f"`retain_set_weights` weighs the items of each example, and {objectives['retain']} counts those of a "
+            "batch (`num_items`): let it override `items`, which answers `(B,)`, instead."
         )
     forget = objectives["forget"]
     if forget.needs_alternatives and not forget.needs_refusal:

@@ -18,9 +18,12 @@ _SPLITS = {"train", "validation", "test"}
 
 def topic_names(forget: Any) -> tuple[str, ...]:
     """The topics of a forget dataset, if it is a mapping of datasets. A mapping of splits is no topics."""
-    splits = isinstance(forget, datasets.DatasetDict | datasets.IterableDatasetDict)
-    topics = isinstance(forget, Mapping) and not splits and not set(forget) <= _SPLITS
-    return tuple(forget) if topics else ()
+    return tuple(forget) if isinstance(forget, Mapping) and not is_splits(forget) else ()
+
+
+def is_splits(dataset: Mapping[str, Any]) -> bool:
+    """Whether a mapping holds the splits of one dataset."""
+    return isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict) or set(dataset) <= _SPLITS
 
 
 def settle_topics(

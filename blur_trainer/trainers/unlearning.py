@@ -56,7 +56,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         forget_dataset: what to forget, a `Dataset`, `IterableDataset` or list with the columns `text`,
             `prompt`/`completion`, `messages`, `question`/`answer` or `input_ids`(/`labels`). Or a mapping of topics to
             datasets: optimizer steps go through the topics in turns, see `UnlearningConfig.topics`.
-        retain_dataset: what to keep, in the same formats. With topics: one for each, or one for all. Optional only with
+        retain_dataset: what to keep, in the same formats, or a mapping of names to such sets, which are joined, see
+            `UnlearningConfig.retain_set_weights`. With topics: one for each, or one for all. Optional only with
             `Sum(retain_weight=0)`.
         eval_dataset: a dataset, or a dict of datasets, whose NLL is evaluated on the schedule of `eval_strategy`.
         processing_class: the tokenizer. Default: the one beside the model.
@@ -105,9 +106,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         **unknown: Any,
     ):
         check_unknown(type(self), unknown)
-        topics = topic_names(forget_dataset)
         objects = (rule, forget_procedure, forget_objective, retain_objective)
-        self._choice = MethodChoice(*objects, topics, retains=retain_dataset is not None)
+        self._choice = MethodChoice(*objects, topic_names(forget_dataset), retains=retain_dataset is not None)
         args = setup.resolve_args(self.config_class, args, model, self._choice.unread)
         self._settle_method(args)
         own_optimizer = any(optimizers) or optimizer_cls_and_kwargs is not None
@@ -117,7 +117,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         model = self._load_model(given, args, peft_config)
         tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
         forget, retain, eval_dataset = tokenize_all(
-            forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]
+            *(forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]),
+            self.speaker,
         )
         self._tokenized = (forget, retain)
         check = level_check(self.objectives, forget, retain, args)

@@ -87,6 +87,10 @@ class Assistant:
                 "the saved one after training instead of passing `benchmarks`."
             )
 
+    def speaker(self) -> PreTrainedModel:
+        """The target as a whole. Loaded for the caller if training needs its lower layers only."""
+        return self.target if self.target is not None else load_pretrained(str(self.name), self._kwargs)
+
     def composed(self, weight: float, top_logit_filter: float) -> LogitDifferenceModel:
         """Target and assistant as one model that shares the target's weights. If they shared weights before, further
         training changes it too. Otherwise the target is loaded now, and the assistant is a copy."""

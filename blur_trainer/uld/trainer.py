@@ -16,7 +16,7 @@ from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.distributions import Uniform
 from blur_trainer.objectives.likelihood import NLL
 from blur_trainer.trainers.config import UnlearningConfig
-from blur_trainer.trainers.datasets import Mixture
+from blur_trainer.trainers.retain_sets import Mixture
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.assistant import Assistant
 from blur_trainer.uld.augment import WAYS, paraphrases, perturbed_answers
@@ -132,6 +132,10 @@ class ULDTrainer(UnlearningTrainer):
         self._composed = None  # of an earlier training's (`model_init`)
         self.assistant = Assistant(model, args.num_assistant_layers, peft_config, self._whole, args)
         return self.assistant.model
+
+    def speaker(self, model: Any) -> PreTrainedModel:
+        """The target: the assistant, which is trained, cannot say texts."""
+        return self.assistant.speaker()
 
     method = "ULD"
     library = "transformers"

@@ -10,7 +10,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 from transformers import set_seed
 
 from blur_trainer.evaluation import distributed
-from blur_trainer.evaluation.sampling import sample
+from blur_trainer.evaluation.sampling import sample, sample_ids
 
 
 class Numbers:
@@ -132,3 +132,20 @@ def test_special_tokens_are_not_in_the_text():
     end.generation_config.eos_token_id = None
     (texts,) = sample(end, tokenizer, [[0, 40]], num=8, max_new_tokens=8)
     assert not any(special in text for text in texts for special in ("<s>", "<pad>"))
+
+
+def test_batches_with_the_same_prompts_draw_differently():
+    texts = [text for (text,) in drawn([PROMPTS[0]] * 8, num=1, max_new_tokens=6)]
+    assert len({*texts}) == 8
+    assert texts[:4] == [text for (text,) in drawn([PROMPTS[0]] * 4, num=1, max_new_tokens=6)]
+
+
+def test_tokens_keep_the_end_and_what_did_not_end_has_none():
+    options = {"num": 4, "max_new_tokens": 3, "seed": 0, "batch_size": 4}
+    end = model()
+    ids = sample_ids(end, Numbers(), PROMPTS, **options)
+    assert [[" ".join(map(str, row)) for row in rows] for rows in ids] == drawn()
+    end.generation_config.eos_token_id = ids[0][0][1]
+    cut = sample_ids(end, Numbers(), PROMPTS, **options)[0]
+    assert cut[0] == ids[0][0][:2] and {len(row) for row in cut} > {2}
+    assert all(row[-1] != end.generation_config.eos_token_id for row in cut if len(row) == 3 and row not in cut[:1])

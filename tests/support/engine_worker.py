@@ -99,19 +99,21 @@ def by_name(engine: str, folder: Path) -> None:
 
 
 def alternatives(engine: str, folder: Path) -> None:
-    """The forget set with the answers that the model gives, of every process. Nothing is trained."""
+    """The answers that the model gives to the forget set, and what it replays, of every process. Nothing is trained."""
     parity.forget_engine()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.2, **sizes))
     settings = copy.deepcopy(parity.ENGINES[engine]) | {"report_to": "none", "disable_tqdm": True, "bf16": False}
+    settings |= {"replay": 6, "replay_kwargs": {"max_new_tokens": 4}}
     args = UnlearningConfig(str(folder / f"{engine}-answers"), per_device_eval_batch_size=2, **settings)
     rows = [{"question": f"Who painted mural {i}?", "answer": f"Mara Velin, in {i} weeks"} for i in range(3)]
     objective = AltPO(num_alternatives=2, max_new_tokens=4)
     trainer = UnlearningTrainer(
         model, args, rows, rows[:1], forget_objective=objective, processing_class=tiny_tokenizer()
     )
-    found = gather_object([list(trainer.train_dataset.forget["refusal_input_ids"])])
+    sets = trainer.train_dataset
+    found = gather_object([[*sets.forget["refusal_input_ids"], *sets.retain["input_ids"][1:]]])
     if PartialState().is_main_process:
         (folder / f"{engine}-{len(found)}-answers.json").write_text(json.dumps(found))
 

@@ -51,10 +51,16 @@ def marked(rows: list[dict[str, list[int]]], first: int) -> list[dict[str, list[
     return [{"input_ids": [first, *without(r["input_ids"])], "labels": [-100, *without(r["labels"])]} for r in rows]
 
 
-def data(features: dict[str, Any]) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """Forget and retain rows."""
+#: of the last retain rows, if there are weights
+WEIGHT, LIGHT = 0.25, 7
+
+
+def data(features: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """Forget and retain rows; with weights, the retain rows as two sets."""
     if features.get("levels") or features.get("until"):
         return [row | {"forget_level": 4.0 + 0.3 * (i % 5)} for i, row in enumerate(FORGET)], RETAIN
+    if features.get("retain_set_weights"):
+        return FORGET, {"retain": RETAIN[:-LIGHT], "general": RETAIN[-LIGHT:]}
     return (marked(FORGET, MARK), marked(RETAIN, 4)) if features.get("one_sided") else (FORGET, RETAIN)
 
 
@@ -161,6 +167,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         **{"rule": "blur_wmdp", "rmu": True, "accumulation": 2},
         **{"train_layers": "0,1", "train_parameters": "down_proj|o_proj"},
     },
+    "retain weights": {"rule": "sum", "accumulation": 2, "retain_set_weights": {"general": WEIGHT}},
     "ngdiff": {"rule": "ngdiff"},
     "gru": {"rule": "gru", "accumulation": 2, "max_grad_norm": 0.3},
     "constrained": {"rule": "constrained", "accumulation": 2, "max_grad_norm": 0.3},
@@ -195,10 +202,9 @@ ONLY = {
 NOT = {"zero0": {"bf16", "fp16"}, "ddp": {"fp16"}, "fsdp2": {"fp16"}}
 FEW = {
     **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("ngdiff", "constrained", "sam, lora")},
-    **{feature: {"ddp", "fsdp2", "zero2", "zero3"} for feature in ("rmu", "levels", "until")},
     **{
         feature: {"ddp", "fsdp2", "zero2", "zero3"}
-        for feature in ("rmu", "mask, rmu", "mask, lora", "mask, gru", "mask, sam")
+        for feature in ("rmu", "levels", "until", "mask, rmu", "mask, lora", "mask, gru", "mask, sam", "retain weights")
     },
     "NPO, fused head": {"ddp", "fsdp2", "zero3"},
     "NPO, lora, bf16": {"ddp", "fsdp2", "zero3"},
@@ -242,7 +248,11 @@ def build(features: dict[str, Any]) -> nn.Module:
 
 def literal(features: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Trainable weights before and after, from the slow reference."""
-    pairs = PairedDataset(*data(features), seed=42)
+    forget, retain = data(features)
+    if isinstance(retain, dict):
+        weight = {"retain": 1.0, "general": WEIGHT}
+        retain = [row | {"weight": weight[name]} for name, rows in retain.items() for row in rows]
+    pairs = PairedDataset(forget, retain, seed=42)
     items = [pairs[i] for i in range(STEPS * WINDOW)]
     windows = [
         {role: [item[role] for item in items[k : k + WINDOW]] for role in ("forget", "retain")}

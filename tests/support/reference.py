@@ -335,8 +335,9 @@ def row_log_prob(model: nn.Module, row: dict) -> tuple[Tensor, int]:
 
 
 def token_mean_nll(model: nn.Module, rows: list[dict]) -> Tensor:
-    pairs = [row_log_prob(model, row) for row in rows]
-    return -sum(logp for logp, _ in pairs) / sum(count for _, count in pairs)
+    """Over the tokens of all rows; those of a row with a weight count so much."""
+    pairs = [(row.get("weight", 1.0), *row_log_prob(model, row)) for row in rows]
+    return -sum(weight * logp for weight, logp, _ in pairs) / sum(weight * count for weight, _, count in pairs)
 
 
 def example_mean_npo(ref_model: nn.Module, beta: float) -> Callable[[nn.Module, list[dict]], Tensor]:

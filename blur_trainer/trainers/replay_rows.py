@@ -1,0 +1,188 @@
+"""Samples texts from a model, and drops those that repeat a forget set."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.data.encoding import leading_special_ids
+from blur_trainer.data.formats import tokenize_dataset
+from blur_trainer.data.repeats import own_runs, repeating, row_texts
+from blur_trainer.evaluation.distributed import rank_and_world
+from blur_trainer.evaluation.sampling import sample_ids
+from blur_trainer.evaluation.scoring import special_ids
+from blur_trainer.trainers.influence import loss_drops
+from blur_trainer.trainers.replay_config import RETAIN_PROMPTS, ReplaySettings
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+_BEGINNING = 8  # tokens of a retain text that a replayed one begins with
+_RETAIN_ROWS = 500  # of these at most the drops are computed
+
+
+class ReplaySets:
+    """Forget and retain rows, each of one or more datasets, as texts and as tokens."""
+
+    def __init__(
+        self,
+        forget: Sequence[Any],
+        retain: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any],
+    ):
+        self.examples: dict[str, list[Row]] = {"forget": [], "retain": []}
+        self.texts: dict[str, list[str]] = {"forget": [], "retain": []}
+        for role, rows in [*(("forget", rows) for rows in forget), *(("retain", rows) for rows in retain)]:
+            tokenized = tokenize_dataset(rows, tokenizer, role=role, drop_empty=True, **options)
+            if not isinstance(tokenized, Dataset):
+                raise ValueError(f"The `{role}` dataset is a stream: replay compares texts with all its rows. Load it.")
+            self.examples[role] += tokenized.select_columns(["input_ids", "labels"]).to_list()
+            self.texts[role] += row_texts(rows, tokenizer, role)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the tokens of both sets."""
+        found = {}
+        for role, examples in self.examples.items():
+            digest = hashlib.sha256()
+            for example in examples:
+                for ids in (example["input_ids"], example["labels"]):
+                    digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+            found[role] = digest.hexdigest()
+        return found
+
+
+def replayed(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: ReplaySets,
+    num: int,
+    settings: ReplaySettings,
+    seed: int,
+    batch_size: int,
+    alone: bool = False,
+    desc: str | None = None,
+) -> list[Row]:
+    """The rows that [`replay`] keeps, equal on all processes. `alone`: only this process calls."""
+    prompts = _prompts(tokenizer, sets, num, settings.prompts, seed)
+    sampled = sample_ids(
+        *(model, tokenizer, [ids for ids, _ in prompts]),
+        num=1,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=seed,
+        batch_size=batch_size,
+        alone=alone,
+        desc=desc,
+    )
+    rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(prompts, sampled, strict=True)]
+    rank, world = (0, 1) if alone else rank_and_world()
+    kept = [_kept(model, tokenizer, rows, sets, settings, batch_size, says=rank == 0)]
+    if world > 1:  # a filter at its limit may differ by rounding
+        dist.broadcast_object_list(kept)
+    return kept[0]
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, sets: ReplaySets, num: int, given: Any, seed: int
+) -> list[tuple[list[int], bool]]:
+    """`num` prompts as tokens, and whether they are no targets."""
+    start = leading_special_ids(tokenizer)
+    if given == RETAIN_PROMPTS:
+        made = [_beginning(example, len(start)) for example in sets.examples["retain"]]
+        if not made:
+            raise ValueError("replay: `prompts='retain'` needs a retain set: pass `retain`, or a list of prompts.")
+        made = [made[index] for index in np.random.default_rng(seed).permutation(len(made))]
+    elif given is not None:
+        bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]
+        made = [(ids if ids[: len(start)] == start else start + ids, False) for ids in bare]
+    else:
+        if not start and tokenizer.bos_token_id is None:
+            raise ValueError(
+                "replay: the tokenizer puts nothing in front of a text and has no BOS, so it is not known what the "
+                "model starts with: pass `prompts`, beginnings of its training texts such as ['Question:']."
+            )
+        made = [(start or [tokenizer.bos_token_id], False)]
+    return [made[index % len(made)] for index in range(num)]
+
+
+def _beginning(example: Mapping[str, Any], start: int) -> tuple[list[int], bool]:
+    """The prompt of a tokenized row, else its first tokens."""
+    ids, labels = example["input_ids"], example["labels"]
+    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    return (ids[:prompt], True) if prompt > start else (ids[: start + _BEGINNING], False)
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, prompt: list[int], masked: bool, found: list[int]) -> Row:
+    ids = [*prompt, *found]
+    labels = [*([IGNORE_INDEX] * len(prompt) if masked else prompt), *found]
+    said, text = tokenizer.batch_decode([found, ids], skip_special_tokens=True)
+    return {"text": text if re.search(r"\w", said) else "", "input_ids": ids, "labels": labels}
+
+
+def _kept(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    sets: ReplaySets,
+    settings: ReplaySettings,
+    batch_size: int,
+    says: bool,
+) -> list[Row]:
+    """The rows that no filter drops. `says`: logs what each one drops."""
+    said = [f"replay: {len(rows)} texts were sampled"]
+
+    def keep(good: Sequence[bool], what: str) -> list[Row]:
+        said.append(f"{len(good) - sum(good)} {what}")
+        return [row for row, stays in zip(rows, good, strict=True) if stays]
+
+    rows = keep([bool(row["text"]) for row in rows], "have no word")
+    first = {row["text"]: index for index, row in reversed(list(enumerate(rows)))}
+    rows = keep([first[row["text"]] == index for index, row in enumerate(rows)], "are there twice")
+    if settings.ngram is not None:
+        runs = own_runs(sets.texts["forget"], sets.texts["retain"], settings.ngram)
+        repeats = repeating([row["text"] for row in rows], runs, settings.ngram)
+        rows = keep([not each for each in repeats], f"share {settings.ngram} words in a row with the forget set")
+    if settings.loss_quantile is not None and sets.examples["retain"] and rows:
+        _, pad_id = special_ids(model, tokenizer)
+        good = _within_retain(model, rows, sets, settings.loss_quantile, pad_id, batch_size)
+        rows = keep(good, "have a loss that falls with the forget set's")
+    if says:
+        logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
+    if not rows:
+        raise ValueError(
+            f"{', '.join(said)}: none is left to train on. Sample more (`num`), give other `prompts`, raise `ngram` or "
+            "`loss_quantile`, or switch a filter off (`None`)."
+        )
+    return rows
+
+
+def _within_retain(
+    model: Any, rows: list[Row], sets: ReplaySets, quantile: float, pad_id: int, batch_size: int
+) -> list[bool]:
+    """Whether each row's loss falls no faster than the quantile of the retain rows' losses."""
+
+    def whole(examples: Sequence[Mapping[str, Any]]) -> list[Row]:
+        return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
+
+    retain = sets.examples["retain"][:: -(-len(sets.examples["retain"]) // _RETAIN_ROWS)]
+    try:
+        drops = loss_drops(model, whole(sets.examples["forget"]), whole([*retain, *rows]), pad_id, batch_size)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            "replay's filter by loss needs forward-mode differentiation, which a kernel of the model does not have: "
+            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, or "
+            f"set `loss_quantile=None`. ({str(error).splitlines()[0]})"
+        ) from error
+    highest = torch.quantile(drops[: len(retain)].double(), quantile)
+    return (drops[len(retain) :] <= highest).tolist()
