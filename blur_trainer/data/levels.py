@@ -30,6 +30,7 @@ def row_level(row: Mapping[str, Any], index: int, role: str) -> float:
     where = f"Column `{LEVEL}` in row {index} of the `{role}` dataset"
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where} is a {type(value).__name__}: it must be a number, nats per answer token.")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{where} is {value!r}: it must be finite and above 0, nats per answer token.")
-    return float(value)
+    level = float(value)
+    if not (math.isfinite(level) and level > 0):
+        raise ValueError(f"{where} is {level!r}: it must be finite and above 0, nats per answer token.")
+    return level

@@ -159,13 +159,12 @@ def row_nats(
     day: date | None = None,
 ) -> list[float]:
     """Mean nats per answer token of each row, in order; all processes must call it. See [`Level`]."""
-    if isinstance(model, str):
-        tokenizer = AutoTokenizer.from_pretrained(model, **hub_arguments({})) if tokenizer is None else tokenizer
-        model = load_pretrained(model, {})
-        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    pieces = _encoded(dataset, tokenizer, role, exchange, _length(model, max_length), qa_template, day)
+    if isinstance(model, str) and tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub_arguments({}))
+    loaded = _loaded(model) if isinstance(model, str) else model
+    pieces = _encoded(dataset, tokenizer, role, exchange, _length(loaded, max_length), qa_template, day)
     flat = [piece for row in pieces for piece in row]
-    logps = token_logps(model, flat, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
+    logps = token_logps(loaded, flat, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
     sums = iter((float(one.sum(dtype=np.float64)), len(one)) for one in logps)
     nats = []
     for row in pieces:
@@ -178,6 +177,12 @@ def row_nats(
             "model knows it by heart, or is broken. Take the row out, or pass another model."
         )
     return nats
+
+
+def _loaded(name: str) -> Any:
+    """On this process's accelerator, if there is one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return load_pretrained(name, {}).to(device)
 
 
 def _length(model: Any, max_length: int | None) -> int | None:

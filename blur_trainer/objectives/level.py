@@ -138,9 +138,9 @@ def with_level(objective: Objective, level: float | str | None) -> Objective:
     """
     if level is None:
         return objective
-    number = None if level == "column" else level
+    number = None if level == "column" else float(level)
     if not isinstance(objective, TargetLoss | Until):
-        return Until(objective, number)  # type: ignore[arg-type]
+        return Until(objective, number)
     if objective.level not in (None, number):
         raise ValueError(
             f"`forget_level={level!r}`, but the forget objective is {objective}: give the level in one place only."

@@ -11,7 +11,6 @@ from transformers.trainer_utils import TrainOutput
 
 from blur_trainer.data.row_collator import RowCollator
 from blur_trainer.evaluation.base import Evaluation, Measure
-from blur_trainer.evaluation.level_check import LevelCheck
 from blur_trainer.gradients.engines import check_engine
 from blur_trainer.gradients.rules import Rule
 from blur_trainer.models.reference import FrozenModel
@@ -121,8 +120,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             self.speaker,
         )
         self._tokenized = (forget, retain)
-        check = level_check(self.objectives, forget, retain, args)
-        self.benchmarks = settle_benchmarks(with_level_check(benchmarks or {}, check), args)
+        self.benchmarks = self._settle_benchmarks(benchmarks or {}, args)
         self.reference = make_reference(model, ref_model, self.objectives, args, given)
         self._first_model = None if model_init is None else model
         super().__init__(
@@ -143,7 +141,6 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         # what a fresh model needs; without `model_init`, a `ref_model` may go when its numbers are precomputed
         self._models = (peft_config, None if model_init is None else ref_model)
         self._tokenized, self._settings = (forget, retain), Settings(args)
-        self._level = self._level_callback(check)
         self._settle_engine(ref_model)
         self._backend, self._window = None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
@@ -175,16 +172,20 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         if self._level is not None:
             self.add_callback(self._level)
 
-    def _level_callback(self, check: LevelCheck | None) -> LevelCallback | None:
-        if check is None:
-            return None
+    def _settle_benchmarks(self, given: Mapping[str, Evaluation | Measure], args: UnlearningConfig) -> dict[str, Any]:
+        """Those of the user, and that of the level with its callback, if there is a level."""
 
         def method() -> Any:
             return self.objectives, self._topic_rules or [self.rule]
 
-        return LevelCallback(
-            check, self.args, method, self.benchmarked_model, interrupted=lambda: self.interrupt.interrupted
-        )
+        def interrupted() -> bool:
+            return self.interrupt.interrupted
+
+        check = level_check(self.objectives, *self._tokenized, args)
+        self._level = None
+        if check is not None:
+            self._level = LevelCallback(check, args, method, self.benchmarked_model, interrupted)
+        return settle_benchmarks(with_level_check(given, check), args)
 
     # ---- beginning and end ----
 

@@ -87,7 +87,15 @@ RUNS = {
     "no retain set": Run({"rule": "sum", "retain_weight": 0.0}, retain=None),
 }
 #: what other runs do too, together with something else
-COVERED = ["precomputed", "LoRA, precomputed", "data_seed", "several weights a log", "max_steps", "tied embeddings"]
+COVERED = [
+    "a level",
+    "precomputed",
+    "LoRA, precomputed",
+    "data_seed",
+    "several weights a log",
+    "max_steps",
+    "tied embeddings",
+]
 QUICK = ["plain", "accumulation with a last short window", "dropout", "LoRA"]
 
 

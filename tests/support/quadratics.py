@@ -1,5 +1,6 @@
 """Two quadratics whose bi-level answer is known in closed form, and gradient descent under a rule."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,13 +59,61 @@ def problem(constraints: int, *, condition: float = 1.0, general: bool = False, 
     return Problem(A, normal(constraints), basis @ torch.diag(scale) @ basis.T, normal(DIM))
 
 
+@dataclass(frozen=True)
+class LevelProblem:
+    """Forgetting to a level: `nll(x) = log(1 + exp(-a x))` is to reach `level`, retain as in [`Problem`].
+
+    `TargetLoss`, `1/2 relu(level - nll)^2`, or with `until=True` ascent that ends at the level, `relu(level - nll)`.
+    What has reached the level is the half-space `a x <= edge`.
+    """
+
+    a: Tensor  # (n,)
+    level: float
+    Q: Tensor  # (n, n), SPD
+    c: Tensor  # (n,)
+    until: bool = False
+
+    def nll(self, x: Tensor) -> Tensor:
+        return torch.log1p(torch.exp(-self.a @ x))
+
+    @property
+    def edge(self) -> float:
+        return -math.log(math.expm1(self.level))
+
+    def forget_gradient(self, x: Tensor) -> Tensor:
+        missing = (self.level - self.nll(x)).clamp(min=0.0)
+        return (missing.sign() if self.until else missing) * self.a / (1.0 + torch.exp(self.a @ x))
+
+    def retain_gradient(self, x: Tensor) -> Tensor:
+        return self.Q @ (x - self.c)
+
+    def at_the_edge(self) -> Tensor:
+        """`min r` on the plane `a x = edge`."""
+        towards = torch.linalg.solve(self.Q, self.a)
+        return self.c - towards * (self.a @ self.c - self.edge) / (self.a @ towards)
+
+    def answer(self) -> Tensor:
+        """`min r` where the level is reached."""
+        return self.c if self.nll(self.c) >= self.level else self.at_the_edge()
+
+    def distance(self, x: Tensor) -> float:
+        return (x - self.answer()).norm().item()
+
+
+def level_problem(wish: float, *, until: bool = False, seed: int = 0) -> LevelProblem:
+    """`a c = wish`: at retain's minimizer the answer is likelier than the level allows (`wish > edge`), or is not."""
+    p = problem(1, general=True, seed=seed)
+    a = 2.0 * p.A[0]
+    return LevelProblem(a, 2.0, p.Q, p.c + a * (wish - a @ p.c) / (a @ a), until)
+
+
 def zeros() -> Tensor:
     return torch.zeros(DIM, dtype=torch.float64)
 
 
 def descend(
     rule: Rule,
-    p: Problem,
+    p: Problem | LevelProblem,
     steps: int,
     lr: float,
     *,

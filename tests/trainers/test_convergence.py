@@ -7,7 +7,7 @@ states what is found here, with the mathematics; every test below is one of its 
 
 import pytest
 import torch
-from support.quadratics import DIM, Problem, descend, harmonic, linear, problem, zeros
+from support.quadratics import DIM, Problem, descend, harmonic, level_problem, linear, problem, zeros
 from torch import Tensor
 
 from blur_trainer.gradients.rules import BLUR, MGDA, PCGrad, Sum
@@ -173,6 +173,60 @@ def test_the_projection_guards_the_batch_gradient_not_every_example():
     each_before, each_after = (p.A @ x - p.b).abs(), (p.A @ y - p.b).abs()
     assert each_after[0] < each_before[0]
     assert (each_after[1:] > each_before[1:]).any()
+
+
+# ---- a lower level with an inequality: the answer is to cost `level` nats, or more ----
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("start", ["retain's minimizer", "zero", "reached"])
+def test_blur_reaches_the_best_retain_loss_among_what_has_reached_the_level(start, clamp):
+    p = level_problem(3.0)
+    x = {"retain's minimizer": p.c, "zero": zeros(), "reached": -3.0 * p.a}[start]
+    assert p.nll(p.c) < p.level < p.nll(-3.0 * p.a)  # retain wants what is not allowed: the level binds
+    assert p.distance(x) > 0.5
+    end = descend(BLUR(gamma=0.5, clamp=clamp), p, 500, 0.3, start=x, decay=harmonic(50.0))
+    assert p.distance(end) < 1e-3
+    assert p.nll(end).item() == pytest.approx(p.level, abs=1e-3)
+
+
+def test_at_the_level_the_step_is_the_whole_retain_gradient_and_comes_back():
+    p, lr, alpha = level_problem(3.0), 0.1, 1.5
+    start = p.answer() - 1e-9 * p.a
+    assert p.nll(start) > p.level and not p.forget_gradient(start).any()
+    x = descend(BLUR(alpha=alpha), p, 1, lr, start=start)
+    torch.testing.assert_close(x, start - lr * alpha * p.retain_gradient(start), rtol=1e-14, atol=1e-15)
+    assert p.distance(x) == pytest.approx(lr * alpha * p.retain_gradient(p.answer()).norm().item(), rel=1e-6)
+    assert p.distance(descend(BLUR(alpha=alpha), p, 50, lr, start=x)) < 0.1 * p.distance(x)
+
+
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_no_fixed_weight_of_target_loss_reaches_the_level(weight):
+    """It lacks `multiplier / weight` nats: the push that would hold retain's back is 0 at the level."""
+    p = level_problem(3.0)
+    x = p.answer()
+    multiplier = (p.retain_gradient(x).norm() / (p.a / (1.0 + torch.exp(p.a @ x))).norm()).item()
+    end = descend(Sum(weight, 1.0), p, int(40 * (1 + 4 * weight)), 0.5 / (1 + 4 * weight))
+    lacks = (p.level - p.nll(end)).item()
+    assert lacks == pytest.approx(multiplier / weight, rel=0.05)
+    assert p.distance(end) > 0.5 * lacks
+
+
+def test_ascent_until_the_level_is_reached_by_a_large_fixed_weight_too():
+    """`relu(level - nll)` does not flatten out: above the multiplier (0.84 here) the sum ends within a step."""
+    p = level_problem(3.0, until=True)
+    assert p.distance(descend(Sum(3.0, 1.0), p, 2000, 0.02)) < 0.05
+    assert p.distance(descend(Sum(0.4, 1.0), p, 2000, 0.02)) > 1.0
+
+
+def test_where_retain_wants_to_forget_too_blur_waits_at_the_level_and_with_clamp_goes_on():
+    """Without `clamp` the projection also takes what would help: the level is then an equality."""
+    p = level_problem(-4.0)
+    assert p.nll(p.c) > p.level > p.nll(zeros())
+    waits = descend(BLUR(gamma=0.5), p, 200, 0.1)
+    assert p.distance(waits) > 1.0
+    assert (waits - p.at_the_edge()).norm() < 0.01
+    assert p.distance(descend(BLUR(gamma=0.5, clamp=True), p, 200, 0.1)) < 0.01
 
 
 # ---- retain below, and rules without a hierarchy ----
