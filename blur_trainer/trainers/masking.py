@@ -66,15 +66,19 @@ class MaskCallback(TrainerCallback):
             self.mask = _read(self.resumed_from)
 
     def before(self, step: Step, optimizer: Any) -> None:
-        """Before each step; makes the mask, or describes the one of the checkpoint, before the first."""
+        """Before each step; before the first one it makes the mask, if no checkpoint had it."""
         if self.args.mask_share is None or self._described:
             return
         check_decay(optimizer.param_groups)
         if self.mask is None:
             self.mask = self._make(step)
         step.backend.mask = self.mask
-        self._describe(step, self.mask)
-        self._described = True
+
+    def after(self, step: Step) -> None:
+        """Behind each step; behind the first one it describes the mask. Then every engine knows its places."""
+        if self.mask is not None and not self._described:
+            self._describe(step, self.mask)
+            self._described = True
 
     def parameters_changed(self) -> None:
         """Other parameters are trained from now on."""
@@ -105,7 +109,13 @@ class MaskCallback(TrainerCallback):
                 scores = saliency(step, window, self.objectives()["forget"])
         share: Any = args.mask_share
         limit = threshold(scores, max(1, round(share * _trained(backend))), lambda count: _sum(backend, count))
-        return Mask(_agreed(backend, scores, limit))
+        frozen = _agreed(backend, scores, limit)
+        if _sum(backend, sum(place is not None for place in frozen)) == 0:
+            raise ValueError(
+                "`mask_share` would leave nothing to train: the forget gradient is 0 before training. Choose another "
+                "forget objective, or `mask_score='fisher'`."
+            )
+        return Mask(frozen)
 
     def _describe(self, step: Step, mask: Mask) -> None:
         kept = [place if place is None else ~place for place in mask.frozen]
@@ -117,11 +127,6 @@ class MaskCallback(TrainerCallback):
             ).named_parameters()
             if p.requires_grad
         }
-        if not any(counts.values()):
-            raise ValueError(
-                "`mask_share` would leave nothing to train: the forget gradient is 0 before training. Choose another "
-                "forget objective, or `mask_score='fisher'`."
-            )
         summary = summarize(counts, sizes) | {"score": self.args.mask_score, "mask_share": self.args.mask_share}
         logger.info(in_words(summary))
         if self.args.should_save:

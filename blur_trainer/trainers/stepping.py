@@ -155,6 +155,7 @@ class StepMixin(_Base):
         step = self._step(self._backend_of(model), counts)
         self._masking.before(step, self.optimizer)
         loss = run(step)
+        self._masking.after(step)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()

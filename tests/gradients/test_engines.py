@@ -54,6 +54,22 @@ def test_a_resumed_training_is_the_uninterrupted_one(folder, engine):
 
 
 @pytest.mark.parametrize("engine", EVERY)
+def test_shards_are_counted_by_layer_and_module(folder, engine):
+    """The mask of all engines is one, and so is its summary, whatever the places of a gradient are."""
+    rows = [PairedDataset(FORGET, RETAIN, seed=42)[i]["forget"] for i in range(STEPS * WINDOW)]
+    model = tiny_llama(0)
+    scores = reference.saliency_scores(model, rows, lambda m, some: -reference.token_mean_nll(m, some))
+    kept = iter(reference.top_share(scores, 0.5))
+    counts = {name: (sum(next(kept) for _ in range(p.numel())), p.numel()) for name, p in model.named_parameters()}
+    summary = json.loads((folder / "straight" / f"{engine}-gru" / "mask.json").read_text())
+    layer = [counts[name] for name in counts if ".layers.1." in name]
+    down = [counts[name] for name in counts if "down_proj" in name]
+    assert summary["kept"] == sum(count for count, _ in counts.values())
+    for shares, found in ((layer, summary["by_layer"]["1"]), (down, summary["by_module"]["down_proj"])):
+        assert found == sum(count for count, _ in shares) / sum(size for _, size in shares)
+
+
+@pytest.mark.parametrize("engine", EVERY)
 def test_what_is_saved_is_a_whole_model_of_the_trained_weights(folder, engine):
     model = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-saved")
     trained = load_file(folder / f"{engine}-resumed.safetensors")

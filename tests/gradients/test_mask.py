@@ -1,6 +1,7 @@
 """A mask alone: the threshold against sorting, and what it does to gradients."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Barrier
 
 import pytest
@@ -10,6 +11,9 @@ from test_backend import Engine, both_passes, network
 
 from blur_trainer.gradients.backend import GradientBackend
 from blur_trainer.gradients.mask import Mask, chosen, threshold
+from blur_trainer.objectives.likelihood import NLL
+from blur_trainer.trainers.mask_scores import saliency
+from blur_trainer.trainers.step import Step
 
 
 def scores(kind: str) -> list[float]:
@@ -93,3 +97,29 @@ def test_what_the_rule_and_the_optimizer_get_is_masked():
     got = [p.grad for p in masked.parameters]
     torch.testing.assert_close(torch.cat([got[0].flatten(), got[1].flatten()]), combined[: -keeps[2].numel()])
     assert got[2] is None  # so that the optimizer makes no state for it
+
+
+def test_scores_under_a_loss_scale_that_is_too_high_at_first():
+    """Gradients above 300 are inf, as some are in fp16; the scale begins at 2^16."""
+
+    class Scaled(Engine):
+        device = torch.device("cpu")
+
+        def reduce(self, count, reduction):
+            return count
+
+    def loss(model, role, batch, count):
+        x = {"forget": batch["labels"].double(), "retain": batch["labels"].double() / 2}[role]
+        value = (model.weight * x).sum() / count
+        value.register_hook(lambda g: torch.where(g.abs() > 300, torch.inf, g))
+        return value
+
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    engine = Scaled(torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    backend = GradientBackend(engine, model)
+    fields = dict.fromkeys(("number", "epoch", "window", "counts", "rule", "forget_pass", "log"))
+    step = Step(**fields, loss=loss, backend=backend, accelerator=engine, autocast=nullcontext)
+    window = [{"forget": {"labels": torch.tensor([[1, 2, 3]])}}, {"forget": {"labels": torch.tensor([[4, 5, 6]])}}]
+    (scores,) = saliency(step, window, NLL())
+    torch.testing.assert_close(scores / scores[0, 0], torch.tensor([[5.0, 7.0, 9.0]]).double() / 5)
+    assert model.weight.grad is None and backend.slots == {}

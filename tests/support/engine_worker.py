@@ -62,7 +62,7 @@ def write(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def resumed(engine: str, folder: Path) -> None:
-    """Four steps at once; then two of them, and a new trainer that goes on. GRU's mean and a mask are part of the checkpoint."""
+    """Four steps at once; then two of them, and a new trainer that goes on, with GRU's mean and the mask."""
     trainer = parity.train(engine, "gru", str(folder / "straight"), **HALF)
     write(masters(trainer, engine), folder / f"{engine}-straight.safetensors")
     source, target = (folder / kind / f"{engine}-gru" for kind in ("straight", "resumed"))

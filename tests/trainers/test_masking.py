@@ -48,7 +48,9 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("score", "share"), [("saliency", 0.3), ("saliency", 0.02), ("fisher", 0.2)])
+@pytest.mark.parametrize(
+    ("score", "share"), [("saliency", 0.3), pytest.param("saliency", 0.02, marks=pytest.mark.full), ("fisher", 0.2)]
+)
 def test_trained_weights_are_those_of_the_literal_form(score, share, tmp_path):
     rule, direction = RULES["blur"]
     start = tiny_llama(0).double()
@@ -91,7 +93,10 @@ def start(folder, model=None, share=0.2, forget=FORGET, retain=RETAIN, **config)
     return BLURTrainer(tiny_llama() if model is None else model, args, forget, retain, **objects)
 
 
-@pytest.mark.parametrize("name", CASES)
+EVERY_RUN = {"clipped", "one buffer", "SAM", "offloaded", "Fisher, RMU", "refusals"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.full) for n in CASES])
 def test_a_frozen_entry_keeps_every_bit_and_others_move(name, tmp_path):
     trainer = start(tmp_path, **copy.deepcopy(CASES[name]))
     before = {id(p): p.detach().clone() for p in trainer.model.parameters()}
@@ -115,7 +120,7 @@ def test_a_resumed_training_makes_no_other_mask(score, tmp_path):
 
     whole = start(tmp_path / "whole", model(), save_strategy="steps", save_steps=1, **config)
     whole.train()
-    for step in (1, 3):
+    for step in (1,) if score == "fisher" else (1, 3):
         # so few batches would give another mask
         resumed = start(tmp_path / f"resumed-{step}", model(), mask_batches=1, **config)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
