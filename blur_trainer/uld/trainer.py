@@ -39,7 +39,7 @@ class ULDConfig(UnlearningConfig):
         num_assistant_layers: how many of the target's layers the assistant has. `None`: a quarter (8 of 32).
         retain_weight: weight of the uniform loss. It is 5 in ULD's code, whose mean includes prompts and padding.
         weight, top_logit_filter: those of the unlearned model, see [`LogitDifferenceConfig`]. Training does not depend
-            on them; `tune_weight` finds better ones afterwards.
+            on them; `tune_weight` chooses them by a level afterwards.
     """
 
     forget_objectives: ClassVar[dict[str, type[Objective]]] = {"nll": NLL}

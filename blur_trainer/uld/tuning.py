@@ -25,7 +25,7 @@ from blur_trainer.models.logps import answer_mask
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = (-0.2, -0.4, -0.6, -0.8, -1.0, -1.25, -1.5, -1.75, -2.0)
+WEIGHTS = (-0.2, -0.4, -0.6, -0.8, -0.9, -1.0, -1.1, -1.2, -1.3, -1.4, -1.5, -1.75, -2.0)
 FILTERS = (0.0, 1e-3, 1e-2, 1e-1)
 _COLUMNS = ("weight", "top_logit_filter", "forget", "retain", "change")
 _NOT_REACHED = (
