@@ -16,6 +16,7 @@ TASKS = {
         *("NPO", "SimNPO", "DPO", "IDK", "GradAscent", "RMU", "AltPO"),
         *("WGA", "SatImp", "JensUn", "FLAT"),
         *("UNDIAL", "CEU", "Uniform", "ClampedEntropy", "Margin"),
+        *("TargetLoss", "Until"),
     ],
     "Choose what to descend on the retain set": ["NLL", "KL", "JSD", "ActivationMatch"],
     "Choose how the two gradients meet": [
@@ -33,6 +34,7 @@ TASKS = {
     ],
     "Measure": [
         *("MUSEEvaluation", "TOFUEvaluation", "RetainReference", "aggregate_log", "WMDPEvaluation", "LMEval"),
+        "Level",
     ],
     "Attack": ["robustness", "relearn", "quantized", "prefixed"],
     "Show": [

@@ -58,6 +58,8 @@ def needs(objective: Objective) -> str:
         found.append("reference log-probabilities")
     if objective.needs_refusal:
         found.append("alternatives" if objective.needs_alternatives else "refusals")
+    if objective.needs_level:
+        found.append("levels")
     return ", ".join(found) or "nothing"
 
 

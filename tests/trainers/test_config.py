@@ -25,6 +25,7 @@ from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.grad_diff import GradDiffConfig, GradDiffTrainer
 from blur_trainer.trainers.unlearning import UnlearningTrainer
+from blur_trainer.uld.trainer import ULDConfig
 
 CONFIGS = [UnlearningConfig, BLURConfig, GradDiffConfig]
 
@@ -349,3 +350,8 @@ def test_two_levels_are_refused(tmp_path):
             forget_objective_kwargs={"level": 3.0},
             forget_level=4.0,
         )
+
+
+def test_uld_takes_no_level(tmp_path):
+    with pytest.raises(ValueError, match=r"forget_level=4\.0.*tune_weight"):
+        ULDConfig(str(tmp_path), use_cpu=True, forget_level=4.0)
