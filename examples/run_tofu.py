@@ -1,7 +1,8 @@
 """Unlearn TOFU's fictitious authors by any method; measure forget quality and model utility.
 
 accelerate launch examples/run_tofu.py                                 # embedded authors, tiny Llama: minutes
-accelerate launch examples/run_tofu.py --method simnpo --split forget05
+accelerate launch examples/run_tofu.py --method simnpo --split forget05 --level unseen
+accelerate launch examples/run_tofu.py --method blur-npo               # BLUR as published: no end of its own
 accelerate launch examples/run_tofu.py --data_dir DIR --max_rows 60    # local JSON/JSONL, tiny Llama
 accelerate launch examples/run_tofu.py --method npo --template llama3 \
     --model_name_or_path open-unlearning/tofu_Llama-3.2-1B-Instruct_full
@@ -18,6 +19,7 @@ from blur_trainer.data.subset import limit_rows
 from blur_trainer.data.tofu import TOFU_MODELS, TOFU_SPLITS
 from blur_trainer.data.tofu_templates import apply_template
 from blur_trainer.scripts.attacks import PREFIX, relearning_sets
+from blur_trainer.scripts.levels import measured, needs_level, with_level
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.output import settings_of, write_output
@@ -52,7 +54,18 @@ def main():
         published = {models.full: models for models in TOFU_MODELS.values()}.get(target)
         retrained = script.retain_model or (published and getattr(published, TOFU_SPLITS[script.split]))
 
-    # 4. Evaluation. Forget quality compares with the model that never saw the forget set
+    # 4. Where forgetting ends: at what a model loses that never saw the authors
+    leveled = [
+        name for name, config in configs.items() if needs_level(config) or (script.level and name == script.method)
+    ]
+    if leveled:
+        unseen = apply_template(data["holdout"], script.template) if "holdout" in data else None
+        forget = training[script.method]["forget_dataset"]
+        level = measured(script.level or "unseen", forget, unseen, target, retrained, load, tokenizer)
+        for name in leveled:
+            configs[name], training[name] = with_level(configs[name], training[name], level)
+
+    # 5. Evaluation. Forget quality compares with the model that never saw the forget set
     how = {"template": script.template, "protocol": script.protocol, "progress": not tiny}
     how |= {"max_new_tokens": 32} if embedded else {}
     if script.retain_log:
@@ -69,7 +82,7 @@ def main():
     PartialState().print("Evaluating the target")
     results.add("target", "target", load(target))
 
-    # 5. Unlearn: the method, and those it is compared with
+    # 6. Unlearn: the method, and those it is compared with
     trainers = {}
     for method, config in configs.items():
         folder, start = out if method == script.method else out / method, time.time()
@@ -92,7 +105,7 @@ def main():
     if retrained:
         results.add("retrain", "retrain", load(retrained))
 
-    # 6. Forgotten, or only hidden? A tenth of the forget set, as much text beside it, few bits, another prompt
+    # 7. Forgotten, or only hidden? A tenth of the forget set, as much text beside it, few bits, another prompt
     if script.robustness:
         beside = "holdout" if "holdout" in data else "retain"
         sets = {f"{name} set": apply_template(data[name], script.template) for name in ("forget", beside)}
@@ -109,7 +122,7 @@ def main():
         )
         results.add_robustness(found)
 
-    # 7. Output: the tables, metrics.json, the model cards, the report
+    # 8. Output: the tables, metrics.json, the model cards, the report
     if PartialState().is_main_process:
         said = settings_of(script, args, SAID)
         print(write_output(out, results, trainers, said, columns=evaluation.primary_metrics, attack_width=130))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from blur_trainer.data.tofu import TOFU_SPLITS, tofu_training_rows
 from blur_trainer.data.tofu_templates import TOFU_TEMPLATES, apply_template
 from blur_trainer.scripts import command_line
+from blur_trainer.scripts.levels import HELP, check_level
 from blur_trainer.scripts.methods import compared
 from blur_trainer.scripts.tiny import memorized_models
 from blur_trainer.scripts.tofu_methods import FORGET_ONLY, METHODS
@@ -32,12 +33,13 @@ HUB = {
 class TOFUArguments:
     """What to unlearn, how, and how it is judged."""
 
-    method: str = field(default="blur-npo", metadata={"choices": list(METHODS), "help": "How to unlearn."})
+    method: str = field(default="blur-target", metadata={"choices": list(METHODS), "help": "How to unlearn."})
     recipe: str | None = field(
         default=None, metadata={"help": "Published settings, their method and model, e.g. open-unlearning."}
     )
     compare: list[str] | None = field(
-        default=None, metadata={"help": "Further methods, with their default settings (default: uld, if tiny)."}
+        default=None,
+        metadata={"help": "Further methods, with their default settings (default: blur-npo and uld, if tiny)."},
     )
     split: str = field(default="forget10", metadata={"choices": list(TOFU_SPLITS), "help": "Forget set."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder with TOFU's sets as JSON or JSONL."})
@@ -45,6 +47,9 @@ class TOFUArguments:
     template: str = field(default="plain", metadata={"choices": list(TOFU_TEMPLATES), "help": "Prompt format."})
     protocol: str = field(
         default="tofu", metadata={"choices": ["tofu", "open-unlearning"], "help": "Whose conventions of measuring."}
+    )
+    level: str | None = field(
+        default=None, metadata={"help": f"{HELP} Default: unseen, for methods without an end of their own."}
     )
     retain_model: str | None = field(
         default=None, metadata={"help": "Model that never saw the forget set (default: open-unlearning's, or trained)."}
@@ -72,7 +77,8 @@ def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
         lambda script, model_args: None if script.recipe is None else ("tofu", script.recipe),
         arguments,
     )
-    script.compare = compared(script, METHODS, ["uld"] * tiny)
+    check_level(script.level)
+    script.compare = compared(script, METHODS, ["blur-npo", "uld"] * tiny)
     return script, args, model_args, tiny
 
 

@@ -28,12 +28,16 @@ _ALTPO: dict[str, Any] = {
 }
 _PDU = {"epsilon": 0.3, "rate": 5.0, "warmup_epochs": 2.5}  # the warm-up is half of the training, as published
 
+_TARGET: dict[str, Any] = {"forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}}
+_GENTLE = {"learning_rate": 3e-4, "lr_scheduler_type": "linear", "num_train_epochs": 30}
+
 
 def _plain(label: str, objective: str, tiny: dict[str, Any], **settings: Any) -> Method:
     return Method(label, UnlearningTrainer, {"forget_objective": objective, **settings}, tiny)
 
 
 METHODS = {
+    "blur-target": Method("BLUR-TargetLoss", BLURTrainer, _TARGET, _GENTLE | {"gamma": 0.3}),
     "blur-npo": Method("BLUR-NPO", BLURTrainer, {"forget_objective": "npo"}, _KEPT | {"gamma": 1.0}),
     "npo": _plain("NPO", "npo", _KEPT | {"forget_weight": 1.0}),
     "graddiff": Method("GradDiff", GradDiffTrainer, {}, {"forget_weight": 0.3}),
