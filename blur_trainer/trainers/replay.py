@@ -81,8 +81,8 @@ def replay(
         targets, except prompts of retain rows that are none there. To edit texts, keep the column `text` only.
 
     Raises:
-        `ValueError`: no text is left; there is no start; streams. `NotImplementedError`: a kernel of the model has no
-        forward mode, which the second filter needs.
+        `ValueError`: no text is left; there is no start; streams; a kernel of the model has no forward mode, which the
+        second filter needs.
 
     Differs from replay of stored training data: the model's own texts need none.
     """

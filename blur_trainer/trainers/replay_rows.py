@@ -179,10 +179,10 @@ def _within_retain(
     try:
         drops = loss_drops(model, whole(sets.examples["forget"]), whole([*retain, *rows]), pad_id, batch_size)
     except NotImplementedError as error:
-        raise NotImplementedError(
+        raise ValueError(
             "replay's filter by loss needs forward-mode differentiation, which a kernel of the model does not have: "
-            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, or "
-            f"set `loss_quantile=None`. ({str(error).splitlines()[0]})"
+            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, in "
+            f"a process where ZeRO-3 has not run yet, or set `loss_quantile=None`. ({str(error).splitlines()[0]})"
         ) from error
     highest = torch.quantile(drops[: len(retain)].double(), quantile)
     return (drops[len(retain) :] <= highest).tolist()

@@ -105,7 +105,9 @@ def alternatives(engine: str, folder: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.2, **sizes))
     settings = copy.deepcopy(parity.ENGINES[engine]) | {"report_to": "none", "disable_tqdm": True, "bf16": False}
-    settings |= {"replay": 6, "replay_kwargs": {"max_new_tokens": 4}}
+    # `by_name` under ZeRO-3 leaves DeepSpeed's own `F.linear` in this process, which has no forward mode
+    quantile = 0.95 if engine in ("ddp", "fsdp2", "zero2") else None
+    settings |= {"replay": 6, "replay_kwargs": {"max_new_tokens": 4, "loss_quantile": quantile}}
     args = UnlearningConfig(str(folder / f"{engine}-answers"), per_device_eval_batch_size=2, **settings)
     rows = [{"question": f"Who painted mural {i}?", "answer": f"Mara Velin, in {i} weeks"} for i in range(3)]
     objective = AltPO(num_alternatives=2, max_new_tokens=4)

@@ -282,6 +282,6 @@ def test_a_kernel_without_forward_mode_is_said(monkeypatch):
         raise NotImplementedError("no forward AD\nmore")
 
     monkeypatch.setattr("blur_trainer.trainers.influence.directional_derivative", refuse)
-    with pytest.raises(NotImplementedError, match=r"set `loss_quantile=None`. \(no forward AD\)"):
+    with pytest.raises(ValueError, match=r"set `loss_quantile=None`. \(no forward AD\)"):
         said()
     assert len(said(loss_quantile=None))
