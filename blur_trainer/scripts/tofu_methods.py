@@ -17,9 +17,10 @@ FORGET_ONLY = ("gradascent", "undial", "ce-u", "flat")
 
 _ALONE = {"retain_weight": 0.0}
 _KEPT = {"precompute_ref_logps": True}
+# weight and filter: what `tune_weight` chooses on the tuning's seed by the target's loss on authors that nobody saw
 _ULD = {
-    "num_assistant_layers": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "num_train_epochs": 15,
-    "retain_weight": 1.0,
+    "num_assistant_layers": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "num_train_epochs": 30,
+    "retain_weight": 5.0, "weight": -1.2, "top_logit_filter": 0.0,
 }  # fmt: skip
 # five alternatives of each answer are five examples: one epoch has as many steps as five of the others
 _ALTPO: dict[str, Any] = {
@@ -58,5 +59,5 @@ METHODS = {
     "gru": _plain("GRU", "grad_ascent", {"learning_rate": 1e-3}, rule="gru"),
     "pdu": _plain("PDU", "margin", {"rule_kwargs": _PDU | {"initial": 1000.0}}, rule="pdu"),
     "sam-npo": _plain("SAM-NPO", "npo", _KEPT | {"forget_weight": 1.0}, sam_rho=0.01),
-    "uld": Method("ULD", ULDTrainer, {"eval_strategy": "no"}, _ULD | {"weight": -1.5}),
+    "uld": Method("ULD", ULDTrainer, {"eval_strategy": "no"}, _ULD),
 }

@@ -121,7 +121,7 @@ def test_every_method_took_its_steps_and_left_a_card(first, examples, index):
 
 def test_the_model_of_uld_loads_as_any_other(first):
     model = AutoModelForCausalLM.from_pretrained(first[0] / "uld")
-    assert isinstance(model, bt.LogitDifferenceModel) and model.config.weight == -1.5
+    assert isinstance(model, bt.LogitDifferenceModel) and model.config.weight == -1.2
     assert not (first[0] / "uld" / "model.safetensors").exists()
 
 
