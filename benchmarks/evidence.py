@@ -57,10 +57,10 @@ def replay_texts(world: Path, out: Path, device: str) -> Path:
         from evidence_data import read_world
         from transformers import AutoTokenizer
 
-        from blur_trainer.trainers.replay import replay
+        import blur_trainer as bt
 
         sets, tokenizer = read_world(world), AutoTokenizer.from_pretrained(world / "target")
-        found = replay(
+        found = bt.replay(
             loaded(world / "target", device, "eager"),  # the filter by loss needs forward-mode differentiation
             tokenizer,
             num=2048,
@@ -78,18 +78,17 @@ def replay_texts(world: Path, out: Path, device: str) -> Path:
 def one_run(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Trains a method with a strength and a seed and measures it. ULD: one row per strength, of one training."""
     quiet(1)
-    from datasets import Dataset
     from evidence_data import measured, read_world
     from transformers import AutoTokenizer
 
     import blur_trainer as bt
-    from blur_trainer.trainers.datasets import Mixture
 
     start, world = time.perf_counter(), Path(job["world"])
     sets, tokenizer = read_world(world), AutoTokenizer.from_pretrained(world / "target")
-    retain: Any = Dataset.from_list(sets["retain"])
+    retain: Any = sets["retain"]
     if job["replay"]:
-        retain = Mixture((retain, Dataset.from_json(job["replay"], cache_dir=tempfile.mkdtemp())))
+        texts = Path(job["replay"]).read_text(encoding="utf-8").splitlines()
+        retain = {"retain": retain, "replay": [json.loads(line) for line in texts]}
     said = {key: job[key] for key in ("method", "seed")} | {"replay": bool(job["replay"])}
     where = {"seed": job["seed"], "use_cpu": job["device"] == "cpu", **job["settings"]}
     candidate = ULD if job["method"] == "uld" else CANDIDATES[job["method"]]

@@ -1,6 +1,7 @@
-"""Unlearn a MUSE corpus with BLUR-NPO; measure what was forgotten, what was kept, and what else was damaged.
+"""Unlearn a MUSE corpus to the level of a model that never saw it; measure what was forgotten, what was kept, and what else was damaged.
 
 accelerate launch examples/run_muse.py                                    # embedded corpora, tiny Llama: minutes
+accelerate launch examples/run_muse.py --recipe paper                     # BLUR-NPO as published alone
 accelerate launch examples/run_muse.py --sequence                         # four forget sets, one after another
 accelerate launch examples/run_muse.py --data_dir DIR --max_documents 8   # local JSON/JSONL, tiny Llama
 accelerate launch examples/run_muse.py --corpus news --model_name_or_path muse-bench/MUSE-News_target \
@@ -18,14 +19,15 @@ import blur_trainer as bt
 from blur_trainer.data.formats import chunk_documents
 from blur_trainer.data.muse import AUC_RETRAIN, limit_documents, muse_stages
 from blur_trainer.scripts.attacks import PREFIX, relearning_sets
+from blur_trainer.scripts.levels import measured, needs_level, with_level
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.methods import changed
-from blur_trainer.scripts.muse import parse, tiny_models
+from blur_trainer.scripts.muse import PUBLISHED, label_of, parse, tiny_models
 from blur_trainer.scripts.output import settings_of, write_output
 from blur_trainer.scripts.running import begin, is_finished, run, train_and_save
 from blur_trainer.toy.muse import training_texts
 
-SAID = ("forget_objective", "retain_objective", "rule", "gamma", "learning_rate", "num_train_epochs", "seed")
+SAID = ("forget_objective", "retain_objective", "rule", "gamma", "replay", "learning_rate", "num_train_epochs", "seed")
 
 
 def main():
@@ -64,14 +66,19 @@ def main():
     PartialState().print("Evaluating the target")
     results.add("target", "target", load(target))
 
-    # 5. Unlearn, stage after stage: BLUR, and the weighted sum whose forget weight is BLUR's gamma
-    methods = {f"{args.rule}-{args.forget_objective}".upper(): (out, None)}
+    # 5. Unlearn, stage after stage: the method, and BLUR-NPO as published
+    methods = {label_of(args): (out, args)}
     if script.baseline:
-        methods["Sum-NPO"] = (out / "baseline", bt.Sum(forget_weight=args.gamma, retain_weight=args.alpha))
+        methods.setdefault("BLUR-NPO", (out / "baseline", changed(args, **PUBLISHED)))
     trainers = {}
-    for label, (folder, rule) in methods.items():
+    for label, (folder, config) in methods.items():
         first, start = target, time.time()
         for index, (stage, forget) in enumerate(stages):
+            given, sets = config, {"forget_dataset": forget, "retain_dataset": retain}
+            if needs_level(config) or (script.level and folder == out):
+                asked = script.level or ("retrained" if retrained else "unseen")
+                level = measured(asked, forget, data.get("privleak_holdout"), target, retrained, load, tokenizer)
+                given, sets = with_level(config, sets, level)
             stage_folder = folder if index == len(stages) - 1 else folder / stage.replace(" ", "_")
             if script.scale:
                 first = target  # each stage anew; `sust` begins where the last stage ended
@@ -83,21 +90,19 @@ def main():
                 by_name = isinstance(first, str)
                 trainer = bt.BLURTrainer(
                     first,
-                    changed(args, output_dir=str(stage_folder), model_init_kwargs=load.options if by_name else None),
-                    forget,
-                    retain,
+                    changed(given, output_dir=str(stage_folder), model_init_kwargs=load.options if by_name else None),
                     processing_class=tokenizer,
                     peft_config=get_peft_config(model_args) if by_name else None,
-                    rule=rule,
                     benchmarks={"muse": evaluation},
+                    **sets,
                 )
                 train_and_save(trainer, label if stage == "all" else f"{label}, {stage}")
                 trainers[label] = trainer
                 model = trainer.model
             first = model if model_args.use_peft else str(stage_folder)  # saved whole; the model may be in shards
-            if len(stages) > 1 and rule is None:
+            if len(stages) > 1 and folder == out:
                 results.add_stage(stage, evaluation(model))
-        results.add(label, "baseline" if rule else "unlearned", model, time.time() - start)
+        results.add(label, "unlearned" if folder == out else "baseline", model, time.time() - start)
     if retrained:
         results.add("retrain", "retrain", load(retrained))
 

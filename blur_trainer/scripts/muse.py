@@ -10,16 +10,26 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from blur_trainer.scripts import command_line
+from blur_trainer.scripts.levels import HELP, check_level
 from blur_trainer.scripts.tiny import memorized_models
 from blur_trainer.toy.model import train_tokenizer
 from blur_trainer.toy.muse import training_texts
 from blur_trainer.trainers.blur import BLURConfig
 
-TINY = {  # for a Llama of 1M parameters that knows its texts by heart; docs/quickstart.md has the settings of a 7B
-    "output_dir": "outputs/muse", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 10,
-    "per_device_train_batch_size": 8, "gamma": 0.1, "forget_objective_kwargs": '{"beta": 0.03}', "max_length": 2048,
-    "precompute_ref_logps": True, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 14,
-    "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False,
+_TINY = {  # for a Llama of 1M parameters that knows its texts by heart; docs/quickstart.md has the settings of a 7B
+    "output_dir": "outputs/muse", "per_device_train_batch_size": 8, "max_length": 2048, "logging_steps": 5,
+    "eval_strategy": "steps", "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False,
+}  # fmt: skip
+TINY = _TINY | {
+    "forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}, "gamma": 0.5,
+    "retain_objective": "kl", "replay": 2048, "learning_rate": 5e-4, "lr_scheduler_type": "linear",
+    "num_train_epochs": 30, "eval_steps": 42,
+}  # fmt: skip
+#: BLUR as published: NPO without an end
+PUBLISHED = {
+    "forget_objective": "npo", "forget_objective_kwargs": {"beta": 0.03}, "precompute_ref_logps": True, "gamma": 0.1,
+    "retain_objective": "nll", "replay": None, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+    "num_train_epochs": 10, "eval_steps": 14,
 }  # fmt: skip
 HUB = {"output_dir": "outputs/muse", "max_length": 2048, "baseline": False}
 
@@ -29,14 +39,20 @@ class MUSEArguments:
     """What to unlearn, and by which protocol."""
 
     corpus: str = field(default="embedded", metadata={"choices": ["embedded", "news", "books"], "help": "MUSE corpus."})
-    recipe: str | None = field(default=None, metadata={"help": "Published settings and their model, e.g. paper."})
+    recipe: str | None = field(
+        default=None, metadata={"help": "Published settings and their model, e.g. paper (embedded: BLUR-NPO)."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the corpus' splits as JSON or JSONL."})
     max_documents: int | None = field(default=None, metadata={"help": "Use that many documents of each group only."})
+    level: str | None = field(
+        default=None,
+        metadata={"help": f"{HELP} Default, for target_loss: retrained with tiny models, else unseen."},
+    )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model has none beside it."})
     sequence: bool = field(default=False, metadata={"help": "Protocol `sust`: the forget sets one after another."})
     scale: bool = field(default=False, metadata={"help": "Protocol `scal`: forget sets of growing size, each anew."})
     baseline: bool = field(
-        default=True, metadata={"help": "Also run the weighted sum of the same strength (default: with tiny models)."}
+        default=True, metadata={"help": "Also run BLUR-NPO as published (default: with tiny models)."}
     )
     robustness: bool = field(
         default=False, metadata={"help": "Also attack the unlearned model: relearning, 8 and 4 bit, another prompt."}
@@ -51,18 +67,27 @@ class MUSEArguments:
 def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
     """The script's, the trainer's and the model's arguments (of the command line); whether models are tiny."""
     script, args, model_args, tiny = command_line.parse(
-        MUSEArguments, lambda script: BLURConfig, lambda script, tiny: TINY if tiny else HUB, _recipe, arguments
+        MUSEArguments, lambda script: BLURConfig, _defaults, _recipe, arguments
     )
+    check_level(script.level)
     if script.sequence and script.scale:
         raise ValueError("--sequence and --scale are two protocols: pass one of them.")
     return script, args, model_args, tiny
+
+
+def _defaults(script: MUSEArguments, tiny: bool) -> dict[str, Any]:
+    if not tiny:
+        return HUB
+    return _TINY | PUBLISHED if script.recipe == "paper" else TINY
 
 
 def _recipe(script: MUSEArguments, model_args: ModelConfig) -> tuple[str, str] | None:
     if script.recipe is None:
         return None
     if script.corpus == "embedded":
-        raise ValueError("--recipe is for the published models: pass --corpus news or --corpus books.")
+        if script.recipe != "paper":
+            raise ValueError("--recipe is for the published models: pass --corpus news or --corpus books, or paper.")
+        return None  # the paper's method, with settings for tiny models
     return f"muse-{script.corpus}", script.recipe
 
 
@@ -73,3 +98,9 @@ def tiny_models(data: DatasetDict, folder: Path) -> tuple[PreTrainedTokenizerBas
     known: dict[Path, Any] = {folder / name: training_texts(data, group) for name, group in groups.items()}
     target, retrain = memorized_models(known, tokenizer, max_length=2048)
     return tokenizer, target, retrain
+
+
+def label_of(args: BLURConfig) -> str:
+    """The name of the method in tables: rule and forget objective."""
+    objective = {"target_loss": "TargetLoss"}.get(args.forget_objective, args.forget_objective.upper())
+    return f"{args.rule.upper()}-{objective}"
