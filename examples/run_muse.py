@@ -1,7 +1,7 @@
-"""Unlearn a MUSE corpus to the level of a model that never saw it; measure what was forgotten, what was kept, and what else was damaged.
+"""Unlearn a MUSE corpus to the level of a model that never saw it; measure what is forgotten, kept and damaged.
 
 accelerate launch examples/run_muse.py                                    # embedded corpora, tiny Llama: minutes
-accelerate launch examples/run_muse.py --recipe paper                     # BLUR-NPO as published alone
+accelerate launch examples/run_muse.py --recipe paper                     # BLUR-NPO as published, alone
 accelerate launch examples/run_muse.py --sequence                         # four forget sets, one after another
 accelerate launch examples/run_muse.py --data_dir DIR --max_documents 8   # local JSON/JSONL, tiny Llama
 accelerate launch examples/run_muse.py --corpus news --model_name_or_path muse-bench/MUSE-News_target \

@@ -22,7 +22,8 @@ class LevelConfig(_Base):
             each row has its own, in the forget set's column `forget_level`. `None`: no level, but `target_loss` reads
             the column.
         stop_at_level: end the training as soon as an evaluation finds the forget set at its level (the mean loss of a
-            sample of 128 rows). Needs `eval_strategy`.
+            sample of 128 rows) and the retain loss at most `retain_bound` above what it was (by default 0.1). Needs
+            `eval_strategy`.
         retain_bound: how far the retain loss may rise above what it was before training, in nats per token. Beyond it,
             each evaluation halves the strength of forgetting, three times at most; then training ends. With
             `load_best_model_at_end` the best checkpoint so far is restored (`metric_for_best_model="level"`). Needs

@@ -21,6 +21,8 @@ logger = get_logger(__name__)
 SAMPLE = 128
 #: how often the strength is halved before the training ends
 HALVINGS = 3
+#: nats by which the retain loss may be higher than before training where a training ends at its level
+SETTLED = 0.1
 #: the level counts as reached within this share of it
 NEAR = 0.05
 #: keys in `state.log_history`, from which a resumed training goes on
@@ -137,9 +139,20 @@ class LevelCallback(TrainerCallback):
         }
         if self.bound is not None and self.check.paid(found) > self.bound:
             self._weaken_or_stop(args, state, control, found)
-        elif self.stops and found["forget_loss"] >= self.check.level:
+        elif self.stops and found["forget_loss"] >= self.check.level and not self._recovers(state, found):
             control.should_training_stop = True
             logger.warning(f"Step {state.global_step}: the level is reached, training ends. {self._numbers(found)}")
+
+    def _recovers(self, state: TrainerState, found: Mapping[str, float]) -> bool:
+        """Whether retaining is still far from where it was: fast forgetting passes its level while the model is upset,
+        and the rest of the training brings the retain set back."""
+        if self.bound is not None or self.check.retain_before is None or self.check.paid(found) <= SETTLED:
+            return False
+        logger.warning(
+            f"Step {state.global_step}: the level is reached, but retaining pays more than {SETTLED} nats: training "
+            f"goes on. {self._numbers(found)}"
+        )
+        return True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -260,3 +260,11 @@ def test_what_is_refused_by_name(tmp_path):
     args = settings(tmp_path, forget_level=4.0)
     with pytest.raises(ValueError, match="name `level` in `benchmarks`"):
         BLURTrainer(tiny_llama(), args, FORGET, RETAIN, benchmarks={"level": lambda model: {"x": 1.0}})
+
+
+def test_training_goes_on_while_the_retain_loss_is_far_from_where_it_was(tmp_path, said):
+    upset = {"rule": ONLY_FORGET, "retain": FORGET[:4]}  # retaining pays whatever forgetting gains
+    trainer = make(tmp_path, **upset, forget_level=5.0, stop_at_level=True, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6 and history(trainer, "eval_level_forget_loss")[-1][1] > 5.0
+    assert "the level is reached, but retaining pays more than 0.1 nats" in said()
