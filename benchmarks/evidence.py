@@ -190,6 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes on the device, one core each")
     parser.add_argument("--cpu_jobs", type=int, default=0, help="with --device cuda: further processes on the CPU")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run after so many")
+    parser.add_argument("--chosen", type=json.loads, default={}, help="strengths by method, as JSON: nothing is tried")
     parser.add_argument("--settings", type=json.loads, default={}, help="of all trainings, as JSON")
     parser.add_argument("--no-replay", action="store_true", help="train on the retain set alone")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
@@ -212,12 +213,13 @@ def main() -> None:
             return {**common, "method": method, "seed": seed, "strengths": strengths, "strength": strengths[0]}
 
         first = []
-        for name in options.methods:
+        for name in [name for name in options.methods if name not in options.chosen]:
             tried = ULD.strengths if name == "uld" else CANDIDATES[name].strengths
             each = [tried] if name == "uld" else [(strength,) for strength in tried]
             first += [job(name, TUNING_SEED, strengths) for strengths in each]
         sweep.perform(first, devices)
         best = {name: chosen_strength(sweep.rows, name, base, TUNING_SEED, bool(replay)) for name in options.methods}
+        best |= options.chosen
         sweep.perform(
             [
                 job(name, seed, (best[name],))

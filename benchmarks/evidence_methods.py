@@ -58,6 +58,7 @@ _LAYER = {f"{name}_kwargs": {"layer": 3} for name in ("forget_objective", "retai
 _NGDIFF = {"forget_objective": "grad_ascent", "rule": "ngdiff"}
 _BLUR_NPO = {**_NPO, "rule": "blur", "gamma": 0.3}
 _ASSISTANT = {"num_assistant_layers": 3, "learning_rate": 5e-3, "num_train_epochs": 15, "retain_weight": 1.0}
+_MASKED = {**_TARGET, "rule": "blur", "mask_share": 0.1, "mask_score": "fisher", "learning_rate": 4e-3}
 _RATE, _GAMMA, _WEIGHT = (_setting(name) for name in ("learning_rate", "gamma", "forget_weight"))
 
 CANDIDATES = {
@@ -76,6 +77,7 @@ CANDIDATES = {
     "blur-npo": Candidate("BLUR-NPO", (0.1, 0.03, 0.01), _BETA, _BLUR_NPO),
     "blur-sam": Candidate("BLUR-SAM-NPO", (0.1, 0.03, 0.01), _BETA, {**_BLUR_NPO, "sam_rho": 0.01}),
     "blur-target": Candidate("BLUR-TargetLoss", (0.03, 0.1, 0.3), _GAMMA, {**_TARGET, "rule": "blur"}, level=True),
+    "blur-target-mask": Candidate("BLUR-TargetLoss, mask", (0.03, 0.1, 0.3), _GAMMA, _MASKED, level=True),
     "sum-target": Candidate("Sum-TargetLoss", (0.03, 0.1, 0.3), _WEIGHT, _TARGET, level=True),
 }  # fmt: skip
 #: ULD has an assistant instead: its strength needs no training
