@@ -33,7 +33,7 @@ def said_to_anything(
     """
     Questions of 3 to 9 random tokens of the vocabulary (those of letters alone), each with a sampled answer.
 
-    Add them to ULD's retain set: `[*retain, *said_to_anything(target, tokenizer, 8 * len(retain))]`.
+    Add them to ULD's retain set: `[*retain, *said_to_anything(target, tokenizer, 2 * len(retain))]`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the target, whole.
