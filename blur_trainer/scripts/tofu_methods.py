@@ -17,7 +17,7 @@ FORGET_ONLY = ("gradascent", "undial", "ce-u", "flat")
 
 _ALONE = {"retain_weight": 0.0}
 _KEPT = {"precompute_ref_logps": True}
-# weight and filter: what `tune_weight` chooses on the tuning's seed by the target's loss on authors that nobody saw
+# weight and filter: by the rule of `tune_weight`, the level being the target's loss on authors that nobody saw
 _ULD = {
     "num_assistant_layers": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "num_train_epochs": 30,
     "retain_weight": 5.0, "weight": -1.2, "top_logit_filter": 0.0,

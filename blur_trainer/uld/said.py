@@ -33,7 +33,7 @@ def said_to_anything(
     """
     Questions of 3 to 9 random tokens of the vocabulary (those of letters alone), each with a sampled answer.
 
-    Add them to ULD's retain set: `[*retain, *said_to_anything(target, tokenizer, 8 * len(retain))]`.
+    Add them to ULD's retain set: `[*retain, *said_to_anything(target, tokenizer, 2 * len(retain))]`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the target, whole.
@@ -66,8 +66,17 @@ def said_to_anything(
         row["input_ids"][: next(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)]
         for row in asked
     ]
-    how = {"num": 1, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-    answers = [said.strip() for (said,) in sample(model, tokenizer, prompts, seed=seed, **how)]
+    sampled = sample(
+        model,
+        tokenizer,
+        prompts,
+        num=1,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    answers = [said.strip() for (said,) in sampled]
     rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True) if a]
     if not rows:
         raise ValueError(f"All of the {num} sampled answers are empty: the model says nothing to such questions.")
