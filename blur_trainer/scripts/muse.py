@@ -21,7 +21,7 @@ _TINY = {  # for a Llama of 1M parameters that knows its texts by heart; docs/qu
     "eval_strategy": "steps", "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False,
 }  # fmt: skip
 TINY = _TINY | {
-    "forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}, "gamma": 0.5,
+    "forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}, "gamma": 0.15,
     "retain_objective": "kl", "replay": 2048, "learning_rate": 5e-4, "lr_scheduler_type": "linear",
     "num_train_epochs": 30, "eval_steps": 42,
 }  # fmt: skip

@@ -47,8 +47,7 @@ def tokenize_all(
     Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning.
     """
     topics = topic_names(forget)
-    _check_streams(args, forget, retain)
-    settle_day(args, tokenizer)
+    _check_streams(args, forget, retain), settle_day(args, tokenizer)
     _say_what_is_not_read(forget, topics, forget_objective)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
     retain = _settle_retain(forget, retain, lambda: speaker(model), tokenizer, args, topics)
