@@ -50,11 +50,13 @@ def said_to_anything(
         `ValueError`: no number of at least 1, a vocabulary without letters, or no answer that is not empty.
     """
     check_positive(num=num)
-    letters = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).strip().isalpha()]
+    vocabulary = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    letters = [token for token, text in enumerate(vocabulary) if text.strip().isalpha()]
     if not letters:
         raise ValueError("The tokenizer has no token that is letters alone: give questions of your own instead.")
     draw = random.Random(seed)
-    questions = [f"{tokenizer.decode(draw.choices(letters, k=draw.choice(_LENGTHS))).strip()}?" for _ in range(num)]
+    drawn = [draw.choices(letters, k=draw.choice(_LENGTHS)) for _ in range(num)]
+    questions = [f"{text.strip()}?" for text in tokenizer.batch_decode(drawn)]
     asked = tokenize_dataset(
         [{"question": question, "answer": "."} for question in questions],
         tokenizer,

@@ -138,7 +138,7 @@ def tune_weight(
 
 
 def _nats(level: float | HasNats) -> float:
-    nats = getattr(level, "nats", level)
+    nats: Any = getattr(level, "nats", level)
     check_value("level", nats, (float,), "(0, inf)", owner="tune_weight")
     return float(nats)
 
