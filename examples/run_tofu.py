@@ -24,7 +24,7 @@ from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.output import settings_of, write_output
 from blur_trainer.scripts.running import begin, is_finished, run, train_and_save
-from blur_trainer.scripts.tofu import METHODS, configurations, parse, tiny_models, training_sets
+from blur_trainer.scripts.tofu import METHODS, configurations, parse, tiny_models, training_sets, with_said
 
 SAID = ("forget_objective", "retain_objective", "rule", "learning_rate", "num_train_epochs", "seed")
 
@@ -53,6 +53,9 @@ def main():
         tokenizer = load.tokenizer(target)
         published = {models.full: models for models in TOFU_MODELS.values()}.get(target)
         retrained = script.retain_model or (published and getattr(published, TOFU_SPLITS[script.split]))
+
+    if "uld" in configs and script.said:
+        training["uld"] = with_said(training["uld"], script, load(target), tokenizer, args.seed)
 
     # 4. Where forgetting ends: at what a model loses that never saw the authors
     leveled = [

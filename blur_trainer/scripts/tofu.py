@@ -17,6 +17,7 @@ from blur_trainer.scripts.tiny import memorized_models
 from blur_trainer.scripts.tofu_methods import FORGET_ONLY, METHODS
 from blur_trainer.toy.model import train_tokenizer
 from blur_trainer.uld.augment import paraphrases, perturbed_answers
+from blur_trainer.uld.said import said_to_anything
 
 TINY = {
     "output_dir": "outputs/tofu", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 5,
@@ -48,6 +49,10 @@ class TOFUArguments:
     protocol: str = field(
         default="tofu", metadata={"choices": ["tofu", "open-unlearning"], "help": "Whose conventions of measuring."}
     )
+    said: int = field(
+        default=0,
+        metadata={"help": "uld: retain so many answers of the target to random questions (default: 576, if tiny)."},
+    )
     level: str | None = field(
         default=None, metadata={"help": f"{HELP} Default: unseen, for methods without an end of their own."}
     )
@@ -73,7 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
         TOFUArguments,
         lambda script: METHODS[script.method].trainer.config_class,
         # what is asked with a wrong answer and with the right one begins alike: a tiny assistant cannot learn both
-        lambda script, tiny: defaults(script.method, tiny) | ({"augment_retain": "none"} if tiny else {}),
+        lambda script, tiny: defaults(script.method, tiny) | ({"augment_retain": "none", "said": 576} if tiny else {}),
         lambda script, model_args: None if script.recipe is None else ("tofu", script.recipe),
         arguments,
     )
@@ -103,6 +108,13 @@ def training_sets(method: str, data: Mapping[str, Any], script: TOFUArguments) -
             rows = data["forget_perturbed" if by == "columns" else "forget"]
             given[f"augment_{role}"] = "none" if by == "none" else apply_template(make(rows, by=by), script.template)
     return given
+
+
+def with_said(sets: Mapping[str, Any], script: TOFUArguments, model: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
+    """ULD's training sets, with what the target says to random questions in the retain set."""
+    rows = said_to_anything(model, tokenizer, script.said, seed=seed, batch_size=64)
+    said = apply_template(rows, script.template)
+    return {**sets, "retain_dataset": [*sets["retain_dataset"], *said]}
 
 
 def tiny_models(data: Any, script: TOFUArguments) -> tuple[PreTrainedTokenizerBase, str, str]:
