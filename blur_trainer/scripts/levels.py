@@ -15,9 +15,13 @@ HELP = (
 )
 
 
-def check_level(asked: str | None) -> None:
-    """Raises `ValueError` for what is neither a way nor a number."""
-    if asked is None or asked in WAYS:
+def check_level(asked: str | None, args: Any) -> None:
+    """Raises `ValueError` for what is neither a way nor a number, or if the trainer's arguments have a level too."""
+    if asked is None:
+        return
+    if args.forget_level is not None:
+        raise ValueError(f"--level {asked} and --forget_level {args.forget_level} both give a level: pass one of them.")
+    if asked in WAYS:
         return
     try:
         Level(float(asked))

@@ -25,8 +25,11 @@ TINY = _TINY | {
     "retain_objective": "kl", "replay": 2048, "learning_rate": 5e-4, "lr_scheduler_type": "linear",
     "num_train_epochs": 30, "eval_steps": 42,
 }  # fmt: skip
-#: BLUR as published: NPO without an end
+#: BLUR as published: NPO without an end. All that makes it the method, whatever the command line says of another
 PUBLISHED = {
+    "rule": "blur", "rule_kwargs": None, "alpha": 1.0, "lower_level": "forget", "clamp": False,
+    "forget_level": None, "stop_at_level": False, "retain_bound": None,
+    "replay_kwargs": None, "retain_set_weights": None, "retain_objective_kwargs": None,
     "forget_objective": "npo", "forget_objective_kwargs": {"beta": 0.03}, "precompute_ref_logps": True, "gamma": 0.1,
     "retain_objective": "nll", "replay": None, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
     "num_train_epochs": 10, "eval_steps": 14,
@@ -69,7 +72,9 @@ def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
     script, args, model_args, tiny = command_line.parse(
         MUSEArguments, lambda script: BLURConfig, _defaults, _recipe, arguments
     )
-    check_level(script.level)
+    check_level(script.level, args)
+    if script.level == "retrained" and not tiny:
+        raise ValueError("--level retrained is for the tiny models: pass --level unseen, or nats per token.")
     if script.sequence and script.scale:
         raise ValueError("--sequence and --scale are two protocols: pass one of them.")
     return script, args, model_args, tiny

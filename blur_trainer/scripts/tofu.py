@@ -82,7 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
         lambda script, model_args: None if script.recipe is None else ("tofu", script.recipe),
         arguments,
     )
-    check_level(script.level)
+    check_level(script.level, args)
+    if script.level and script.method == "uld":
+        raise ValueError("--level is of what the model itself forgets, and ULD's model stays as it is: leave it out.")
     script.compare = compared(script, METHODS, ["blur-npo", "uld"] * tiny)
     return script, args, model_args, tiny
 

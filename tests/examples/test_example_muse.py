@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.example_runs import FILES, as_the_hub, launch, load, with_ignorant_models
+from support.example_runs import FILES, PRECOMPUTED, as_the_hub, launch, load, with_ignorant_models
 from support.runs import distance, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +23,9 @@ from blur_trainer.data.muse import limit_documents
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_muse.py"
 QUICK = ["--num_train_epochs", "1", "--eval_strategy", "no", "--no_baseline", "--disable_tqdm", "True"]
+PAPER = ["--recipe", "paper"]  # where the method does not matter: without replay, which is sampled first
+BRIEFLY = ["--replay", 8, "--replay_kwargs", '{"max_new_tokens":8,"loss_quantile":null}']
+LEVEL = "Forgetting ends at "
 LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", 2]
 
 
@@ -68,38 +71,48 @@ def out(tmp_path, local):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    done = launch(EXAMPLE, "--max_documents", 3, "--output_dir", "run", "--eval_steps", 5, folder=folder)
+    short = ["--max_documents", 3, "--replay", 64, "--num_train_epochs", 15, "--eval_steps", 5]
+    done = launch(EXAMPLE, *short, "--output_dir", "run", folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run", done
 
 
 def test_the_table_is_printed(first):
     lines = first[1].stdout.splitlines()
-    names = [line.split()[0] for line in lines if line.startswith(("target", "BLUR-NPO", "Sum-NPO", "retrain"))]
-    assert names == ["target", "BLUR-NPO", "Sum-NPO", "retrain"]
+    names = [line.split()[0] for line in lines if line.startswith(("target", "BLUR-", "retrain"))]
+    assert names == ["target", "BLUR-TargetLoss", "BLUR-NPO", "retrain"]
     assert sum("PrivLeak →0" in line for line in lines) == 1
     assert lines[-1] == f"Report: {Path('run') / 'report.html'}"
+    (level,) = [line for line in lines if line.startswith(LEVEL)]
+    assert level.endswith("what the retrained model loses on each row to forget.")
 
 
 def test_it_unlearns(first):
-    """What a smoke test would miss: the target knows everything, BLUR forgets the forget set, keeps the retain set."""
+    """What a smoke test would miss: the target knows all, BLUR forgets the forget set and keeps the retain set.
+
+    To the level: as the retrained model, which still says some of it. As published: nothing is left, and hold suffers.
+    """
     metrics = load(first[0])
     target, blur, baseline, retrain = (row["metrics"] for row in metrics["rows"])
     for key in ("forget_verbmem", "forget_knowmem", "retain_verbmem", "retain_knowmem", "hold_verbmem"):
         assert target[key] > 90, key
-    assert blur["forget_verbmem"] < 50 and blur["forget_knowmem"] < 50
-    assert blur["retain_verbmem"] > 70 and blur["retain_knowmem"] > 70
+    for key in ("forget_verbmem", "forget_knowmem"):
+        assert blur[key] == pytest.approx(retrain[key], abs=25) and blur[key] < 50, key
+    for kept in (blur, baseline):
+        assert kept["retain_verbmem"] > 70 and kept["retain_knowmem"] > 70
+    assert blur["hold_verbmem"] > baseline["hold_verbmem"] and baseline["forget_verbmem"] < blur["forget_verbmem"]
     assert retrain["forget_knowmem"] < 50 and retrain["privleak"] == pytest.approx(0.0)
-    assert target["privleak"] < -50 and baseline != blur
+    assert target["privleak"] < -50
 
 
 def test_files(first):
     folder, _ = first
-    assert {path.name for path in folder.iterdir() if path.is_file()} == FILES
+    assert {path.name for path in folder.iterdir() if path.is_file()} == (FILES - PRECOMPUTED) | {"replay.json"}
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"baseline", "figures", "retrain", "target"}
     assert {path.stem for path in (folder / "figures").iterdir()} == {"before_after", "plane", "losses", "gradients"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
-    assert (folder / "baseline" / "model.safetensors").is_file()
+    assert {"model.safetensors", *PRECOMPUTED} <= {path.name for path in (folder / "baseline").iterdir()}
+    assert not (folder / "baseline" / "replay.json").exists()
     assert not [name for name in contents(folder) if ".part" in name or ".saving" in name]
 
 
@@ -111,11 +124,11 @@ def test_metrics_file(first):
     assert {"forget_verbmem", "retain_knowmem", "hold_knowmem", "privleak"} <= names
     assert all(names <= set(row["metrics"]) for row in metrics["rows"])
     assert [row["seconds"] is not None for row in metrics["rows"]] == [False, True, True, False]
-    assert metrics["settings"]["gamma"] == 0.1 and metrics["settings"]["max_documents"] == 3
+    assert metrics["settings"]["gamma"] == 0.15 and metrics["settings"]["max_documents"] == 3
     assert metrics["settings"]["environment"]["blur_trainer"] == bt.__version__
     assert "stages" not in metrics
     for sample in metrics["samples"]:
-        assert set(sample["responses"]) == {"target", "BLUR-NPO", "Sum-NPO", "retrain"}
+        assert set(sample["responses"]) == {"target", "BLUR-TargetLoss", "BLUR-NPO", "retrain"}
 
 
 def test_curves_of_the_benchmark_are_in_the_log(first):
@@ -136,7 +149,7 @@ def test_the_models_load_and_are_those_of_the_table(first):
         {key: data[key] for key in ("knowmem_forget_qa", "knowmem_retain_qa")}, tokenizer, icl=False, progress=False
     )
     rows = {row["name"]: row["metrics"] for row in load(folder)["rows"]}
-    for path, name in ((".", "BLUR-NPO"), ("target", "target")):
+    for path, name in ((".", "BLUR-TargetLoss"), ("baseline", "BLUR-NPO")):
         for key, value in evaluation(models[path]).items():
             assert value == pytest.approx(rows[name][key], abs=0.01), (name, key)
 
@@ -144,7 +157,7 @@ def test_the_models_load_and_are_those_of_the_table(first):
 def test_the_card_and_the_report_show_the_numbers(first):
     folder, _ = first
     card, html = (folder / "README.md").read_text(), (folder / "report.html").read_text()
-    for word in ("BLUR-NPO", "Sum-NPO", "retrain", "VerbMem forget", "KnowMem retain", "NPO(beta=0.03)"):
+    for word in ("BLUR-TargetLoss", "BLUR-NPO", "retrain", "VerbMem forget", "KnowMem retain", "TargetLoss(", "64"):
         assert word in card, word
     assert "MUSE (embedded)" in html and "data:image/png;base64" in html
     assert str(folder.parent) not in card + html
@@ -167,6 +180,7 @@ class Training(NamedTuple):
     given: Any  # the model, and its weights when it was given
     weights: dict
     texts: list[str]
+    levels: list[float] | None  # row by row
     folder: Path
     trainer: Any
 
@@ -177,10 +191,14 @@ def trainings(monkeypatch):
     seen = []
 
     class Spy(bt.BLURTrainer):
-        def __init__(self, model, args, forget, retain, **kwargs):
+        def __init__(self, model, args, *, forget_dataset, **kwargs):
             given = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-            seen.append(Training(model, weights(given), list(forget["text"]), Path(args.output_dir), self))
-            super().__init__(model, args, forget, retain, **kwargs)
+            texts, levels = (
+                list(forget_dataset[key]) if key in forget_dataset.column_names else None
+                for key in ("text", "forget_level")
+            )
+            seen.append(Training(model, weights(given), texts, levels, Path(args.output_dir), self))
+            super().__init__(model, args, forget_dataset=forget_dataset, **kwargs)
 
     monkeypatch.setattr(bt, "BLURTrainer", Spy)
     return seen
@@ -194,7 +212,7 @@ def of_target(out):
 def test_sequence_goes_on_with_what_the_last_stage_left(main, tmp_path, trainings):
     data = bt.load_muse("embedded")
     out = with_ignorant_models(tmp_path / "run", data)
-    main("--sequence", *QUICK, "--output_dir", out)
+    main("--sequence", *QUICK, *PAPER, "--output_dir", out)
     assert [stage.texts for stage in trainings] == [list(data[f"sust_forget_{k}"]["text"]) for k in range(1, 5)]
     assert distance(trainings[0].weights, of_target(out)) == 0
     for earlier, later in pairwise(trainings):
@@ -213,27 +231,43 @@ def test_sequence_goes_on_with_what_the_last_stage_left(main, tmp_path, training
 
 def test_scale_begins_with_the_target_each_time(main, out, local, trainings, capfd):
     before = {name: contents(out / name) for name in ("target", "retrain")}
-    main("--data_dir", local, "--scale", *QUICK, "--output_dir", out)
+    main("--data_dir", local, "--scale", *QUICK, *BRIEFLY, "--output_dir", out)
     assert [distance(stage.weights, of_target(out)) for stage in trainings] == [0.0] * 4
     assert all(distance(stage.weights, weights(stage.trainer.model)) > 1e-4 for stage in trainings)
     assert [len(stage.texts) for stage in trainings] == [1, 2, 3, 4]
+    check_levels(out, trainings)
     assert [stage.folder for stage in trainings] == [out / "scal_1", out / "scal_2", out / "scal_3", out]
     assert [stage["name"] for stage in load(out)["stages"]] == ["scal 1", "scal 2", "scal 3", "scal 4"]
     printed = capfd.readouterr()
     assert "Making the" not in printed.err, "made models although there were some"
     assert {name: contents(out / name) for name in ("target", "retrain")} == before
-    assert "BLUR-NPO" in printed.out and "Sum-NPO" not in printed.out
+    assert "BLUR-TargetLoss" in printed.out and "BLUR-NPO" not in printed.out
+    assert printed.out.count(LEVEL) == 4
+
+
+def check_levels(out, trainings):
+    """Row by row what the retrained model loses on the text; each training has its own texts, and its own levels."""
+    tokenizer, retrained = (cls.from_pretrained(out / "retrain") for cls in (AutoTokenizer, AutoModelForCausalLM))
+    losses = {}
+    for text in {text for training in trainings for text in training.texts}:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        losses[text] = float(retrained(input_ids=ids, labels=ids).loss)
+    assert len({round(loss, 4) for loss in losses.values()}) == len(losses) > 1
+    for training in trainings:
+        assert training.levels == pytest.approx([losses[text] for text in training.texts], rel=1e-4)
+        assert training.trainer.args.forget_level == "column"
 
 
 @pytest.mark.full
 def test_the_baseline_begins_with_the_target_too(main, out, local, trainings, attacked_briefly, capfd):
     quick = [word for word in QUICK if word != "--no_baseline"]
-    main("--data_dir", local, *quick, "--robustness", "--output_dir", out)
+    main("--data_dir", local, *quick, *BRIEFLY, "--robustness", "--output_dir", out)
     assert [run.folder for run in trainings] == [out, out / "baseline"]
-    assert [run.trainer.rule for run in trainings] == [bt.BLUR(gamma=0.1), bt.Sum(0.1, 1.0)]  # of the same strength
+    assert [run.trainer.rule for run in trainings] == [bt.BLUR(gamma=0.15), bt.BLUR(gamma=0.1)]
+    assert [run.levels is None for run in trainings] == [False, True]  # as published: without an end
     assert [distance(run.weights, of_target(out)) for run in trainings] == [0.0, 0.0]
     metrics = load(out)
-    assert metrics["benchmark"] == "MUSE (news)" and [row["name"] for row in metrics["rows"]][2] == "Sum-NPO"
+    assert metrics["benchmark"] == "MUSE (news)" and [row["name"] for row in metrics["rows"]][2] == "BLUR-NPO"
     assert not any(column["name"].startswith("hold") for column in metrics["columns"])
     check_attacks(out, ["forget set", "retain set", "forget set (retrain)"])
     printed = capfd.readouterr()
@@ -271,23 +305,27 @@ def test_a_model_by_name_with_lora(main, out, local, tmp_path, capfd, attacked_b
     check_attacks(tmp_path / "lora", ["forget set", "retain set"])
 
 
-def test_a_model_by_name_on_the_embedded_corpora_has_no_known_zero(main, tmp_path):
-    """No AUC of a retrained model is published for them: PrivLeak is left out, its AUC is there."""
+def test_a_model_by_name_on_the_embedded_corpora_has_no_known_zero(main, tmp_path, trainings, capfd):
+    """No AUC of a retrained model is published for them: PrivLeak is left out, its AUC is there. A level, if asked."""
     data = limit_documents(bt.load_muse("embedded"), 2, seed=42)
     with_ignorant_models(tmp_path, data)
     other = ["--max_steps", 1, "--report_to", "none", "--use_cpu", "True", "--max_documents", 2]
+    other += ["--level", "unseen"]
     main("--model_name_or_path", tmp_path / "target", *other, *QUICK, "--output_dir", tmp_path / "run")
     for row in load(tmp_path / "run")["rows"]:
         assert "privleak" not in row["metrics"] and 0 <= row["metrics"]["privleak_auc"] <= 1
+    (level,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith(LEVEL)]
+    assert level.endswith("what the target loses on rows that nobody saw.")
+    assert trainings[0].trainer.args.forget_level == pytest.approx(float(level.split()[3]), abs=0.01)
 
 
 # ---- interrupted ----
 
 
 INTERRUPTED = {
-    "in BLUR, before the baseline began": ([], "."),
-    "in the baseline, after BLUR had finished": ([], "baseline"),
-    "in the third stage of four, LoRA": (["--sequence", "--no_baseline", *LORA], "sust_3"),
+    "in BLUR, before the baseline began": (BRIEFLY, "."),
+    "in the baseline, after BLUR had finished": (BRIEFLY, "baseline"),
+    "in the third stage of four, LoRA": (["--sequence", "--no_baseline", *BRIEFLY, *LORA], "sust_3"),
 }
 
 
@@ -309,7 +347,7 @@ def wholes(tmp_path_factory, local):
 @pytest.mark.parametrize(
     "case", [case if "LoRA" in case else pytest.param(case, marks=pytest.mark.full) for case in INTERRUPTED]
 )
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch):
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch, capfd):
     """SIGTERM in the second step of one of several trainings: those before it are not repeated, those after it run."""
     more, where = INTERRUPTED[case]
     arguments = ["--data_dir", local, "--num_train_epochs", 3, "--eval_strategy", "no", "--disable_tqdm", "True", *more]
@@ -334,14 +372,17 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
     with monkeypatch.context() as patch:
         patch.setattr(bt.BLURTrainer, "training_step", watched)
         main(*arguments, "--output_dir", out, "--resume_from_checkpoint", "True")
+    levels = [line for line in capfd.readouterr().out.splitlines() if line.startswith(LEVEL)]
     assert begun[0] == (out / where, 2), "not where it was interrupted"
     name = "adapter_model.safetensors" if LORA[0] in more else "model.safetensors"
     saved = sorted(
         path.relative_to(whole) for path in whole.rglob(name) if path.parent.name not in ("target", "retrain")
     )
-    assert len(saved) == (4 if more else 2)
+    assert len(saved) == (4 if LORA[0] in more else 2)
     for path in saved:
         assert distance(load_file(whole / path), load_file(out / path)) <= 1e-7, path
+    for path in (path.relative_to(whole) for path in whole.rglob("replay.json")):
+        assert (whole / path).read_bytes() == (out / path).read_bytes(), path
     expected, found = load(whole), load(out)
     assert [row["metrics"] for row in found["rows"]] == [row["metrics"] for row in expected["rows"]]
     assert found.get("stages") == expected.get("stages")
@@ -361,6 +402,10 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
         (["--forget_objective_kwargs", '{"betta": 1}'], ["'betta'", "'beta'"]),
         (["--gamma", "-1"], ["`gamma`", "-1"]),
         (["--robustness", "--dtype", "float16"], ["--robustness", "--dtype bfloat16"]),
+        (["--level", "retraind"], ["--level", "'retraind'", "retrained, unseen, exchanged", "nats"]),
+        (["--level", "-1"], ["--level", "'-1'", "nats"]),
+        (["--level", "retrained", "--model_name_or_path", "x"], ["--level retrained", "--level unseen"]),
+        (["--level", "3", "--forget_level", "4"], ["--level", "--forget_level", "one of them"]),
     ],
     ids=lambda value: " ".join(value) if "--" in value[0] else "",
 )

@@ -309,16 +309,19 @@ def test_a_config_file_overrides_a_recipe(examples, tmp_path):
 def test_without_a_recipe_nothing_changes(examples, tmp_path):
     """The tiny defaults, and the hub's."""
     script, args, _, tiny = examples["run_muse"].parse(["--output_dir", str(tmp_path)])
-    assert tiny and script.recipe is None and (args.gamma, args.forget_objective_kwargs) == (0.1, {"beta": 0.03})
+    assert tiny and script.recipe is None
+    assert (args.forget_objective, args.gamma, args.replay) == ("target_loss", 0.15, 2048)
     _, args, _, tiny = parse(examples, "muse-news", "--model_name_or_path", "own/model", "--output_dir", tmp_path)
     assert not tiny and (args.gamma, args.forget_objective_kwargs, args.max_length) == (1.0, None, 2048)
     script, args, _, tiny = examples["run_tofu"].parse(["--output_dir", str(tmp_path)])
-    assert tiny and (script.method, script.augment_retain, args.gamma) == ("blur-npo", "none", 1.0)
+    assert tiny and (script.method, script.augment_retain, args.gamma) == ("blur-target", "none", 0.3)
 
 
 def test_a_recipe_is_not_for_the_embedded_corpora(examples):
     with pytest.raises(ValueError, match="--recipe is for the published models: pass --corpus news or --corpus books"):
-        examples["run_muse"].parse(["--recipe", "paper"])
+        examples["run_muse"].parse(["--recipe", "rerun"])
+    _, args, _, tiny = examples["run_muse"].parse(["--recipe", "paper"])  # the method, not the settings of a 7B
+    assert tiny and (args.forget_objective, args.gamma, args.learning_rate, args.replay) == ("npo", 0.1, 1e-3, None)
 
 
 def test_a_recipe_brings_its_method(examples):

@@ -24,6 +24,7 @@ FILES = {
     "trainer_state.json",
     "training_args.bin",
 }
+PRECOMPUTED = {"reference_logps.safetensors"}  # of NPO
 
 
 def load(folder, name="metrics.json"):

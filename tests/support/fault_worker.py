@@ -6,7 +6,7 @@ python tests/support/fault_worker.py /tmp/faults kills:100:0 kills:30:1:2 every
 kills:COUNT:SEED[:PROCESSES[:ENGINE]]
                                SIGKILL at random moments, most of them while a checkpoint is being written, to one of
                                the processes, until COUNT have died; ENGINE is one of tests/support/parity.py
-every[:STEPS]                  SIGKILL before every single change that a training makes in its folder
+every[:STEPS[:STRIDE]]         SIGKILL before every single change that a training makes in its folder, or each STRIDE-th
 late                           SIGKILL to a process that saves later than the first
 replace:"OLD by NEW"           SIGKILL before every single change of a save over an older model, both `whole`,
                                `sharded` or `adapter`
@@ -273,14 +273,14 @@ def changes(folder: Path, kill_at: int | None) -> list[str]:
     return seen
 
 
-def every(folder: Path, steps: int = 2) -> dict[str, Any]:
-    """One training per change that it makes to the folder, killed right before it, then continued to the end."""
+def every(folder: Path, steps: int = 2, stride: int = 1) -> dict[str, Any]:
+    """One training per change (or each `stride`-th) to the folder, killed right before it, then continued to the end."""
     config = {"max_steps": steps}
     expected, _ = uninterrupted(folder / "whole", **config)
     told, step = {"kills": 0, "lost": 0}, 0
     while True:
         current = folder / f"run-{told['kills']}"
-        launch = Launch(current, before=lambda rank: changes(current, told["kills"]), **config)  # noqa: B023
+        launch = Launch(current, before=lambda rank: changes(current, stride * told["kills"]), **config)  # noqa: B023
         codes = launch.finished()
         if codes == [0]:
             return told
