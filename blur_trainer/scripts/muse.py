@@ -107,5 +107,5 @@ def tiny_models(data: DatasetDict, folder: Path) -> tuple[PreTrainedTokenizerBas
 
 def label_of(args: BLURConfig) -> str:
     """The name of the method in tables: rule and forget objective."""
-    objective = {"target_loss": "TargetLoss"}.get(args.forget_objective, args.forget_objective.upper())
+    objective = {"target_loss": "Target"}.get(args.forget_objective, args.forget_objective.upper())
     return f"{args.rule.upper()}-{objective}"

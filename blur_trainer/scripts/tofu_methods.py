@@ -38,7 +38,7 @@ def _plain(label: str, objective: str, tiny: dict[str, Any], **settings: Any) ->
 
 
 METHODS = {
-    "blur-target": Method("BLUR-TargetLoss", BLURTrainer, _TARGET, _GENTLE | {"gamma": 0.3}),
+    "blur-target": Method("BLUR-Target", BLURTrainer, _TARGET, _GENTLE | {"gamma": 0.3}),
     "blur-npo": Method("BLUR-NPO", BLURTrainer, {"forget_objective": "npo"}, _KEPT | {"gamma": 1.0}),
     "npo": _plain("NPO", "npo", _KEPT | {"forget_weight": 1.0}),
     "graddiff": Method("GradDiff", GradDiffTrainer, {}, {"forget_weight": 0.3}),

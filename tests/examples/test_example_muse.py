@@ -80,7 +80,7 @@ def first(tmp_path_factory):
 def test_the_table_is_printed(first):
     lines = first[1].stdout.splitlines()
     names = [line.split()[0] for line in lines if line.startswith(("target", "BLUR-", "retrain"))]
-    assert names == ["target", "BLUR-TargetLoss", "BLUR-NPO", "retrain"]
+    assert names == ["target", "BLUR-Target", "BLUR-NPO", "retrain"]
     assert sum("PrivLeak →0" in line for line in lines) == 1
     assert lines[-1] == f"Report: {Path('run') / 'report.html'}"
     (level,) = [line for line in lines if line.startswith(LEVEL)]
@@ -128,7 +128,7 @@ def test_metrics_file(first):
     assert metrics["settings"]["environment"]["blur_trainer"] == bt.__version__
     assert "stages" not in metrics
     for sample in metrics["samples"]:
-        assert set(sample["responses"]) == {"target", "BLUR-TargetLoss", "BLUR-NPO", "retrain"}
+        assert set(sample["responses"]) == {"target", "BLUR-Target", "BLUR-NPO", "retrain"}
 
 
 def test_curves_of_the_benchmark_are_in_the_log(first):
@@ -149,7 +149,7 @@ def test_the_models_load_and_are_those_of_the_table(first):
         {key: data[key] for key in ("knowmem_forget_qa", "knowmem_retain_qa")}, tokenizer, icl=False, progress=False
     )
     rows = {row["name"]: row["metrics"] for row in load(folder)["rows"]}
-    for path, name in ((".", "BLUR-TargetLoss"), ("baseline", "BLUR-NPO")):
+    for path, name in ((".", "BLUR-Target"), ("baseline", "BLUR-NPO")):
         for key, value in evaluation(models[path]).items():
             assert value == pytest.approx(rows[name][key], abs=0.01), (name, key)
 
@@ -157,7 +157,7 @@ def test_the_models_load_and_are_those_of_the_table(first):
 def test_the_card_and_the_report_show_the_numbers(first):
     folder, _ = first
     card, html = (folder / "README.md").read_text(), (folder / "report.html").read_text()
-    for word in ("BLUR-TargetLoss", "BLUR-NPO", "retrain", "VerbMem forget", "KnowMem retain", "TargetLoss(", "64"):
+    for word in ("BLUR-Target", "BLUR-NPO", "retrain", "VerbMem forget", "KnowMem retain", "TargetLoss(", "64"):
         assert word in card, word
     assert "MUSE (embedded)" in html and "data:image/png;base64" in html
     assert str(folder.parent) not in card + html
@@ -241,7 +241,7 @@ def test_scale_begins_with_the_target_each_time(main, out, local, trainings, cap
     printed = capfd.readouterr()
     assert "Making the" not in printed.err, "made models although there were some"
     assert {name: contents(out / name) for name in ("target", "retrain")} == before
-    assert "BLUR-TargetLoss" in printed.out and "BLUR-NPO" not in printed.out
+    assert "BLUR-Target" in printed.out and "BLUR-NPO" not in printed.out
     assert printed.out.count(LEVEL) == 4
 
 

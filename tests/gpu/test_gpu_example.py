@@ -44,5 +44,5 @@ def test_muse_runs_with_its_defaults(module, tmp_path, monkeypatch):
     module.main()
     assert seen == [(DEVICE.type, DEVICE.type, True)]
     metrics = load(out)
-    assert [row["name"] for row in metrics["rows"]] == ["target", "BLUR-TargetLoss", "retrain"]
+    assert [row["name"] for row in metrics["rows"]] == ["target", "BLUR-Target", "retrain"]
     assert {path.name for path in out.iterdir() if path.is_file()} == (FILES - PRECOMPUTED) | {"replay.json"}
