@@ -347,7 +347,7 @@ def wholes(tmp_path_factory, local):
 @pytest.mark.parametrize(
     "case", [case if "LoRA" in case else pytest.param(case, marks=pytest.mark.full) for case in INTERRUPTED]
 )
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch, capfd):
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch):
     """SIGTERM in the second step of one of several trainings: those before it are not repeated, those after it run."""
     more, where = INTERRUPTED[case]
     arguments = ["--data_dir", local, "--num_train_epochs", 3, "--eval_strategy", "no", "--disable_tqdm", "True", *more]
@@ -372,7 +372,6 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
     with monkeypatch.context() as patch:
         patch.setattr(bt.BLURTrainer, "training_step", watched)
         main(*arguments, "--output_dir", out, "--resume_from_checkpoint", "True")
-    levels = [line for line in capfd.readouterr().out.splitlines() if line.startswith(LEVEL)]
     assert begun[0] == (out / where, 2), "not where it was interrupted"
     name = "adapter_model.safetensors" if LORA[0] in more else "model.safetensors"
     saved = sorted(

@@ -84,7 +84,10 @@ LINES = {
     },
 }
 TRACES = set().union(*LINES.values())
-SHORT = "--recipe paper --max_documents 2 --max_steps 2 --eval_strategy no --no_baseline --save_strategy steps --save_steps 2"
+SHORT = (
+    "--recipe paper --max_documents 2 --max_steps 2 --eval_strategy no --no_baseline --save_strategy steps "
+    "--save_steps 2"
+)
 
 
 def command(line: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Real processes killed while they train and save: the directory they leave continues to the uninterrupted result.
 
-Every run: a kill before each third change in the folder, and some at random moments, of one process. `pytest -m full`: many
-more of these, of one of two on every engine, and the slower ways to stop a launcher. What a run asks of the worker is
-what its tests look at.
+Every run: a kill before each third change in the folder, and some at random moments, of one process.
+`pytest -m full`: many more of these, of one of two on every engine, and the slower ways to stop a launcher. What a run
+asks of the worker is what its tests look at.
 """
 
 import contextlib

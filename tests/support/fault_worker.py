@@ -274,7 +274,7 @@ def changes(folder: Path, kill_at: int | None) -> list[str]:
 
 
 def every(folder: Path, steps: int = 2, stride: int = 1) -> dict[str, Any]:
-    """One training per change (or each `stride`-th) to the folder, killed right before it, then continued to the end."""
+    """One training per change (or each `stride`-th) to the folder, killed right before it, then continued."""
     config = {"max_steps": steps}
     expected, _ = uninterrupted(folder / "whole", **config)
     told, step = {"kills": 0, "lost": 0}, 0
