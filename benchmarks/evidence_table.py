@@ -29,7 +29,7 @@ def level_bounds(base: Mapping[str, Row]) -> list[Bound]:
 
 
 def reached(row: Row, base: Mapping[str, Row]) -> bool:
-    return all(bound.holds(row) for bound in level_bounds(base))
+    return "failed" not in row and all(bound.holds(row) for bound in level_bounds(base))
 
 
 def chosen_strength(rows: Sequence[Row], method: str, base: Mapping[str, Row], seed: int, replay: bool) -> float | None:
@@ -50,7 +50,7 @@ def table(rows: Sequence[Row], base: Mapping[str, Row], tuning_seed: int) -> str
     """What was tried, what came of it, and which differences the seeds show."""
     parts = []
     for replay in (True, False):
-        own = [row for row in rows if row["replay"] is replay and "failed" not in row]
+        own = [row for row in rows if row["replay"] is replay]
         if own:
             parts += [f"### {'With' if replay else 'Without'} replay", _results(own, base, tuning_seed)]
             parts += [_verdicts([row for row in own if row["seed"] != tuning_seed], base)]
@@ -73,6 +73,9 @@ def _results(rows: Sequence[Row], base: Mapping[str, Row], tuning_seed: int) -> 
             continue
         there = sum(reached(row, base) for row in own)
         lines.append([label, f"{own[0]['strength']:g}", f"{there} of {len(own)}"])
+        own = [row for row in own if "failed" not in row]  # a ruined model has no numbers
+        if not own:
+            continue
         lines[-1] += [_cell([row[key] for row in own]) for key in ("forget_loss", "forget_top", "forget_rouge")]
         lines[-1] += [_cell([row[key] / base["target"][key] for row in own], 3) for key in KEPT.values()]
     return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
@@ -100,6 +103,9 @@ def _tried(rows: Sequence[Row], base: Mapping[str, Row], seed: int) -> str:
         own = [row for row in rows if row["method"] == name and row["seed"] == seed]
         best = chosen_strength(own, name, base, seed, own[0]["replay"]) if own else None
         for row in own:
+            if "failed" in row:
+                lines.append([label if row is own[0] else "", f"{row['strength']:g}", "ruined"])
+                continue
             mark = " *" if row["strength"] == best else ""
             lines.append(
                 [label if row is own[0] else "", f"{row['strength']:g}{mark}", "yes" if reached(row, base) else "no"]

@@ -31,7 +31,7 @@ from blur_trainer.scripts.sweep import check_factors, footing, joined, plan
 from blur_trainer.trainers.ending import TrainingInterrupted
 
 BENCHMARKS = {  # script, methods, arguments of all runs; attacks are of one run's model and cannot be averaged
-    "tofu": (run_tofu, ["blur-npo", "npo", "simnpo", "uld"], []),
+    "tofu": (run_tofu, ["blur-target", "blur-npo", "npo", "uld"], []),
     "wmdp": (run_wmdp, ["blur-rmu", "rmu", "blur-npo", "npo"], ["--no_robustness"]),
 }
 # what is read at equal forgetting and at equal utility, where it is not all columns of the forget and the retain set

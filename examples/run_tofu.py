@@ -64,7 +64,8 @@ def main():
     if leveled:
         unseen = apply_template(data["holdout"], script.template) if "holdout" in data else None
         forget = training[script.method]["forget_dataset"]
-        level = measured(script.level or "unseen", forget, unseen, target, retrained, load, tokenizer)
+        asked = script.level or ("retrained" if unseen is None and retrained else "unseen")
+        level = measured(asked, forget, unseen, target, retrained, load, tokenizer)
         for name in leveled:
             configs[name], training[name] = with_level(configs[name], training[name], level)
 

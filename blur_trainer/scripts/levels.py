@@ -1,5 +1,6 @@
 """Where forgetting ends, as a command line says it: `--level`."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +83,9 @@ def _said(level: Level) -> Level:
 
 def needs_level(args: Any) -> bool:
     """Whether the method of these arguments has no end of its own and none was given."""
-    return args.forget_objective == "target_loss" and args.forget_level is None
+    own = args.forget_objective_kwargs or {}
+    own = json.loads(own) if isinstance(own, str) else own
+    return args.forget_objective == "target_loss" and args.forget_level is None and "level" not in own
 
 
 def with_level(args: Any, sets: Mapping[str, Any], level: Level) -> tuple[Any, dict[str, Any]]:

@@ -1,7 +1,9 @@
 """MUSE from the command line: its arguments, their defaults, and the tiny models that know its texts."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ TINY = _TINY | {
 PUBLISHED = {
     "rule": "blur", "rule_kwargs": None, "alpha": 1.0, "lower_level": "forget", "clamp": False,
     "forget_level": None, "stop_at_level": False, "retain_bound": None,
-    "replay_kwargs": None, "retain_set_weights": None, "retain_objective_kwargs": None,
+    "replay_kwargs": None, "retain_set_weights": None, "retain_objective_kwargs": None, "sam_rho": None,
+    "mask_share": None,
     "forget_objective": "npo", "forget_objective_kwargs": {"beta": 0.03}, "precompute_ref_logps": True, "gamma": 0.1,
     "retain_objective": "nll", "replay": None, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
     "num_train_epochs": 10, "eval_steps": 14,
 }  # fmt: skip
+_OF_METHOD = {"--forget_objective": "forget_objective_kwargs", "--rule": "gamma"}
 HUB = {"output_dir": "outputs/muse", "max_length": 2048, "baseline": False}
 
 
@@ -70,28 +74,37 @@ class MUSEArguments:
 def parse(arguments: Sequence[str] | None = None) -> command_line.Parsed:
     """The script's, the trainer's and the model's arguments (of the command line); whether models are tiny."""
     script, args, model_args, tiny = command_line.parse(
-        MUSEArguments, lambda script: BLURConfig, _defaults, _recipe, arguments
+        MUSEArguments, lambda script: BLURConfig, partial(_defaults, arguments), _recipe, arguments
     )
     check_level(script.level, args)
     if script.level == "retrained" and not tiny:
         raise ValueError("--level retrained is for the tiny models: pass --level unseen, or nats per token.")
+    if script.baseline and not tiny:
+        raise ValueError("--baseline is for the tiny models: of published ones, run --recipe paper by itself.")
     if script.sequence and script.scale:
         raise ValueError("--sequence and --scale are two protocols: pass one of them.")
     return script, args, model_args, tiny
 
 
-def _defaults(script: MUSEArguments, tiny: bool) -> dict[str, Any]:
+def _defaults(arguments: Sequence[str] | None, script: MUSEArguments, tiny: bool) -> dict[str, Any]:
+    """Those of a method are left out where the command line names another objective or rule."""
     if not tiny:
         return HUB
-    return _TINY | PUBLISHED if script.recipe == "paper" else TINY
+    chosen = _TINY | PUBLISHED if script.recipe == "paper" else TINY
+    flags = {word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)}
+    others = {of for flag, of in _OF_METHOD.items() if flag in flags}
+    return {name: value for name, value in chosen.items() if name not in others}
 
 
 def _recipe(script: MUSEArguments, model_args: ModelConfig) -> tuple[str, str] | None:
     if script.recipe is None:
         return None
     if script.corpus == "embedded":
-        if script.recipe != "paper":
-            raise ValueError("--recipe is for the published models: pass --corpus news or --corpus books, or paper.")
+        if script.recipe != "paper" or model_args.model_name_or_path is not None:
+            raise ValueError(
+                "--recipe is for the published models: pass --corpus news or --corpus books. On the embedded corpora, "
+                "with tiny models, there is --recipe paper."
+            )
         return None  # the paper's method, with settings for tiny models
     return f"muse-{script.corpus}", script.recipe
 

@@ -54,7 +54,7 @@ class TOFUArguments:
         metadata={"help": "uld: retain so many answers of the target to random questions (default: 576, if tiny)."},
     )
     level: str | None = field(
-        default=None, metadata={"help": f"{HELP} Default: unseen, for methods without an end of their own."}
+        default=None, metadata={"help": f"{HELP} Default, for target_loss: unseen, else retrained."}
     )
     retain_model: str | None = field(
         default=None, metadata={"help": "Model that never saw the forget set (default: open-unlearning's, or trained)."}

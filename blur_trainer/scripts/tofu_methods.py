@@ -1,7 +1,8 @@
 """The methods that `run_tofu.py --method` and `--compare` know, with their settings for tiny models.
 
 `benchmarks/tune_tofu.py` chose what differs among the tiny settings: four tried values for each method, one rule, a
-seed that no table reports. All else is as published.
+seed that no table reports. All else is as published. Not so `blur-target` and
+`uld`, which got more tries: docs/evidence.md and docs/uld.md say which.
 """
 
 from typing import Any

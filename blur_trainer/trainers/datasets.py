@@ -47,8 +47,8 @@ def tokenize_all(
     Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning.
     """
     topics = topic_names(forget)
-    _check_streams(args, forget, retain), settle_day(args, tokenizer)
-    _say_what_is_not_read(forget, topics, forget_objective)
+    _check_sets(args, forget, retain, topics, forget_objective)
+    settle_day(args, tokenizer)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
     retain = _settle_retain(forget, retain, lambda: speaker(model), tokenizer, args, topics)
 
@@ -129,7 +129,11 @@ def _options(args: UnlearningConfig, model: PreTrainedModel | PeftModel) -> dict
     }
 
 
-def _check_streams(args: UnlearningConfig, *given: Any) -> None:
+def _check_sets(
+    args: UnlearningConfig, forget: Any, retain: Any, topics: tuple[str, ...], objective: Objective
+) -> None:
+    _say_what_is_not_read(forget, topics, objective)
+    given = (forget, retain)
     if args.precompute_ref_logps and any(isinstance(d, datasets.IterableDataset) for d in given):
         raise ValueError(
             "`precompute_ref_logps=True` needs datasets of known length, not a stream, which is not gone over twice: "

@@ -27,6 +27,7 @@ SETTLED = 0.1
 NEAR = 0.05
 #: keys in `state.log_history`, from which a resumed training goes on
 BEFORE, STRENGTH, AFTER = "level/retain_loss_before", "level/strength", "level/forget_loss"
+STOPPED = "level/stopped"
 
 
 def level_check(
@@ -119,7 +120,7 @@ class LevelCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures the retain loss before training, or reads it back where a training is resumed."""
-        objective: Any = self.method()[0]["forget"]  # a trial may have another level
+        objective: Any = self.method()[0]["forget"]  # a trial may have another one, by `forget_objective_kwargs`
         self.check.level = level_in(objective, self.check.sets["forget"])
         self.strength = _last(state, STRENGTH, 1.0)
         self.check.retain_before = _last(state, BEFORE, None)
@@ -128,11 +129,15 @@ class LevelCallback(TrainerCallback):
             self.check.retain_before = before
             _note(state, {BEFORE: before})
         self._running = True
+        if _last(state, STOPPED, 0.0):  # the checkpoint of the step after which training was to end
+            control.should_training_stop = True
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         if not self._running or "eval_level_forget_loss" not in (metrics or {}):
+            return
+        if state.global_step == 0:  # `eval_on_start`: nothing was trained yet
             return
         found = {
             name: metrics[key] for name in ("forget_loss", "retain_loss") if (key := f"eval_level_{name}") in metrics
@@ -140,7 +145,7 @@ class LevelCallback(TrainerCallback):
         if self.bound is not None and self.check.paid(found) > self.bound:
             self._weaken_or_stop(args, state, control, found)
         elif self.stops and found["forget_loss"] >= self.check.level and not self._recovers(state, found):
-            control.should_training_stop = True
+            self._stop(state, control)
             logger.warning(f"Step {state.global_step}: the level is reached, training ends. {self._numbers(found)}")
 
     def _recovers(self, state: TrainerState, found: Mapping[str, float]) -> bool:
@@ -168,6 +173,11 @@ class LevelCallback(TrainerCallback):
         said = "was reached" if near else "was overshot" if loss > level else "was not reached"
         logger.warning(f"The forget level {said}. {self._numbers(found)}")
 
+    @staticmethod
+    def _stop(state: TrainerState, control: TrainerControl) -> None:
+        control.should_training_stop = True
+        _note(state, {STOPPED: 1.0})
+
     def _measure(self) -> dict[str, float]:
         return self.check(self.model())
 
@@ -182,7 +192,7 @@ class LevelCallback(TrainerCallback):
             _note(state, {STRENGTH: self.strength})
             logger.warning(f"{where}, the strength of forgetting is {self.strength:g} now. {self._numbers(found)}")
             return
-        control.should_training_stop = True
+        self._stop(state, control)
         why = f"and {HALVINGS} halvings of the strength did not help"
         if not weaker:
             why = f"and the rule {rules[0]} forgets as strongly whatever the size of the forget gradient"

@@ -10,11 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from blur_trainer.models.loading import load_pretrained
+from blur_trainer.models.reference import is_partitioned
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.given_back import Freezing
-from blur_trainer.trainers.precision import describe, warn_of_rounding
+from blur_trainer.trainers.loading import unsharded_loading
+from blur_trainer.trainers.precision import describe, loading_arguments, warn_of_rounding
 from blur_trainer.trainers.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,16 +37,25 @@ class ModelMixin(_Base):
     trained: str
     #: the model, if it got its adapter here
     adapted: PeftModel | None = None
+    _given_name: tuple[str, UnlearningConfig] | None = None
 
     def _load_model(self, model: Any, args: Any, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
         """The model to train."""
+        self._given_name = (model, args) if isinstance(model, str) else None
         loaded = setup.load_model(model, args, peft_config)
         self.adapted = loaded if peft_config is not None and isinstance(loaded, PeftModel) else None
         return loaded
 
     def speaker(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """The model before unlearning, whose texts are replayed: the one to train, as it is before the first step."""
-        return model
+        """The model before unlearning, whose texts are replayed: the one to train, as it is before the first step.
+
+        ZeRO-3 partitions a model that is given by name while it loads. Then it is loaded once more, whole.
+        """
+        if self._given_name is None or not is_partitioned(model):
+            return model
+        name, args = self._given_name
+        with unsharded_loading(args):
+            return load_pretrained(name, loading_arguments(args, frozen=True))
 
     def choose_trainable(self, model: PreTrainedModel | PeftModel, args: UnlearningConfig) -> None:
         """Freezes what is not to be trained."""

@@ -68,6 +68,8 @@ class ReplaySettings:
         check_fields(self, ranges | {"loss_quantile": "(0, 1]"}, owner="replay")
         if self.prompts is None or self.prompts == RETAIN_PROMPTS:
             return
+        if isinstance(self.prompts, tuple):  # the file of the texts has lists
+            object.__setattr__(self, "prompts", list(self.prompts))
         listed = isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str)
         if not listed or not self.prompts or not all(isinstance(text, str) and text for text in self.prompts):
             raise ValueError(
