@@ -57,7 +57,7 @@ def main():
     if "uld" in configs and script.said:
         training["uld"] = with_said(training["uld"], script, load(target), tokenizer, args.seed)
 
-    # 4. Where forgetting ends: at what a model loses that never saw the authors
+    # Where forgetting ends: at what a model loses that never saw the authors
     leveled = [
         name for name, config in configs.items() if needs_level(config) or (script.level and name == script.method)
     ]
@@ -69,7 +69,7 @@ def main():
         for name in leveled:
             configs[name], training[name] = with_level(configs[name], training[name], level)
 
-    # 5. Evaluation. Forget quality compares with the model that never saw the forget set
+    # 4. Evaluation. Forget quality compares with the model that never saw the forget set
     how = {"template": script.template, "protocol": script.protocol, "progress": not tiny}
     how |= {"max_new_tokens": 32} if embedded else {}
     if script.retain_log:
@@ -86,7 +86,7 @@ def main():
     PartialState().print("Evaluating the target")
     results.add("target", "target", load(target))
 
-    # 6. Unlearn: the method, and those it is compared with
+    # 5. Unlearn: the method, and those it is compared with
     trainers = {}
     for method, config in configs.items():
         folder, start = out if method == script.method else out / method, time.time()
@@ -109,7 +109,7 @@ def main():
     if retrained:
         results.add("retrain", "retrain", load(retrained))
 
-    # 7. Forgotten, or only hidden? A tenth of the forget set, as much text beside it, few bits, another prompt
+    # 6. Forgotten, or only hidden? A tenth of the forget set, as much text beside it, few bits, another prompt
     if script.robustness:
         beside = "holdout" if "holdout" in data else "retain"
         sets = {f"{name} set": apply_template(data[name], script.template) for name in ("forget", beside)}
@@ -126,7 +126,7 @@ def main():
         )
         results.add_robustness(found)
 
-    # 8. Output: the tables, metrics.json, the model cards, the report
+    # 7. Output: the tables, metrics.json, the model cards, the report
     if PartialState().is_main_process:
         said = settings_of(script, args, SAID)
         print(write_output(out, results, trainers, said, columns=evaluation.primary_metrics, attack_width=130))

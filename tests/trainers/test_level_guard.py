@@ -136,7 +136,7 @@ def test_the_best_checkpoint_within_the_bound_is_restored(tmp_path, said):
 def test_a_rule_that_does_not_weaken_ends_at_once(tmp_path, said):
     trainer = make(tmp_path, NGDiff(), retain_bound=0.02)
     guard, control = trainer._level, trainer.control
-    guard.check.retain_before, guard._running = 4.0, True
+    guard.check.retain_before, guard._running, trainer.state.global_step = 4.0, True, 1
     for retain_loss, stops in ((4.01, False), (4.03, True)):
         found = {"eval_level_forget_loss": 5.0, "eval_level_retain_loss": retain_loss}
         guard.on_evaluate(trainer.args, trainer.state, control, metrics=found)
