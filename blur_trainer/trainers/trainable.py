@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from blur_trainer.models.layers import check_layer, find_layers
-from blur_trainer.models.reference import partition_shape
+from blur_trainer.models.reference import REFERENCE_ADAPTER, partition_shape
 from blur_trainer.objectives.base import Objective
 
 logger = get_logger(__name__)
@@ -163,7 +163,8 @@ def _kinds(names: Iterable[str]) -> str:
 
 def describe(model: nn.Module) -> str:
     """`"training 3 of 291 tensors, 176.2M of 7.2B parameters: ..."`."""
-    everything = list(model.named_parameters())
+    # a copy that an earlier trainer left is none of this model's: a resumed training begins without it
+    everything = [each for each in model.named_parameters() if f".{REFERENCE_ADAPTER}." not in each[0]]
     trained = [(name, p) for name, p in everything if p.requires_grad]
     sizes = [sum(partition_shape(p).numel() for _, p in some) for some in (trained, everything)]
     names = [name for name, _ in trained]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.data.muse import limit_documents
+from blur_trainer.models.reference import REFERENCE_ADAPTER
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_muse.py"
 QUICK = ["--num_train_epochs", "1", "--eval_strategy", "no", "--no_baseline", "--disable_tqdm", "True"]
@@ -71,7 +72,7 @@ def out(tmp_path, local):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    short = ["--max_documents", 3, "--replay", 64, "--num_train_epochs", 15, "--eval_steps", 5]
+    short = ["--max_documents", 3, "--replay", 64, "--eval_steps", 15]
     done = launch(EXAMPLE, *short, "--output_dir", "run", folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run", done
@@ -90,17 +91,17 @@ def test_the_table_is_printed(first):
 def test_it_unlearns(first):
     """What a smoke test would miss: the target knows all, BLUR forgets the forget set and keeps the retain set.
 
-    To the level: as the retrained model, which still says some of it. As published: nothing is left, and hold suffers.
+    To the level: as the retrained model, which still says some of it. As published: hold suffers.
     """
     metrics = load(first[0])
     target, blur, baseline, retrain = (row["metrics"] for row in metrics["rows"])
     for key in ("forget_verbmem", "forget_knowmem", "retain_verbmem", "retain_knowmem", "hold_verbmem"):
         assert target[key] > 90, key
-    for key in ("forget_verbmem", "forget_knowmem"):
-        assert blur[key] == pytest.approx(retrain[key], abs=25) and blur[key] < 50, key
+    assert blur["forget_verbmem"] == pytest.approx(retrain["forget_verbmem"], abs=15)
+    assert blur["forget_knowmem"] < 50  # of three questions
     for kept in (blur, baseline):
         assert kept["retain_verbmem"] > 70 and kept["retain_knowmem"] > 70
-    assert blur["hold_verbmem"] > baseline["hold_verbmem"] and baseline["forget_verbmem"] < blur["forget_verbmem"]
+    assert blur["hold_verbmem"] > baseline["hold_verbmem"] + 30
     assert retrain["forget_knowmem"] < 50 and retrain["privleak"] == pytest.approx(0.0)
     assert target["privleak"] < -50
 
@@ -134,7 +135,7 @@ def test_metrics_file(first):
 def test_curves_of_the_benchmark_are_in_the_log(first):
     history = load(first[0], "trainer_state.json")["log_history"]
     evaluated = [entry["step"] for entry in history if "eval_muse_forget_verbmem" in entry]
-    assert evaluated[:2] == [5, 10]
+    assert evaluated[:2] == [15, 30]
     assert any("grad/cosine" in entry and "loss/forget" in entry for entry in history)
 
 
@@ -193,10 +194,8 @@ def trainings(monkeypatch):
     class Spy(bt.BLURTrainer):
         def __init__(self, model, args, *, forget_dataset, **kwargs):
             given = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-            texts, levels = (
-                list(forget_dataset[key]) if key in forget_dataset.column_names else None
-                for key in ("text", "forget_level")
-            )
+            rows = list(forget_dataset)
+            texts, levels = ([row[key] for row in rows if key in row] or None for key in ("text", "forget_level"))
             seen.append(Training(model, weights(given), texts, levels, Path(args.output_dir), self))
             super().__init__(model, args, forget_dataset=forget_dataset, **kwargs)
 
@@ -374,9 +373,8 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
         main(*arguments, "--output_dir", out, "--resume_from_checkpoint", "True")
     assert begun[0] == (out / where, 2), "not where it was interrupted"
     name = "adapter_model.safetensors" if LORA[0] in more else "model.safetensors"
-    saved = sorted(
-        path.relative_to(whole) for path in whole.rglob(name) if path.parent.name not in ("target", "retrain")
-    )
+    others = ("target", "retrain", REFERENCE_ADAPTER)
+    saved = sorted(path.relative_to(whole) for path in whole.rglob(name) if path.parent.name not in others)
     assert len(saved) == (4 if LORA[0] in more else 2)
     for path in saved:
         assert distance(load_file(whole / path), load_file(out / path)) <= 1e-7, path
@@ -398,7 +396,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
         (["--max_documents", "0"], ["0", "at least 1"]),
         (["--max_documents", "2", "--sequence"], ["sust_forget_1", "limited"]),
         (["--resume_from_checkpoint", "True"], ["no checkpoint", "--resume_from_checkpoint"]),
-        (["--forget_objective_kwargs", '{"betta": 1}'], ["'betta'", "'beta'"]),
+        (["--forget_objective_kwargs", '{"betta": 1}'], ["'betta'", "'level'"]),
         (["--gamma", "-1"], ["`gamma`", "-1"]),
         (["--robustness", "--dtype", "float16"], ["--robustness", "--dtype bfloat16"]),
         (["--level", "retraind"], ["--level", "'retraind'", "retrained, unseen, exchanged", "nats"]),

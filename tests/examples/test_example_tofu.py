@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import blur_trainer as bt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ["BLUR-NPO", "GRU", "GradAscent", "PDU", "JensUn", "ULD"]
+NAMES = ["BLUR-Target", "GRU", "GradAscent", "PDU", "JensUn", "ULD"]
 DATA = ["--split", "forget01", "--max_rows", 3, "--disable_tqdm", "True"]
 PROTOCOL = ["--protocol", "open-unlearning"]
 QUICK = [*DATA, "--max_steps", 2, "--eval_strategy", "no"]
@@ -30,6 +30,10 @@ QUICK = [*DATA, "--max_steps", 2, "--eval_strategy", "no"]
 
 def load(folder, name="metrics.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def training_args(folder):
+    return torch.load(folder / "training_args.bin", weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,10 @@ def test_the_table_is_printed(first):
     lines = printed.splitlines()
     names = [line.split()[0] for line in lines if line.startswith(("target", "retrain", *NAMES))]
     assert names == ["target", *NAMES, "retrain", "target", "retrain"]
+    (level,) = [line for line in lines if line.startswith("Forgetting ends at ")]
+    assert level.endswith("what the target loses on rows that nobody saw.")
+    assert float(level.split()[3]) == pytest.approx(training_args(folder).forget_level, abs=0.01)
+    assert training_args(folder / "gru").forget_level is None  # only of the method that has no end of its own
     assert lines[-1] == f"Report: {folder / 'report.html'}"
 
 
@@ -179,7 +187,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, first, wher
     for name in ("model.safetensors", "uld/assistant/adapter_model.safetensors"):
         assert distance(load_file(whole / name), load_file(tmp_path / "run" / name)) <= 1e-7, name
     found, expected = ({row["name"]: row["metrics"] for row in load(f)["rows"]} for f in (tmp_path / "run", whole))
-    assert found == {name: expected[name] for name in ("target", "BLUR-NPO", "ULD", "retrain")}
+    assert found == {name: expected[name] for name in ("target", "BLUR-Target", "ULD", "retrain")}
 
 
 # ---- refused ----
@@ -193,6 +201,9 @@ WRONG = [
     ("--data_dir nowhere", ["data_dir", "'nowhere'", "not a folder"]),
     ("--max_rows 0", ["0", "at least 1"]),
     ("--method uld --weight nan", ["weight", "nan"]),
+    ("--method uld --level unseen", ["--level", "ULD"]),
+    ("--level nan", ["--level", "'nan'", "retrained, unseen, exchanged"]),
+    ("--level 3 --forget_level 4", ["--level 3", "--forget_level 4.0", "one of them"]),
 ]
 
 

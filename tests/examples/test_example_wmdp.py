@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
-from blur_trainer.toy import memorize
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
@@ -51,14 +50,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main(example, models):
-    """`main("--method", "npo")`: what the script prints with these arguments. Its models learn in 8 epochs, not 20."""
-    learn, attack = memorize.memorize, bt.robustness
+    """`main("--method", "npo")`: what the script prints with these arguments. Attacks are short."""
+    attack = bt.robustness
 
     def run(*arguments):
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, "argv", ["run_wmdp.py", *map(str, arguments), "--models_dir", str(models)])
-            patch.setattr(memorize, "memorize", partial(learn, num_train_epochs=8))
             patch.setattr(bt, "robustness", partial(attack, steps=[5, 10]))
             example.main()
         return printed.getvalue()
@@ -72,7 +70,7 @@ def main(example, models):
 @pytest.fixture(scope="module")
 def first(main, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first") / "run"
-    short = ["--num_train_epochs", 8, "--eval_strategy", "no", "--disable_tqdm", "True"]
+    short = ["--num_train_epochs", 6, "--eval_strategy", "no", "--disable_tqdm", "True"]
     return folder, main("--compare", "none", *short, "--output_dir", folder)
 
 
