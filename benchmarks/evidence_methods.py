@@ -78,7 +78,7 @@ CANDIDATES = {
     "blur-sam": Candidate("BLUR-SAM-NPO", (0.1, 0.03, 0.01), _BETA, {**_BLUR_NPO, "sam_rho": 0.01}),
     "blur-target": Candidate("BLUR-Target", (0.03, 0.1, 0.3), _GAMMA, {**_TARGET, "rule": "blur"}, level=True),
     "blur-target-mask": Candidate("BLUR-Target, mask", (0.03, 0.1, 0.3), _GAMMA, _MASKED, level=True),
-    "sum-target": Candidate("Sum-TargetLoss", (0.03, 0.1, 0.3), _WEIGHT, _TARGET, level=True),
+    "sum-target": Candidate("Sum-Target", (0.03, 0.1, 0.3), _WEIGHT, _TARGET, level=True),
 }  # fmt: skip
 #: ULD has an assistant instead: its strength needs no training
 ULD = Candidate("ULD", (-0.5, -1.0, -1.5), _setting("weight"), _ASSISTANT)
