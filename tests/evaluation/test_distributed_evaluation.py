@@ -41,9 +41,10 @@ def alone(request, folder):
     """By one process: what is evaluated of each model, what each training logs and ends with."""
     cases = [case.split("-") for case in chosen(request, "case")]
     names = {"full", *chosen(request, "model"), *(case[-1] for case in cases if "train" not in case)}
+    training = {*chosen(request, "trained"), *(case[-1] for case in cases if "train" in case)}
     models = {name: worker.results(worker.build(name, str(folder)), str(folder)) for name in sorted(names)}
     attacked = {name: worker.attacked(worker.build(name, str(folder))) for name in chosen(request, "attack")}
-    trained = {name: worker.train("ddp", name, str(folder)) for name in chosen(request, "trained")}
+    trained = {name: worker.train("ddp", name, str(folder)) for name in sorted(training)}
     return json.loads(json.dumps({"models": models, "attacked": attacked, "trained": trained}))
 
 
