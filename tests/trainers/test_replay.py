@@ -181,6 +181,7 @@ def test_a_trainer_retains_what_the_public_function_says(tmp_path, caplog):
     assert distance(weights(trainer.model), weights(model())) > 1e-3
 
 
+@pytest.mark.full
 def test_the_same_training_samples_once_and_another_one_anew(tmp_path, sampled):
     made(tmp_path), made(tmp_path)
     assert len(sampled) == 1
@@ -221,6 +222,7 @@ def test_a_resumed_training_reads_the_first_ones(tmp_path, sampled):
         heavier.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.full
 def test_ulds_target_says_the_texts(tmp_path):
     """The assistant, which has one of its layers, does not. Wrong answers stay half of what is retained."""
     target = model(layers=3)
