@@ -1,9 +1,12 @@
 """How much a small step on one set of examples changes the loss of others, to first order."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blur_trainer.data.collators import UnlearningCollator
@@ -38,11 +41,23 @@ def loss_drops(model: nn.Module, step_on: Examples, others: Examples, pad_token_
     collate = UnlearningCollator(pad_token_id)
     device = next(model.parameters()).device
     found = torch.zeros(len(others))
-    with evaluating(model):
+    with evaluating(model), _linear_of_torch():
         tangents = _signs(model, list(_batches(step_on, collate, batch_size, device)))
         for indices, batch in _batches(others, collate, batch_size, device):
             found[indices] = directional_derivative(model, tangents, _mean_loss(batch)).float().cpu()
     return found
+
+
+@contextmanager
+def _linear_of_torch() -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 replaces `F.linear` in the whole process by a function without forward mode, and leaves it
+    there (`zero.Init`, DeepSpeed 0.19). Inside, torch's own is back."""
+    present, zero = F.linear, sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    F.linear = getattr(getattr(zero, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", present)
+    try:
+        yield
+    finally:
+        F.linear = present
 
 
 def _mean_loss(batch: Mapping[str, Tensor]) -> Callable[[nn.Module], Tensor]:

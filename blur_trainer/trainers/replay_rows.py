@@ -181,8 +181,8 @@ def _within_retain(
     except NotImplementedError as error:
         raise ValueError(
             "replay's filter by loss needs forward-mode differentiation, which a kernel of the model does not have: "
-            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, in "
-            f"a process where ZeRO-3 has not run yet, or set `loss_quantile=None`. ({str(error).splitlines()[0]})"
+            "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, "
+            f"or set `loss_quantile=None`. ({str(error).splitlines()[0]})"
         ) from error
     highest = torch.quantile(drops[: len(retain)].double(), quantile)
     return (drops[len(retain) :] <= highest).tolist()

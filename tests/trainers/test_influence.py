@@ -1,6 +1,7 @@
 """The first-order change of losses along a sign step, against inner products of gradients."""
 
 import torch
+import torch.nn.functional as F
 from support import reference
 from support.models import examples, tiny_llama
 
@@ -41,3 +42,16 @@ def test_only_trained_weights_take_part_unless_there_are_none():
     upper, rest = drops(lambda name: ".layers.1." in name), drops(lambda name: ".layers.1." not in name)
     torch.testing.assert_close(upper + rest, every, rtol=1e-4, atol=1e-4)
     assert (upper - every).abs().min() > 1e-3
+
+
+def test_the_linear_that_zero3_leaves_behind_does_not_matter(monkeypatch):
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    model, sets = tiny_llama(), (examples(3, seed=1), examples(4, seed=2))
+    expected = loss_drops(model, *sets, pad_token_id=0, batch_size=2)
+    init = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    monkeypatch.setattr(init, "linear_bk", F.linear, raising=False)
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    assert torch.equal(loss_drops(model, *sets, pad_token_id=0, batch_size=2), expected)
+    assert F.linear is zero3_linear_wrap
