@@ -63,6 +63,34 @@ def _results(rows: Sequence[Row], base: Mapping[str, Row], tuning_seed: int) -> 
     lines = []
     for name in ("target", "retrain"):
         own = base[name]
+        lines.append(
+            [name, "", "", f"{own['forget_loss']:.2f}", f"{own['forget_top']:.2f}", f"{own['forget_rouge']:.2f}"]
+        )
+        lines[-1] += [f"{own[key] / base['target'][key]:.3f}" for key in KEPT.values()]
+    for name, label in LABELS.items():
+        own = [row for row in rows if row["method"] == name and row["seed"] != tuning_seed]
+        if not own:
+            continue
+        there = sum(reached(row, base) for row in own)
+        lines.append([label, f"{own[0]['strength']:g}", f"{there} of {len(own)}"])
+        own = [row for row in own if "failed" not in row]  # a ruined model has no numbers
+        if not own:
+            continue
+        lines[-1] += [_cell([row[key] for row in own]) for key in ("forget_loss", "forget_top", "forget_rouge")]
+        lines[-1] += [_cell([row[key] / base["target"][key] for row in own], 3) for key in KEPT.values()]
+    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+
+
+def _verdicts(rows: Sequence[Row], base: Mapping[str, Row]) -> str:
+    """Of the methods that reach the level with every seed: who keeps most, where the seeds show it."""
+    there = [
+        name
+        for name in LABELS
+        if (own := [r for r in rows if r["method"] == name]) and all(reached(r, base) for r in own)
+    ]
+    lines = [f"At the level with every seed: {', '.join(LABELS[name] for name in there) or 'none'}."]
+    for column, key in KEPT.items():
+        scores = {LABELS[name]: {row["seed"]: row[key] for row in rows if row["method"] == name} for name in there}
         found = verdict(scores)
         said = found.sentence() if len(scores) > 1 else "nothing to compare"
         without = f"; not compared, for want of a seed: {', '.join(found.left_out)}" if found.left_out else ""
