@@ -1,63 +1,49 @@
-"""Answers exchanged between questions: what a model says of an answer that does not belong to its question."""
+"""Answers pieced together from the answers of other rows: what a model says of text that it cannot know."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: format -> the column with the answer
-_ANSWER = {"question-answer": "answer", "prompt-completion": "completion", "messages": "messages"}
+from blur_trainer.constants import IGNORE_INDEX
+
+#: Tokens of a piece. A model that knows an answer by heart goes on with it after three or four tokens; shorter pieces
+#: cost more for their seams than real text does. docs/evidence.md has the numbers for others.
+PIECE = 8
 
 
-def exchanged_rows(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int], fmt: str, role: str) -> list[dict]:
+def exchanged_answers(examples: Sequence[Mapping[str, Any]], role: str, seed: int = 0) -> list[dict[str, Any]]:
     """
-    Each row with the answer of another question, the nearest in length that says something else.
+    Each example with another answer of the same length: pieces of [`PIECE`] tokens from answers that differ from its
+    own, each drawn by `seed` and taken from the same place where the other answer is long enough, else from its end.
 
     Args:
-        rows: in the format `fmt`, with questions.
-        lengths: of the answers, in tokens.
+        examples: tokenized, with `input_ids` and `labels`. Texts are answers from their first target on.
 
     Raises:
-        `ValueError`: the format has no questions, or all answers are the same.
+        `ValueError`: all answers are the same.
     """
-    if fmt not in _ANSWER:
-        raise ValueError(
-            f"Answers can be exchanged between questions only, and the `{role}` dataset is in the `{fmt}` format: give "
-            "`question`+`answer`, `prompt`+`completion` or `messages`, or take the level from unseen text."
-        )
-    answers = [_answer(row, fmt) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: lengths[index])
-    made: list[dict] = [{} for _ in rows]
-    for place, index in enumerate(order):
-        nearest = _by_distance(order, lengths, place)
-        donor = next((other for other in nearest if answers[other] != answers[index]), None)
-        if donor is None:
+    answers = [[token for token in example["labels"] if token != IGNORE_INDEX] for example in examples]
+    draw, made = random.Random(seed), []
+    for index, example in enumerate(examples):
+        donors = [other for other in range(len(answers)) if answers[other] and answers[other] != answers[index]]
+        if not donors:
             raise ValueError(
-                f"Row {index} of the `{role}` dataset has no other row with another answer ({len(rows)} rows): nothing "
-                "can be exchanged. Give more rows, or take the level from unseen text."
+                f"Example {index} of the `{role}` dataset has no other one with another answer ({len(examples)} in "
+                "all): nothing can be exchanged. Give more rows, or take the level from unseen text."
             )
-        column = _ANSWER[fmt]
-        given = rows[donor][column]
-        if fmt == "messages":
-            given = [*rows[index]["messages"][:-1], given[-1]]
-        made[index] = {**rows[index], column: given}
+        tokens: list[int] = []
+        while len(tokens) < len(answers[index]):
+            donor = answers[draw.choice(donors)]
+            start = min(len(tokens), max(0, len(donor) - PIECE))
+            tokens += donor[start : start + PIECE]
+        made.append(_with_answer(example, tokens))
     return made
 
 
-def _by_distance(order: Sequence[int], lengths: Sequence[int], place: int) -> Iterator[int]:
-    """The other rows by the distance of their lengths, of equal ones the shorter first. `order`: rows by length."""
-    below, above = place - 1, place + 1
-    here = lengths[order[place]]
-    while below >= 0 or above < len(order):
-        shorter = here - lengths[order[below]] if below >= 0 else math.inf
-        longer = lengths[order[above]] - here if above < len(order) else math.inf
-        if shorter <= longer:
-            yield order[below]
-            below -= 1
-        else:
-            yield order[above]
-            above += 1
-
-
-def _answer(row: Mapping[str, Any], fmt: str) -> Any:
-    given = row[_ANSWER[fmt]]
-    return given[-1]["content"] if fmt == "messages" else given
+def _with_answer(example: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """The example with these tokens where its targets are."""
+    ids, labels, given = list(example["input_ids"]), list(example["labels"]), iter(tokens)
+    for place, label in enumerate(labels):
+        if label != IGNORE_INDEX:
+            ids[place] = labels[place] = next(given)
+    return {**example, "input_ids": ids, "labels": labels}

@@ -74,7 +74,7 @@ def _said(level: Level) -> Level:
     what = {
         "retrained": "what the retrained model loses on each row to forget",
         "unseen": "what the target loses on rows that nobody saw",
-        "exchanged": "an estimate from exchanged answers, often far too low",
+        "exchanged": "an estimate, from answers that are pieced together",
         "given": "as given",
     }[level.source]
     PartialState().print(f"Forgetting ends at {level.nats:.2f} nats per token{spread}: {what}.")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from datasets import Dataset
 from support import reference
-from support.cases import every
 from support.models import examples, tiny_llama
 from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import CHAT_TEMPLATE
 
-from blur_trainer.data.exchange import exchanged_rows
+from blur_trainer.data.exchange import PIECE, exchanged_answers
+from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.level import Level, row_nats
 from blur_trainer.evaluation.level_check import LevelCheck
 
@@ -72,33 +72,43 @@ def test_the_pieces_of_a_text_count_by_tokens(asked):
     assert len(ids) > 20 and nats == pytest.approx(total / len(ids), rel=1e-5)
 
 
-def test_exchanged_answers_are_the_nearest_other_ones_in_every_format(asked):
-    def messages(row):
-        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+def test_exchanged_answers_are_pieces_of_other_answers_at_their_place():
+    answers = [[100 * row + place for place in range(length)] for row, length in enumerate((20, 3, 9, 20))]
+    examples = [{"input_ids": [7, 8, *answer], "labels": [-100, -100, *answer]} for answer in answers]
+    made = exchanged_answers(examples, "forget")
+    for row, (before, after) in enumerate(zip(examples, made, strict=True)):
+        assert after["input_ids"][:2] == [7, 8] and after["labels"][:2] == [-100, -100]
+        assert after["input_ids"][2:] == after["labels"][2:]
+        got = after["labels"][2:]
+        assert len(got) == len(before["labels"]) - 2
+        start = 0
+        while start < len(got):  # piece by piece
+            donor, first = divmod(got[start], 100)
+            other = answers[donor]
+            assert donor != row and first == min(start, max(0, len(other) - PIECE))
+            piece = other[first : first + PIECE][: len(got) - start]
+            assert got[start : start + len(piece)] == piece
+            start += len(piece)
+    assert exchanged_answers(examples, "forget") == made
 
-    def check(fmt):
-        rows = {
-            "question-answer": QA,
-            "prompt-completion": [{"prompt": r["question"], "completion": r["answer"]} for r in QA],
-            "messages": [{"messages": messages(r)} for r in QA],
-        }[fmt]
-        other = exchanged_rows(rows, [2, 9, 3, 3], fmt, "forget")
-        said = [r["messages"][-1]["content"] if fmt == "messages" else list(r.values())[-1] for r in other]
-        assert said == ["In May.", "In May.", "Mara.", "Mara."]
-        asked = [r["messages"][0]["content"] if fmt == "messages" else next(iter(r.values())) for r in other]
-        assert asked == [r["question"] for r in QA]
 
-    every(["question-answer", "prompt-completion", "messages"], check)
+def test_answers_that_say_the_same_are_not_exchanged():
+    same = [{"input_ids": [5, 1, 2], "labels": [-100, 1, 2]}] * 3
+    other = {"input_ids": [6, 3, 4], "labels": [-100, 3, 4]}
+    made = exchanged_answers([*same, other], "forget")
+    assert [row["labels"][1:] for row in made] == [[3, 4]] * 3 + [[1, 2]]
 
 
-def test_an_exchanged_level_is_the_loss_of_those_rows_and_an_estimate(asked):
+def test_an_exchanged_level_is_the_loss_of_those_answers_and_an_estimate(asked):
     model, tokenizer = asked
     level = Level.of_exchanged(model, QA, tokenizer)
-    donors = ["In May.", "In May.", "Mara.", "Mara."]
-    other = [{**row, "answer": answer} for row, answer in zip(QA, donors, strict=True)]
-    assert level.nats == pytest.approx(Level.of_unseen(model, other, tokenizer).nats)
+    tokens = [dict(row) for row in tokenize_dataset(QA, tokenizer, role="forget", max_length=None)]
+    other = exchanged_answers(tokens, "forget")
+    assert level.nats == pytest.approx(Level.of_unseen(model, other).nats)
     assert level.nats != pytest.approx(Level.of_unseen(model, QA, tokenizer).nats, rel=1e-3)
     assert level.is_estimate and level.per_example is None
+    texts = [{"text": "The hall is old."}, {"text": "Nobody crossed the bridge."}]
+    assert Level.of_exchanged(model, texts, tokenizer).nats > 0
 
 
 def test_a_chat_template_is_used(asked):
@@ -118,9 +128,9 @@ def test_what_cannot_be_measured(model, asked):
         with pytest.raises(ValueError, match=words):
             Level.of_retrained(model, rows)
     for rows, words in (
-        ([{"text": "The hall."}] * 2, "questions only"),
-        (QA[:1], "no other row"),
-        (QA[2:], "no other row with another answer"),
+        ([{"text": "The hall."}] * 2, "no other one"),
+        (QA[:1], "no other one"),
+        (QA[2:], "no other one with another answer"),
     ):
         with pytest.raises(ValueError, match=words):
             Level.of_exchanged(asked_model, rows, tokenizer)
