@@ -67,6 +67,10 @@ CANDIDATES = {
     "npo": Candidate("NPO", (0.1, 0.03, 0.01), _BETA, _NPO),
     "simnpo": Candidate("SimNPO", (4.5, 1.0, 0.3), _BETA, {"forget_objective": "simnpo"}),
     "rmu": Candidate("RMU", (3e-4, 1e-3, 3e-3), _RATE, {**_RMU_ENDS, **_LAYER}),
+    "rmu-level": Candidate("RMU, level", (3e-4, 1e-3, 3e-3), _RATE, {**_RMU_ENDS, **_LAYER}, level=True),
+    "blur-rmu-level": Candidate(
+        "BLUR-RMU, level", (0.1, 0.3, 1.0), _GAMMA, {**_RMU_ENDS, **_LAYER, "rule": "blur"}, level=True
+    ),
     "undial": Candidate("UNDIAL", (0.3, 1.0, 3.0), _WEIGHT, {"forget_objective": "undial"}),
     "pdu": Candidate(
         "PDU", (100.0, 300.0, 1000.0), _argument("rule_kwargs", "initial"),
