@@ -95,7 +95,7 @@ def decoded(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where} is not UTF-8 text: {error}. Convert it, e.g. `iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t "
-            "UTF-8 OLD > NEW`, or save it again as UTF-8."
+            f"UTF-8 {where} > NEW`, or save it again as UTF-8."
         ) from error
     if "\0" in text:
         raise ValueError(f"{where} has NUL characters, so it is no text in UTF-8: save it again as UTF-8 text.")

@@ -24,7 +24,7 @@ from blur_trainer.data.tables import (
     table_of,
 )
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _BESIDE_DATA = ("readme", "license", "licence", "dataset_infos.json", "dataset_info.json")
 
@@ -43,7 +43,7 @@ def open_source(
         table = _loaded(source, f"the `{role}` dataset", role, split, limit)
     if limit is None or len(table.rows) <= limit:
         return table
-    notes = [f"the first {limit} of {len(table.rows)} rows", *table.notes]
+    notes = [f"the first of {len(table.rows):,}", *table.notes]
     return Table(table.name, table.rows[:limit], table.places[:limit], table.columns, notes)
 
 
@@ -86,7 +86,7 @@ def _loaded(source: Any, name: str, role: str, split: str | None, limit: int | N
         media = [name for name, feature in source.features.items() if hasattr(feature, "decode")]
         part = part.remove_columns(media) if media else part
     rows = [{column: plain(value) for column, value in row.items()} for row in part]
-    notes = [f"the first {limit} of {len(source)} rows"] if len(part) < len(source) else []
+    notes = [f"the first of {len(source):,}"] if len(part) < len(source) else []
     return checked_table(name, [(f"row {i} of {name}", row) for i, row in enumerate(rows)], notes)
 
 

@@ -25,9 +25,7 @@ def unknown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: str
     else:
         readings = [{"prompt": worded[0], "completion": worded[1]}, {"text": worded[0]}] if worded else []
     readings = readings or [{"prompt": "QUESTION", "completion": "ANSWER"}]
-    headless = (
-        " If these are no names but a first row, add a line with names above." if _headless(columns, name) else ""
-    )
+    headless = " If they are a first row and no names, add a line with names above." if _headless(columns, name) else ""
     return (
         f"{name} has the columns {list(columns)}, which do not say what is asked and what is answered.{headless} Name "
         f"them by `columns`, on the command line {_options(readings, role)}."

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from blur_trainer.data.columns import find_format
 from blur_trainer.data.origins import open_source
 from blur_trainer.data.recognized import BESIDE, override, recognize
-from blur_trainer.data.row_maker import RowMaker
+from blur_trainer.data.row_maker import RowMaker, number_of
 from blur_trainer.data.sources import to_dataset
 from blur_trainer.data.tables import Table
 
@@ -104,26 +104,29 @@ def read_rows(
         parts = override(columns, table.columns, role, table.name)
     else:
         parts = recognize(table.columns, table.rows, role, table.name)
-    maker = RowMaker(parts, table.rows, role, has_template)
+    maker = RowMaker(parts, table.rows, role, has_template, named=bool(columns))
     made = [row for raw, place in zip(table.rows, table.places, strict=True) for row in maker.make(raw, place)]
     missing = _missing(maker, table, drop_empty and bool(made))
     notes = [*table.notes, _mapping(maker), maker.how_asked(), *maker.finish(made), *_repeated(made), *missing]
     unread = [f"`{column}`" for column in table.columns if column not in _read_columns(maker)]
     notes += [f"not read: {_some(unread)}"] if unread else []
     dataset = to_dataset(made, find_format(made[0], role), role, has_template=has_template)
-    number = f"{len(table.rows)} {'row' if len(table.rows) == 1 else 'rows'}"
-    return Reading(dataset, f"{table.name}: {number}; {'; '.join(filter(None, notes))}", _digest(made))
+    said = [number_of(len(table.rows), "row"), *filter(None, notes)]
+    return Reading(dataset, f"{table.name}: {'; '.join(said)}", _digest(made))
 
 
 def _missing(maker: RowMaker, table: Table, drop: bool) -> list[str]:
     """What is said of rows that lack something. Without `drop` they are an error."""
     said = []
     for lacks, places in maker.missing.items():
-        counted = f"{len(places)} of {len(table.rows)} rows of {table.name} have not {lacks}: {_some(places)}"
-        if not drop:
-            raise ValueError(f"{counted}. Fill them, or leave them out with `drop_empty` (`--drop_empty true`).")
-        said.append(f"{len(places)} rows without {lacks} left out: {_some(places)}")
-    return said
+        short = [place.removeprefix(f"{table.name}, ") for place in places]
+        said.append(f"{number_of(len(places), 'row')} without {lacks} ({_some(short)})")
+    if said and not drop:
+        raise ValueError(
+            f"{table.name} has {' and '.join(said)}: fill them, or leave them out with `drop_empty` "
+            "(`--drop_empty true`)."
+        )
+    return [f"left out: {text}" for text in said]
 
 
 def _read_columns(maker: RowMaker) -> list[str]:
@@ -136,9 +139,10 @@ def _mapping(maker: RowMaker) -> str:
     parts = maker.parts
     if maker.style == "input_ids":
         return ""
-    asks = [parts[part] for part in ("system", maker.ask, "messages", "text") if part in parts]
-    if "context" in parts:
-        asks.append(parts["context"])
+    if maker.style == "text":
+        return f"`{parts['text']}` as plain text"
+    order = ("context", maker.ask) if maker.context_first else (maker.ask, "context")
+    asks = [parts[part] for part in ("system", *order, "messages") if part in parts]
     into = {"conversation": "prompt", "prompt-completion": "prompt", "question-answer": "question"}
     said = f"{' + '.join(f'`{column}`' for column in asks)} -> {into.get(maker.style, maker.style)}"
     if "completion" in parts:
@@ -150,7 +154,7 @@ def _mapping(maker: RowMaker) -> str:
 def _repeated(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     times = Counter(map(_written, rows))
     repeated = len(rows) - len(times)
-    return [f"{repeated} rows repeat others"] if repeated else []
+    return [f"repeated: {number_of(repeated, 'example')}"] if repeated else []
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -29,31 +29,39 @@ class RowMaker:
         parts, rows: of the table.
         role: of the dataset, for messages.
         has_template: whether the tokenizer has a chat template.
+        named: whether the user has named the parts. A `question` that is named is asked, however it is written.
 
-    After the rows are made, `missing` has the places of those that were left out, by what they lack, and `notes` says
-    what was changed.
+    After the rows are made, `missing` has the places of those that were left out, by what they lack.
     """
 
-    def __init__(self, parts: Parts, rows: Sequence[Mapping[str, Any]], role: str, has_template: bool) -> None:
+    def __init__(
+        self, parts: Parts, rows: Sequence[Mapping[str, Any]], role: str, has_template: bool, named: bool
+    ) -> None:
         self.parts, self.role, self.has_template = parts, role, has_template
         self.counts: Counter[str] = Counter()
         self.missing: dict[str, list[str]] = {}
         self.ask = "question" if "question" in parts else "prompt"
-        self.written = self.ask in parts and self._is_written(rows)
-        self.style = self._style(rows)
+        prompts = [prompt for row in rows if filled(prompt := row.get(parts.get(self.ask, "")))]
+        whole = all(isinstance(prompt, str) and _WRITTEN.search(prompt) for prompt in prompts)
+        self.written = bool(prompts) and whole and not (named and self.ask == "question")
+        self.spoken = any(isinstance(prompt, list) for prompt in prompts)
+        self.style = self._style()
         self.beside = [part for part in BESIDE if part in parts and (self.style != "text" or part == LEVEL)]
 
-    def _is_written(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether every prompt is in a template. A user who names a `question` wants it asked."""
-        prompts = [prompt for row in rows if filled(prompt := row.get(self.parts[self.ask]))]
-        return bool(prompts) and all(isinstance(prompt, str) and _WRITTEN.search(prompt) for prompt in prompts)
-
-    def _style(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    def _style(self) -> str:
         parts = self.parts
         if single := {"input_ids", "text", "messages"} & set(parts):
             return single.pop()
-        spoken = any(isinstance(row.get(parts[part]), list) for row in rows for part in (self.ask,))
-        if spoken or ("system" in parts and self.has_template and not self.written):
+        stray = [part for part in ("system", "context") if part in parts and self.written]
+        stray += ["context"] if self.spoken and "context" in parts else []
+        if stray:
+            kind = "messages" if self.spoken else "written in a template already"
+            raise ValueError(
+                f"The prompts of the `{self.role}` dataset (`{parts[self.ask]}`) are {kind}, so it cannot be told "
+                f"where `{parts[stray[0]]}` belongs. If they have it already: `columns`, on the command line "
+                f"`--{self.role}_columns prompt={parts[self.ask]},completion={parts['completion']}`."
+            )
+        if self.spoken or ("system" in parts and self.has_template):
             return "conversation"
         plain = self.written or (self.ask == "prompt" and not self.has_template)
         return "prompt-completion" if plain else "question-answer"
@@ -71,6 +79,11 @@ class RowMaker:
         along = {part: self._along(row, part, place) for part in self.beside} if made else {}
         return [entry | along for entry in made]
 
+    @property
+    def of_one_answer(self) -> bool:
+        """Whether something beside a conversation belongs to its last answer."""
+        return bool({"refusal", "alternative", LEVEL} & set(self.beside))
+
     def _pair(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         if self.style == "conversation":
             asked, answer = (self._turns(row, part, place) for part in (self.ask, "completion"))
@@ -87,7 +100,7 @@ class RowMaker:
     def _turns(self, row: Mapping[str, Any], part: str, place: str) -> Messages:
         """A prompt or an answer as messages."""
         value = row.get(self.parts[part])
-        if isinstance(value, list) and value and not (part == "completion" and isinstance(value[0], str)):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             return to_messages(value, f"`{self.parts[part]}` in {place}")
         text = self._text(row, part, place)
         if not text:
@@ -99,13 +112,13 @@ class RowMaker:
     def _of_messages(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         column = self.parts["messages"]
         if not filled(row.get(column)):
-            return self._lacks("messages", column, place)
+            return self._lack("messages", column, place)
         given = self._with_system(to_messages(row[column], f"`{column}` in {place}"), row)
         found = list(answered(given))
         if not found:
-            return self._lacks("an answer", column, place)
+            return self._lack("an answer", column, place)
         self.counts["tails"] += len(found[-1]) < len(given)
-        if self.beside:  # they belong to the last answer
+        if self.of_one_answer:
             found = found[-1:]
         self.counts["conversations"] += 1
         if self.has_template:
@@ -124,12 +137,16 @@ class RowMaker:
         return [{"role": "system", "content": text}, *messages]
 
     def _with_context(self, question: str, row: Mapping[str, Any], *, system: bool = True) -> str:
-        """The question with its context: before a `question` (SQuAD), else after it (Alpaca, Dolly)."""
         context = row.get(self.parts.get("context", ""))
         texts = [question, str(context)] if filled(context) else [question]
-        texts = texts[::-1] if simple(self.parts[self.ask]) in ("question", "query", "problem") else texts
+        texts = texts[::-1] if self.context_first else texts
         first = row.get(self.parts.get("system", "")) if system else None
         return "\n\n".join([str(first), *texts] if filled(first) else texts)
+
+    @property
+    def context_first(self) -> bool:
+        """Before a question (SQuAD), after an instruction or a prompt (Alpaca, Dolly)."""
+        return self.ask == "question" and simple(self.parts["question"]) != "instruction"
 
     def _text(self, row: Mapping[str, Any], part: str, place: str) -> str | None:
         """The text of a cell. A number is written out. Of several answers the first is taken."""
@@ -138,7 +155,8 @@ class RowMaker:
         if part == "completion":
             value = self._first(value)
         if not filled(value):
-            return self._lacks(_WORDS[part], column, place) or None
+            self._lack(_WORDS[part], column, place)
+            return None
         if isinstance(value, (int, float)):
             self.counts["numbers"] += 1
             return json.dumps(value)
@@ -165,8 +183,8 @@ class RowMaker:
         parsed = isinstance(value, str) and part != "refusal" and (is_json(value, list) or is_json(value, dict))
         return json.loads(value) if parsed else value
 
-    def _lacks(self, what: str, column: str, place: str) -> list[Any]:
-        self.missing.setdefault(f"{what} (`{column}`)", []).append(place)
+    def _lack(self, what: str, column: str, place: str) -> list[Any]:
+        self.missing.setdefault(f"{what} in `{column}`", []).append(place)
         return []
 
     def finish(self, rows: list[dict[str, Any]]) -> list[str]:
@@ -175,22 +193,22 @@ class RowMaker:
         if self.style == "prompt-completion":
             notes += self._space(rows)
         if counts["conversations"] != len(rows) and self.style == "messages":
-            notes.append(f"{counts['conversations']} conversations give {len(rows)} rows, one for each answer")
-        elif self.style == "messages" and self.beside:
-            notes.append("the last answer of each conversation is read")
+            notes.append(
+                f"{number_of(counts['conversations'], 'conversation')} -> {len(rows):,} examples, one for each answer"
+            )
+        elif self.style == "messages" and self.of_one_answer:
+            notes.append("the last answer of each conversation is trained")
         said = {
-            "tails": "{} conversations end without an answer, their last messages are left out",
-            "numbers": "{} numbers are read as text",
-            "several": "the first of several answers in {} rows",
-            "blanks": "blanks around question or answer removed in {} rows",
+            "tails": "last messages without an answer left out: {}",
+            "numbers": "numbers read as text: {}",
+            "several": "the first of several answers taken: {}",
+            "blanks": "blanks around question or answer removed: {}",
         }
-        return notes + [text.format(counts[key]) for key, text in said.items() if counts[key]]
+        return notes + [text.format(number_of(counts[key], "row")) for key, text in said.items() if counts[key]]
 
     def _space(self, rows: list[dict[str, Any]]) -> list[str]:
-        seams = [row["prompt"][-1] + row["completion"][0] for row in rows]
-        if any(map(str.isspace, "".join(seams))) or any(
-            unicodedata.east_asian_width(c) in "WF" for c in "".join(seams)
-        ):
+        seams = "".join(row["prompt"][-1] + row["completion"][0] for row in rows)
+        if any(char.isspace() or unicodedata.east_asian_width(char) in "WF" for char in seams):
             return []
         if [simple(self.parts[part]) for part in (self.ask, "completion")] == ["prompt", "completion"]:
             return ["no space stands between prompt and completion"]
@@ -201,9 +219,11 @@ class RowMaker:
     def how_asked(self) -> str:
         """How the model is asked for the answers of these rows."""
         if self.style in ("text", "input_ids"):
-            return "as plain text" if self.style == "text" else "tokens as they are"
+            return "" if self.style == "text" else "tokens as they are"
         if self.written:
-            return "prompts stay as they are, because they are written in a template already"
+            asks = f"question={self.parts[self.ask]},completion={self.parts['completion']}"
+            other = f" (`--{self.role}_columns {asks}` asks them through the model's)" if self.has_template else ""
+            return f"prompts stay as they are, because they are written in a template already{other}"
         if self.has_template:
             return "asked through the chat template"
         if self.style == "prompt-completion":
@@ -211,6 +231,10 @@ class RowMaker:
         return "asked through `qa_template`, because the model has no chat template"
 
 
+def number_of(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 _WORDS = {"question": "a question", "prompt": "a prompt", "completion": "an answer", "text": "a text"}
 
-__all__ = ["RowMaker"]
+__all__ = ["RowMaker", "number_of"]

@@ -190,7 +190,8 @@ def _nested(value: Any, name: str, part: str | None) -> Table:
     notes = []
     lists = _lists(value) if isinstance(value, dict) else {}
     if isinstance(value, dict) and not lists:
-        if any(isinstance(entry, dict) for entry in value.values()):
+        turns = any(isinstance(entry, list) and entry and isinstance(entry[0], dict) for entry in value.values())
+        if not turns and not any(isinstance(entry, str) for entry in value.values()):
             raise ValueError(
                 f"{name} holds one object with the keys {list(value)[:8]}, and rows are not found in it: write a list "
                 'of objects (pandas: `to_json(..., orient="records", lines=True)`).'
@@ -199,7 +200,7 @@ def _nested(value: Any, name: str, part: str | None) -> Table:
     elif lists:
         key = part if part in lists else next(iter(lists))
         if part not in lists and len(lists) > 1:
-            raise ValueError(f"{name} has several lists of rows, {list(lists)}: name the one that is meant as `split`.")
+            raise ValueError(f"{name} has several lists of rows, {list(lists)}: name one of them by `split`.")
         value, notes = lists[key], [f"rows under `{key}`"]
     if not isinstance(value, list):
         raise ValueError(f"{name} holds a {type(value).__name__}: it must hold a list of objects.")
