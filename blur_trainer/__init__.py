@@ -10,7 +10,7 @@ _HOMES = {
     "data.formats": ["tokenize_dataset"],
     "data.general": ["general_text"],
     "data.muse": ["load_muse"],
-    "data.reading": ["Reading", "read_rows"],
+    "data.reading": ["read_rows"],
     "data.tofu": ["load_tofu"],
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
     "evaluation.base": ["Evaluation"],
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.data.formats import tokenize_dataset
     from blur_trainer.data.general import general_text
     from blur_trainer.data.muse import load_muse
-    from blur_trainer.data.reading import Reading, read_rows
+    from blur_trainer.data.reading import read_rows
     from blur_trainer.data.tofu import load_tofu
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
     from blur_trainer.evaluation.base import Evaluation

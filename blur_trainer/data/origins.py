@@ -40,7 +40,7 @@ def open_source(
     if isinstance(source, (str, Path)):
         table = _named(str(source), role, config, split, token, limit)
     else:
-        table = _loaded(source, f"the `{role}` dataset", role, split, limit)
+        table = _loaded(source, f"`{role}` dataset", role, split, limit)
     if limit is None or len(table.rows) <= limit:
         return table
     notes = [f"the first of {len(table.rows):,}", *table.notes]
@@ -72,6 +72,11 @@ def _named(
 def _loaded(source: Any, name: str, role: str, split: str | None, limit: int | None) -> Table:
     """The rows of a dataset in memory, a dictionary of splits, or a list."""
     if isinstance(source, Mapping):
+        if not all(isinstance(rows, (Dataset, IterableDataset)) for rows in source.values()):
+            raise TypeError(
+                f"{name} is a {type(source).__name__} with the keys {list(source)[:8]}: give a list of dicts, or "
+                "`datasets.Dataset.from_dict(...)` of columns."
+            )
         chosen = _split_of(list(source), name, role, split)
         return _loaded(source[chosen], f"{name} (split {chosen!r})" if len(source) > 1 else name, role, None, limit)
     check_dataset(source, role)
@@ -87,7 +92,7 @@ def _loaded(source: Any, name: str, role: str, split: str | None, limit: int | N
         part = part.remove_columns(media) if media else part
     rows = [{column: plain(value) for column, value in row.items()} for row in part]
     notes = [f"the first of {len(source):,}"] if len(part) < len(source) else []
-    return checked_table(name, [(f"row {i} of {name}", row) for i, row in enumerate(rows)], notes)
+    return checked_table(name, [(f"{name}, row {i}", row) for i, row in enumerate(rows)], notes)
 
 
 def _folder(path: Path, role: str, split: str | None, limit: int | None) -> Table:

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from blur_trainer.data.columns import LEVEL, columns_read, find_format
-from blur_trainer.data.proposals import ambiguous, unknown
+from blur_trainer.data.proposals import ambiguous, lost, unknown
 
 #: part of a row -> the names of columns that hold it, in lower case with `_` for blanks
 NAMES: dict[str, tuple[str, ...]] = {
@@ -20,10 +20,11 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 #: Pairs whose first name alone says nothing: a source is a book, a user is a person.
 _PAIRS = {"source": ("target", "targets"), "user": ("assistant",), "human": ("assistant", "gpt", "bot")}
-# Beside a text these may be its answer, if they are words; beside a question they are left out.
-_OF_A_TEXT = ("label", "labels", "summary", "highlights")
+# Beside a text these may be its answer, unless they are numbers; beside a question all but the target are left out.
+_LABELS = ("label", "labels", "summary", "highlights", "target", "targets")
 _PREFERENCES = ("chosen", "rejected")
-_CHOICES = ("choices", "options", "endings")
+# Columns without which a row would say something else, and what they hold.
+_REFUSED = {**dict.fromkeys(("choices", "options", "endings"), "choices"), "history": "turns"}
 #: Columns that go along as they are.
 BESIDE = ("refusal", "alternative", "tools", "chat_template_kwargs", LEVEL)
 
@@ -53,12 +54,9 @@ def recognize(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: s
     # A column without anything in it means nothing, unless there is no other.
     in_use = {n: c for n, c in named.items() if any(filled(row.get(c)) for row in rows)}
     readings = _readings(in_use, rows) or _readings(named, rows)
-    if any(choice in named for choice in _CHOICES) and readings and "messages" not in readings[0]:
-        raise ValueError(
-            f"{name} has a column {_first(named, _CHOICES)!r}: its rows are multiple choice, where the answer is often "
-            "the number of a choice. Write the words of the right answer into a column of their own, and name it by "
-            f"`columns` (`--{role}_columns prompt=QUESTION,completion=ANSWER`)."
-        )
+    refused = [n for n in _REFUSED if n in in_use and any("completion" in reading for reading in readings)]
+    if refused:
+        raise ValueError(lost(named[refused[0]], _REFUSED[refused[0]], readings, role, name))
     if not readings:
         raise ValueError(unknown(columns, rows, role, name))
     if len(readings) > 1:
@@ -98,15 +96,24 @@ def _readings(named: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> li
     system = [{"system": named[n]} for n in NAMES["system"] if n in named] or [{}]
     pairs = list(product(asked, [*answered, *preferred]))
     if not pairs:
-        pairs = [(first, end) for first, ends in _PAIRS.items() for end in ends if {first, end} <= set(named)]
+        pairs = [
+            (n, end)
+            for first, ends in _PAIRS.items()
+            for end in ends
+            if {first, end} <= set(named)
+            for n in (first, *asked)
+        ]
     found: list[Parts] = [_pair(*pair, context, named) for pair in pairs for context in contexts or [None]]
+    if "input" in asked:  # beside another question it may be that one's context
+        found = [_pair(n, end, "input", named) for n, end in pairs if n != "input"] + found
     found += [{"messages": named[n]} for n in conversations]
     if conversations and not pairs:  # a prompt beside messages is their first one; an answer beside them is not
         found += [{"prompt": named[n], "completion": named[end]} for n in conversations for end in answered]
     found = [parts | more for parts in found for more in system]
     found += [{"text": named[n]} for n in texts]
     if texts and not pairs:
-        ends = [n for n in (*answered, *_OF_A_TEXT) if n in named and not _numbers(named[n], rows)]
+        labels = [n for n in _LABELS if n in named and not _numbers(named[n], rows)]
+        ends = [n for n in answered if n not in _LABELS] + labels
         found += [{"prompt": named[n], "completion": named[end]} for n in texts for end in ends]
         found += [{"prompt": named[n], "completion": named[text]} for n in asked for text in texts]
     if not pairs:
@@ -145,10 +152,6 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _first(named: Mapping[str, str], names: Iterable[str]) -> str:
-    return next(named[n] for n in names if n in named)
 
 
 def override(given: str | Mapping[str, str], columns: Sequence[str], role: str, name: str) -> Parts:

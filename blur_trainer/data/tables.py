@@ -73,7 +73,11 @@ def read_table(path: Path, part: str | None = None) -> Table:
     return table_of(text, suffix, name, part)
 
 
-_SEEN = {".jsonl": "it holds JSON", ".csv": "it starts like a table, with column names in the first line"}
+_SEEN = {
+    ".json": "it holds JSON",
+    ".jsonl": "it holds JSON",
+    ".csv": "it starts like a table, with column names in the first line",
+}
 
 
 def table_of(text: str, suffix: str, name: str, part: str | None = None) -> Table:
@@ -88,9 +92,11 @@ def table_of(text: str, suffix: str, name: str, part: str | None = None) -> Tabl
 
 
 def content_kind(text: str) -> str:
-    """The suffix that fits a text of unknown kind: `.jsonl`, `.csv` or `.txt`."""
+    """The suffix that fits a text of unknown kind: `.json`, `.jsonl`, `.csv` or `.txt`."""
     first = text.lstrip().split("\n", 1)[0]
-    if is_json(first, dict) or is_json(text, dict) or is_one_value(text, ".jsonl"):
+    if is_json(text, dict) or is_json(text, list):
+        return ".json"
+    if first.startswith('{"') or is_json(first, dict):  # if it is broken, its error names the line
         return ".jsonl"
     names = {cell.strip().casefold() for cell in _cells(first, _delimiter(first))}
     asked = names & {"prompt", "question", "instruction", "query", "input"}
