@@ -13,6 +13,7 @@ _HOMES = {
     "data.tofu": ["load_tofu"],
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
     "evaluation.base": ["Evaluation"],
+    "evaluation.forget": ["ForgetEvaluation"],
     "evaluation.level": ["Level"],
     "evaluation.lm_eval": ["LMEval"],
     "evaluation.muse": ["MUSEEvaluation"],
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.data.tofu import load_tofu
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
     from blur_trainer.evaluation.base import Evaluation
+    from blur_trainer.evaluation.forget import ForgetEvaluation
     from blur_trainer.evaluation.level import Level
     from blur_trainer.evaluation.lm_eval import LMEval
     from blur_trainer.evaluation.muse import MUSEEvaluation
