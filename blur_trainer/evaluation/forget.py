@@ -31,7 +31,7 @@ class ForgetEvaluation(Evaluation):
     |---|---|
     | `{set}_loss` | $-\frac1T\sum_t\ell_t$, nats per answer token: what a [`Level`] is compared with |
     | `{set}_probability` | $\exp(\frac1T\sum_t\ell_t)$, the geometric mean of the tokens' probabilities, 0 to 1 |
-    | `{set}_extraction` | extraction strength: the longest end of the answer whose tokens are all the likeliest, a share |
+    | `{set}_extraction` | extraction strength: how much of the answer, from its end, is all likeliest tokens, a share |
     | `{set}_rouge` | ROUGE-L recall of the greedy answer, 0 to 1 |
     | `{set}_exact` | share of greedy answers that are the true one, white space aside |
     | `membership_auc` | AUC of Min-40% between `forget` and `unseen`: 1 is "knows the forget set", .5 no difference |

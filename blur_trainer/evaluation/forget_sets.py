@@ -85,7 +85,7 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[
 
 
 def new_tokens(sets: Mapping[str, Sequence[Asked]], wanted: int | None, most: int, positions: int | None) -> int:
-    """How long an answer may become: `wanted`, by default the longest true answer up to `most`, within the positions."""
+    """How long an answer may become: `wanted`, else the longest true answer up to `most`; within the positions."""
     longest = max(len(row.answer) for row in _all(sets))
     limit = min(longest, most) if wanted is None else wanted
     return limit if positions is None else min(limit, positions - max(len(row.prompt) for row in _all(sets)))

@@ -202,7 +202,7 @@ def encoded_rows(
     *,
     exchange: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    """The examples of each row, `input_ids` and `labels`, as training has them. Raises `ValueError` for an empty row."""
+    """The examples of each row, as training has them. Raises `ValueError` for an empty row."""
     check_dataset(dataset, role)
     fmt = find_format(column_names(dataset), role)
     if tokenizer is None and fmt != "input_ids":
