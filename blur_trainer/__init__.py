@@ -43,6 +43,7 @@ _HOMES = {
     "report.results": ["Results"],
     "report.seeds": ["mean_and_spread"],
     "report.tables": ["format_table"],
+    "report.verdict": ["Thresholds", "Verdict", "judge"],
     "saving.merging": ["merge_and_save"],
     "trainers.alternatives": ["generate_alternatives"],
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
@@ -98,6 +99,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.report.results import Results
     from blur_trainer.report.seeds import mean_and_spread
     from blur_trainer.report.tables import format_table
+    from blur_trainer.report.verdict import Thresholds, Verdict, judge
     from blur_trainer.saving.merging import merge_and_save
     from blur_trainer.trainers.alternatives import generate_alternatives
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
