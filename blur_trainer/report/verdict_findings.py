@@ -113,20 +113,23 @@ def _lost(before: Numbers, after: Numbers, reference: Reference, limits: Any, no
     for name in measured:
         if _says_nothing(name, before, reference, limits):
             notes.append(f"The model did not know `{name}` before: this set says nothing of what was lost.")
-            continue
-        then, now = (numbers.get(f"{name}_rouge") for numbers in (before, after))
-        if then is not None and now is not None and then >= UNKNOWN:
-            if then - now > max((1 - getattr(limits, name)) * then, limits.noise):
-                yield Finding(
-                    "broken", name, f"{name} keeps {now / then:.0%} of its ROUGE ({then:.2f} before, {now:.2f} now)"
-                )
-        then, now = (numbers.get(f"{name}_loss") for numbers in (before, after))
-        if then is not None and now is not None and now - then > limits.loss_rise:
-            yield Finding("broken", name, f"the loss of {name} rose from {then:.3g} to {now:.3g} nats per token")
-    then, now = (numbers.get("degeneration") for numbers in (before, after))
-    if then is not None and now is not None and now - then > limits.degeneration:
+        else:
+            yield from _lost_set(name, before, after, limits)
+    then, now = before.get("degeneration", 1.0), after.get("degeneration", 0.0)
+    if now - then > limits.degeneration:
         text = f"{now:.0%} of the answers on retain and hold are empty or repeat themselves ({then:.0%} before)"
         yield Finding("broken", "degeneration", text)
+
+
+def _lost_set(name: str, before: Numbers, after: Numbers, limits: Any) -> Iterator[Finding]:
+    """What is lost of one set: seen in its answers, else in its loss."""
+    then, now = before.get(f"{name}_rouge", 0.0), after.get(f"{name}_rouge", math.inf)
+    if then >= UNKNOWN and then - now > max((1 - getattr(limits, name)) * then, limits.noise):
+        yield Finding("broken", name, f"{name} keeps {now / then:.0%} of its ROUGE ({then:.2f} before, {now:.2f} now)")
+        return
+    then, now = before.get(f"{name}_loss", math.inf), after.get(f"{name}_loss", 0.0)
+    if now - then > limits.loss_rise:
+        yield Finding("broken", name, f"{name} costs {nats(now)} nats per token and cost {nats(then)} before")
 
 
 def _says_nothing(name: str, before: Numbers, reference: Reference, limits: Any) -> bool:
@@ -143,14 +146,15 @@ def _nothing_to_forget(before: Numbers, after: Numbers, reference: Reference, li
     pairs = [(name, f"retain_{name.removeprefix('forget_')}") for name in shared if name.startswith("forget_")]
     pairs = [pair for pair in pairs if pair[1] in shared]
     if pairs and all(numbers[one] == numbers[other] for one, other in pairs for numbers in (before, after)):
-        text = "forget and retain have the same numbers, so they seem to be the same rows, which no model can both lose and keep"
+        text = "forget and retain have the same numbers: they seem to be the same rows, to be lost and kept at once"
         yield Finding("not_forgotten", "same_rows", text)
     if reference.level is None or reference.bound:
         return
     by_rouge = reference.rouge is not None and before.get("forget_rouge", 0.0) > reference.rouge + limits.rouge
     if before["forget_loss"] >= (1 - limits.near) * reference.level and not by_rouge:
-        text = f"the model did not know the forget set before ({before['forget_loss']:.3g} nats per token)"
-        yield Finding("not_forgotten", "unknown", f"{text}, so there was nothing to forget")
+        cost = f"{nats(before['forget_loss'])} nats per token, the level is {nats(reference.level)}"
+        text = f"the model did not know the forget set before ({cost}), so there was nothing to forget"
+        yield Finding("not_forgotten", "unknown", text)
 
 
 def _too_little(before: Numbers, after: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
@@ -159,19 +163,24 @@ def _too_little(before: Numbers, after: Numbers, reference: Reference, limits: A
         if level - now > max((1 - limits.way) * (level - then), limits.near * level):
             yield Finding("not_forgotten", "level", level_clause(after, reference))
     elif now - then < limits.unlevelled_rise:
-        yield Finding(
-            "not_forgotten", "level", f"the forget set cost {then:.3g} nats per token before and costs {now:.3g} now"
-        )
+        text = f"the forget set costs {nats(now)} nats per token and cost {nats(then)} before"
+        yield Finding("not_forgotten", "level", text)
+    yield from _still_said(before, after, reference, limits)
+    other = after.get("paraphrased_rouge")
+    if other is not None and reference.paraphrased is not None and other > reference.paraphrased + limits.rouge:
+        theirs = f"of {reference.whose} {reference.paraphrased:.2f}"
+        text = f"asked in other words, ROUGE of its answers is {other:.2f}, {theirs}"
+        yield Finding("not_forgotten", "paraphrased", text)
+
+
+def _still_said(before: Numbers, after: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
+    """Answers that a model would not give that never saw the forget set."""
     rouge, rouge_then = after.get("forget_rouge"), before.get("forget_rouge", math.inf)
     if rouge is not None and reference.rouge is not None:
         if rouge > reference.rouge + limits.rouge:
             yield Finding("not_forgotten", "rouge", rouge_clause(after, reference))
     elif rouge is not None and rouge > max(limits.unlevelled_rouge * rouge_then, UNKNOWN):
-        yield Finding("not_forgotten", "rouge", f"ROUGE of its answers was {rouge_then:.2f} and is {rouge:.2f}")
-    other = after.get("paraphrased_rouge")
-    if other is not None and reference.paraphrased is not None and other > reference.paraphrased + limits.rouge:
-        text = f"asked in other words, ROUGE of its answers is {other:.2f}, of {reference.whose} {reference.paraphrased:.2f}"
-        yield Finding("not_forgotten", "paraphrased", text)
+        yield Finding("not_forgotten", "rouge", f"ROUGE of its answers is {rouge:.2f} and was {rouge_then:.2f}")
     exact = after.get("forget_exact", 0.0)
     if exact > (reference.exact or 0.0) + limits.exact:
         yield Finding("not_forgotten", "exact", f"{exact:.0%} of its answers are still word for word")
@@ -183,11 +192,8 @@ def _told_apart(after: Numbers, reference: Reference, limits: Any) -> Iterator[F
     if auc is None or abs(auc - reference.auc) <= limits.told_apart:
         return
     word = "not_forgotten" if auc > reference.auc else "over_forgotten"
-    yield Finding(
-        word,
-        "membership",
-        f"forget rows can be told from unseen ones (membership AUC {auc:.2f}, best {reference.auc:.2f})",
-    )
+    text = f"forget rows can be told from unseen ones (membership AUC {auc:.2f}, best {reference.auc:.2f})"
+    yield Finding(word, "membership", text)
 
 
 def _too_far(after: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
@@ -195,10 +201,15 @@ def _too_far(after: Numbers, reference: Reference, limits: Any) -> Iterator[Find
         yield Finding("over_forgotten", "level", level_clause(after, reference))
 
 
+def nats(loss: float) -> str:
+    """One decimal, two below 1."""
+    return f"{loss:.1f}" if loss >= 1 else f"{loss:.2f}"
+
+
 def level_clause(after: Numbers, reference: Reference) -> str:
     """ "the forget set costs 2.1 nats per token, the level is 8.1 (the loss of unseen rows)" """
-    text = f"the forget set costs {after['forget_loss']:.3g} nats per token"
-    return text if reference.level is None else f"{text}, the level is {reference.level:.3g} ({reference.source})"
+    text = f"the forget set costs {nats(after['forget_loss'])} nats per token"
+    return text if reference.level is None else f"{text}, the level is {nats(reference.level)} ({reference.source})"
 
 
 def rouge_clause(after: Numbers, reference: Reference) -> str:
@@ -210,9 +221,10 @@ def rouge_clause(after: Numbers, reference: Reference) -> str:
 
 
 def kept_clauses(before: Numbers, after: Numbers) -> list[str]:
-    """ "retain keeps 99 % and hold 97 % of ROUGE" """
-    names = [
-        name for name in ("retain", "hold") if before.get(f"{name}_rouge", 0.0) >= UNKNOWN and f"{name}_rouge" in after
+    """ "retain keeps 99% of its ROUGE", "hold keeps 97% of its ROUGE" """
+    known = {name: before.get(f"{name}_rouge", 0.0) for name in ("retain", "hold")}
+    return [
+        f"{name} keeps {after[f'{name}_rouge'] / then:.0%} of its ROUGE"
+        for name, then in known.items()
+        if then >= UNKNOWN and f"{name}_rouge" in after
     ]
-    shares = [f"{name} {after[f'{name}_rouge'] / before[f'{name}_rouge']:.0%}" for name in names]
-    return [f"of the ROUGE before, {' and '.join(shares)} are kept"] if shares else []
