@@ -10,9 +10,11 @@ _HOMES = {
     "data.formats": ["tokenize_dataset"],
     "data.general": ["general_text"],
     "data.muse": ["load_muse"],
+    "data.reading": ["read_rows"],
     "data.tofu": ["load_tofu"],
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
     "evaluation.base": ["Evaluation"],
+    "evaluation.forget": ["ForgetEvaluation"],
     "evaluation.level": ["Level"],
     "evaluation.lm_eval": ["LMEval"],
     "evaluation.muse": ["MUSEEvaluation"],
@@ -42,6 +44,7 @@ _HOMES = {
     "report.results": ["Results"],
     "report.seeds": ["mean_and_spread"],
     "report.tables": ["format_table"],
+    "report.verdict": ["Thresholds", "Verdict", "judge"],
     "saving.merging": ["merge_and_save"],
     "trainers.alternatives": ["generate_alternatives"],
     "trainers.blur": ["BLURConfig", "BLURTrainer"],
@@ -64,9 +67,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.data.formats import tokenize_dataset
     from blur_trainer.data.general import general_text
     from blur_trainer.data.muse import load_muse
+    from blur_trainer.data.reading import read_rows
     from blur_trainer.data.tofu import load_tofu
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
     from blur_trainer.evaluation.base import Evaluation
+    from blur_trainer.evaluation.forget import ForgetEvaluation
     from blur_trainer.evaluation.level import Level
     from blur_trainer.evaluation.lm_eval import LMEval
     from blur_trainer.evaluation.muse import MUSEEvaluation
@@ -96,6 +101,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.report.results import Results
     from blur_trainer.report.seeds import mean_and_spread
     from blur_trainer.report.tables import format_table
+    from blur_trainer.report.verdict import Thresholds, Verdict, judge
     from blur_trainer.saving.merging import merge_and_save
     from blur_trainer.trainers.alternatives import generate_alternatives
     from blur_trainer.trainers.blur import BLURConfig, BLURTrainer

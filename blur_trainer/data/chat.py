@@ -1,17 +1,20 @@
 """Prompt and answer of a conversation, as the tokenizer's chat template writes them."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import MistralCommonBackend  # type: ignore[attr-defined]  # loaded lazily
 from trl.trainer.utils import remove_none_values
 
+from blur_trainer.data.files import read_text
 from blur_trainer.data.rows import with_texts
 
 Messages = list[dict[str, Any]]
@@ -41,6 +44,40 @@ class Rendered:
 
 def has_chat_template(tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
+
+
+def with_chat_template(tokenizer: Any, choice: str | Path = "auto") -> Any:
+    """
+    The tokenizer with the chat template that is chosen.
+
+    Args:
+        choice: `"auto"` (the tokenizer as it is), `"never"` (a copy without a template), or a file with a Jinja
+            template (a copy with this one).
+
+    Raises `ValueError` if there is no such file, or if its template does not write a question and its answer.
+    """
+    if choice == "auto":
+        return tokenizer
+    template = None
+    if choice != "never":
+        file = Path(choice).expanduser()
+        if not file.is_file():
+            raise ValueError(
+                f"`chat_template` is {str(choice)!r}: give 'auto' (the template of the tokenizer), 'never', or a file "
+                "with a Jinja template."
+            )
+        template = read_text(file)
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    if template is not None:
+        user, assistant = ({"role": role, "content": f"<{role}>"} for role in ("user", "assistant"))
+        try:
+            render(changed, [user], [assistant], {}, None)
+        except ValueError as error:
+            raise ValueError(
+                f"The chat template in {choice} does not write a question and its answer: {error}."
+            ) from error
+    return changed
 
 
 def check_tokenizer(tokenizer: Any, fmt: str, role: str) -> None:

@@ -48,7 +48,12 @@ def find_format(columns: Iterable[str], role: str) -> str:
         if set(needed) <= set(columns):
             _refuse_ambiguous(name, columns, role)
             return name
-    raise ValueError(f"The `{role}` dataset has the columns {columns}, but needs {ACCEPTED}: {_remedy(columns)}.")
+    raise ValueError(
+        f"The `{role}` dataset has the columns {columns}, but needs {ACCEPTED}: rename them, or give what "
+        f"`blur_trainer.read_rows(dataset, role={role!r}, has_template=bool(tokenizer.chat_template)).dataset` has. It "
+        "knows the usual names (`instruction`, `response`, `conversations`, ...), and `columns='prompt=COLUMN,"
+        "completion=COLUMN'` tells it others."
+    )
 
 
 def columns_read(fmt: str, columns: Iterable[str]) -> list[str]:
@@ -72,22 +77,9 @@ def _refuse_ambiguous(fmt: str, columns: list[str], role: str) -> None:
         one = f"{', '.join(f'`{column}`' for column in rivals)}"
         raise ValueError(
             f"The `{role}` dataset has {_named(FORMATS[fmt])} and also {one}: which of them is meant cannot be told. "
-            f"Keep the columns of one format (`dataset.select_columns({read})`), or rename them to {ACCEPTED}."
+            f"Keep the columns of one format (`dataset.select_columns({read})`), rename them to {ACCEPTED}, or "
+            "name them in `blur_trainer.read_rows(dataset, columns=...)`."
         )
-
-
-def _remedy(columns: list[str]) -> str:
-    asked, answered = {"instruction", "question", "query", "prompt", "input"}, {"output", "response", "completion"}
-    if asked & set(columns) and answered & set(columns):
-        answer = next(column for column in columns if column in answered)
-        return (
-            "map them to `prompt` and `completion`, e.g. `dataset.map(lambda row: {'prompt': [{'role': 'user', "
-            f"'content': ...}}], 'completion': [{{'role': 'assistant', 'content': row[{answer!r}]}}]}}, "
-            "remove_columns=dataset.column_names)`"
-        )
-    if "conversations" in columns:
-        return "map them to `messages`, a list of `{'role': ..., 'content': ...}` that ends with the assistant's"
-    return "rename its columns"
 
 
 def _named(columns: Iterable[str]) -> str:

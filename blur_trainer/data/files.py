@@ -1,6 +1,10 @@
 """Reads one split of a benchmark from the Hub or from a local file. Errors say where they arose and what to do."""
 
+import codecs
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,36 +67,67 @@ def find_file(folder: Path, names: Iterable[str], what: str) -> Path | None:
 
 def read_json(file: str | Path) -> Any:
     """The content of a JSON file. A malformed file is a `ValueError` that names it."""
-    return _parse(_read(Path(file)), str(file))
+    return parse_json(read_text(Path(file)), str(file))
 
 
 def read_rows(file: Path) -> list[Any]:
     """The rows of a `.jsonl` or `.json` file (lines or a list), or a `.txt` file as one row with `text`."""
-    text = _read(file)
+    text = read_text(file)
     return [{"text": text}] if file.suffix == ".txt" else _json_rows(text, file)
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file, of a `.gz` file unpacked. Line ends are `\\n`. Raises `ValueError` if there is none."""
+    data = file.read_bytes()
+    if file.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is not a whole gzip file: {error}. Copy it again, or unpack it.") from error
+    return decoded(data, str(file))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """UTF-8 as text. Line ends are `\\n`. Another encoding, or nothing, is a `ValueError`."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
+        raise ValueError(
+            f"{where} is not UTF-8 text: {error}. Convert it, e.g. `iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t "
+            f"UTF-8 {where} > NEW`, or save it again as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{where} has NUL characters, so it is no text in UTF-8: save it again as UTF-8 text.")
     if not text.strip():
-        raise ValueError(f"{file} is empty; it must hold at least one row.")
+        raise ValueError(f"{where} is empty; it must hold at least one row.")
     return text
 
 
 def _json_rows(text: str, file: Path) -> list[Any]:
     """JSON lines or a JSON list, whatever the suffix: the Hub's files of TOFU are lines under the name `.json`."""
-    # Not splitlines(): JSON strings may contain U+2028 unescaped.
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    one_value = file.suffix == ".json" and (len(lines) == 1 or not _is_json(lines[0][1]))
-    if not one_value and not _is_list_of_objects(text):
-        return [_parse(line, f"{file}, line {i}") for i, line in lines]
-    rows = _parse(text, str(file))
+    if not is_one_value(text, file.suffix):
+        return [row for _, row in json_lines(text, str(file))]
+    rows = parse_json(text, str(file))
     if not isinstance(rows, list):
         raise ValueError(f"{file} holds a {type(rows).__name__}; it must hold a list of objects, or one per line.")
     return rows
+
+
+def json_lines(text: str, where: str) -> list[tuple[str, Any]]:
+    """The values of JSON lines, each with the name of its place. Blank lines are passed over."""
+    return [(place, parse_json(line, place)) for place, line in _numbered_lines(text, where)]
+
+
+def _numbered_lines(text: str, where: str) -> list[tuple[str, str]]:
+    # Not splitlines(): JSON strings may contain U+2028 unescaped.
+    return [(f"{where}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def is_one_value(text: str, suffix: str) -> bool:
+    """Whether the text is one JSON value, and not a value per line."""
+    lines = _numbered_lines(text, "")
+    return (suffix == ".json" and (len(lines) == 1 or not is_json(lines[0][1]))) or _is_list_of_objects(text)
 
 
 def read_lines(file: Path) -> list[Any]:
@@ -101,27 +136,29 @@ def read_lines(file: Path) -> list[Any]:
 
     The first line decides which of the three. A `.json` or `.jsonl` file may also be one list.
     """
-    text = _read(file)
+    text = read_text(file)
     if file.suffix == ".json" or (file.suffix == ".jsonl" and _is_list_of_objects(text)):
         return _json_rows(text, file)
     lines = [line for line in text.split("\n") if line.strip()]
-    if not lines[0].lstrip().startswith("{") and not _is_json(lines[0], str):
+    if not lines[0].lstrip().startswith("{") and not is_json(lines[0], str):
         return [line.rstrip("\r") for line in lines]
-    return [_parse(line, f"{file}, row {i}") for i, line in enumerate(lines, 1)]
+    return [parse_json(line, f"{file}, row {i}") for i, line in enumerate(lines, 1)]
 
 
 def _is_list_of_objects(text: str) -> bool:
-    return text.lstrip().startswith("[") and _is_json(text, list) and isinstance(next(iter(json.loads(text)), 0), dict)
+    return text.lstrip().startswith("[") and is_json(text, list) and isinstance(next(iter(json.loads(text)), 0), dict)
 
 
-def _is_json(text: str, kind: type = object) -> bool:
+def is_json(text: str, kind: type = object) -> bool:
+    """Whether the text is JSON, of that kind."""
     try:
         return isinstance(json.loads(text), kind)
     except (ValueError, RecursionError):
         return False
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Malformed text is a `ValueError` that says where."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # malformed, a number of thousands of digits, nested too deep

@@ -1,15 +1,11 @@
 """General text from a file or from the Hub, to be retained beside the retain set."""
 
 from pathlib import Path
-from typing import Any
 
-import datasets
 from datasets import Dataset
 
-from blur_trainer.data.files import checked_rows, from_hub, read_lines, read_rows
-
-_TABLES = {".csv": "csv", ".parquet": "parquet"}
-_ACCEPTED = ".txt, .jsonl, .json, .csv or .parquet"
+from blur_trainer.data.files import checked_rows, from_hub
+from blur_trainer.data.tables import ACCEPTED, KINDS, read_table, suffix_of
 
 
 def general_text(
@@ -27,7 +23,8 @@ def general_text(
 
     Args:
         source (`str` or `Path`):
-            A file (.txt: one text; .jsonl, .json, .csv, .parquet: a text per row), or a dataset's name on the Hub.
+            A file (.txt: one text; .jsonl, .json, .csv, .tsv, .parquet: a text per row; each also as .gz), or a
+            dataset's name on the Hub.
         num (`int`, *optional*):
             So many texts, drawn by `seed`. Default: all.
         column (`str`, defaults to `"text"`):
@@ -44,11 +41,11 @@ def general_text(
     """
     path = Path(source)
     if path.is_file():
-        rows, where = _rows(path), str(path)
-    elif path.suffix in (*_TABLES, ".txt", ".json", ".jsonl"):
+        rows, where = read_table(path).rows, str(path)
+    elif suffix_of(path) in KINDS:
         raise ValueError(f"There is no file {str(source)!r}: give an existing file, or a dataset's name on the Hub.")
     else:
-        rows, where = from_hub(str(source), config, split, token, hint="Give a file instead: " + _ACCEPTED + ".")
+        rows, where = from_hub(str(source), config, split, token, hint=f"Give a file instead: {ACCEPTED}.")
     texts = [row[column] for row in checked_rows(map(dict, rows), [column], where) if row[column].strip()]
     if num is not None and not 1 <= num <= len(texts):
         raise ValueError(
@@ -58,13 +55,3 @@ def general_text(
         raise ValueError(f"{where} has blank texts only: give one with text in the column {column!r}.")
     made = Dataset.from_dict({"text": texts})
     return made if num is None else made.shuffle(seed=seed).select(range(num))
-
-
-def _rows(path: Path) -> Any:
-    if path.suffix in _TABLES:
-        return datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train")
-    if path.suffix == ".jsonl":
-        return [row if isinstance(row, dict) else {"text": row} for row in read_lines(path)]
-    if path.suffix not in (".txt", ".json"):
-        raise ValueError(f"{path} is a {path.suffix or 'file without a suffix'}, which is not read: give {_ACCEPTED}.")
-    return read_rows(path)

@@ -25,7 +25,7 @@ def warn_of_prompt(encoder: RowEncoder, row: Mapping[str, Any]) -> None:
             logger.warning(
                 "The `%s` dataset has `prompt` and `completion` as strings: they are taken as they are, without the "
                 "tokenizer's chat template. If the model is asked through its template, give both as messages "
-                '(`[{"role": "user", "content": ...}]`), or `question` and `answer`.',
+                '(`[{"role": "user", "content": ...}]`), or `question` and `answer`, as `blur_trainer.read_rows` does.',
                 encoder.role,
             )
     elif said := notice(rendered):

@@ -14,7 +14,8 @@ class Column(TypedDict, total=False):
 
     name: str  # the key in what the evaluation returns
     label: str  # its heading
-    goal: str  # which values are good: "min", "max" or "zero"
+    goal: str  # which values are good: "min", "max", "zero" or "near"
+    near: float  # the best value, for the goal "near"; left out, it is the retrained model's
     role: str  # "forget" or "retain", where the goal does not say it
 
 

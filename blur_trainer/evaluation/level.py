@@ -161,7 +161,8 @@ def row_nats(
     if isinstance(model, str) and tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model, **hub_arguments({}))
     loaded = _loaded(model) if isinstance(model, str) else model
-    pieces = _encoded(dataset, tokenizer, role, exchange, _length(loaded, max_length), qa_template, day)
+    limit = length_limit(loaded, max_length)
+    pieces = encoded_rows(dataset, tokenizer, role, limit, qa_template, day, exchange=exchange)
     flat = [piece for row in pieces for piece in row]
     logps = token_logps(loaded, flat, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
     sums = iter((float(one.sum(dtype=np.float64)), len(one)) for one in logps)
@@ -184,15 +185,23 @@ def _loaded(name: str) -> Any:
     return load_pretrained(name, {}).to(device)
 
 
-def _length(model: Any, max_length: int | None) -> int | None:
+def length_limit(model: Any, max_length: int | None) -> int | None:
+    """`max_length`, and no more than the model's positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min((n for n in (max_length, positions) if n is not None), default=None)
 
 
-def _encoded(
-    dataset: Any, tokenizer: Any, role: str, exchange: bool, max_length: int | None, qa_template: str, day: date | None
+def encoded_rows(
+    dataset: Any,
+    tokenizer: Any,
+    role: str,
+    max_length: int | None,
+    qa_template: str = _QA,
+    day: date | None = None,
+    *,
+    exchange: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    """The examples of each row."""
+    """The examples of each row, as training has them. Raises `ValueError` for an empty row."""
     check_dataset(dataset, role)
     fmt = find_format(column_names(dataset), role)
     if tokenizer is None and fmt != "input_ids":

@@ -128,12 +128,36 @@ def generate(
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     stops = check_stop_strings(stop_strings)
-    prompt_ids = encode_prompts(tokenizer, prompts)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "desc": desc}
+    rows = generate_ids(model, tokenizer, encode_prompts(tokenizer, prompts), stop_strings=stops, **how)
+    return [decoded(tokenizer, row, None, stops) for row in rows]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    stop_strings: Sequence[str] | None = None,
+    ends: Sequence[int] = (),
+    desc: str | None = None,
+) -> list[list[int]]:
+    """
+    As [`generate`], from tokens to tokens: each continuation up to the end of the sequence, which is left out.
+
+    Args:
+        prompt_ids: the tokens of each prompt, special tokens included.
+        ends: tokens that end an answer beside those of the model's generation configuration.
+    """
+    check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    stops = check_stop_strings(stop_strings)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
-    config = _greedy_config(model, tokenizer, max_new_tokens)
+    config = _greedy_config(model, tokenizer, max_new_tokens, ends)
     synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
 
-    def run(indices: list[int]) -> list[str]:
+    def run(indices: list[int]) -> list[list[int]]:
         ids, mask = pad([prompt_ids[i] for i in indices], config.pad_token_id, "left", model.device)
         width = ids.shape[1]
         output = model.generate(  # type: ignore[operator]
@@ -143,7 +167,7 @@ def generate(
             stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
             synced_gpus=synced,
         )
-        return [decoded(tokenizer, row, config.eos_token_id, stops) for row in output[:, width:].tolist()]
+        return [until(row, config.eos_token_id) for row in output[:, width:].tolist()]
 
     with evaluating(model), generation_config(model, config), gathering_in_generate(model):
         return in_shares(model, buckets([len(ids) for ids in prompt_ids], batch_size), run, desc)
@@ -165,8 +189,11 @@ def generation_config(model: torch.nn.Module, config: GenerationConfig) -> Itera
             module.generation_config = own
 
 
-def _greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _greedy_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, ends: Sequence[int]
+) -> GenerationConfig:
     eos_ids, pad_id = special_ids(model, tokenizer)
+    eos_ids = list(dict.fromkeys([*eos_ids, *ends]))
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -189,11 +216,16 @@ def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: list[int] | None, stops: Sequence[str]) -> str:
     """The text of generated tokens up to the end of the sequence, or to a stop string."""
-    ends = [ids.index(eos) for eos in eos_ids or [] if eos in ids]
-    text = tokenizer.batch_decode([ids[: min(ends, default=len(ids))]], skip_special_tokens=True)[0]
+    text = tokenizer.batch_decode([until(ids, eos_ids)], skip_special_tokens=True)[0]
     for stop in stops:
         text = text.split(stop)[0]
     return text
+
+
+def until(ids: list[int], eos_ids: Sequence[int] | None) -> list[int]:
+    """The tokens before the first end of the sequence."""
+    ends = [ids.index(eos) for eos in eos_ids or [] if eos in ids]
+    return ids[: min(ends, default=len(ids))]
 
 
 def _scored_row(labels: list[int]) -> ScoredRow:

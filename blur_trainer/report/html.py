@@ -15,7 +15,8 @@ from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.figures import DARK, LIGHT, NAMES, Drawing, draw_all, over_runs, row_colors
 from blur_trainer.report.summary import find_faults, read_results, read_sweep, read_training
 from blur_trainer.report.tables import (
-    ARROWS,
+    arrow_of,
+    best_value,
     cells,
     format_number,
     goal_of,
@@ -140,7 +141,7 @@ def _dots(rows: Items) -> list[tuple[str, tuple[str, str]]]:
 
 def _heads(columns: Items) -> list[tuple[str, str]]:
     """Label and arrow of each column."""
-    return [(heading({**column, "goal": None}), ARROWS.get(goal_of(column) or "", "")) for column in columns]
+    return [(heading({**column, "goal": None}), arrow_of(column)) for column in columns]
 
 
 def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,9 +194,10 @@ def _methods(rows: Items) -> list[int]:
 def _best(column: Mapping[str, Any], rows: Items) -> list[bool]:
     """Which rows to highlight: the best of at least two methods, and all that are printed the same."""
     goal, texts, numbers = goal_of(column), cells(column, rows), values(column, rows)
-    scores = {"min": lambda x: x, "max": lambda x: -x, "zero": abs}
+    aim = best_value(column, rows)
+    scores = {"min": lambda x: x, "max": lambda x: -x, "zero": abs, "near": lambda x: abs(x - aim)}
     methods = [i for i in _methods(rows) if numbers[i] is not None and numbers[i] == numbers[i]]
-    if goal is None or len(methods) < 2:
+    if goal is None or len(methods) < 2 or (goal == "near" and (aim is None or aim != aim)):
         return [False] * len(rows)
     best = min(methods, key=lambda i: scores[goal](numbers[i]))
     return [i in methods and texts[i] == texts[best] for i in range(len(rows))]

@@ -60,7 +60,7 @@ def _label(column: Mapping[str, Any]) -> str:
 
 def _is_to_forget(column: Mapping[str, Any]) -> bool:
     """Whether a metric measures forgetting. Forget quality should rise, but a share of the target's says nothing."""
-    return goal_of(column) == "min" or (goal_of(column) == "max" and role_of(column) == "forget")
+    return goal_of(column) in ("min", "near") or (goal_of(column) == "max" and role_of(column) == "forget")
 
 
 def _moved(column: Mapping[str, Any], rows: Items, i: int, target: int | None, retrain: int | None) -> str:
@@ -73,7 +73,8 @@ def _moved(column: Mapping[str, Any], rows: Items, i: int, target: int | None, r
     text = f"{_label(column)} {start or 'is '}{texts[i]}"
     if retrain is not None and numbers[retrain] is not None:
         return f"{text}; the retrained model has {texts[retrain]}."
-    return f"{text}; the aim is 0." if goal_of(column) == "zero" else f"{text}."
+    near = column.get("near") if goal_of(column) == "near" else 0 if goal_of(column) == "zero" else None
+    return f"{text}." if near is None else f"{text}; the aim is {near:.3g}."
 
 
 def _kept(columns: Items, rows: Items, i: int, target: int | None) -> str:

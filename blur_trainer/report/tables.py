@@ -2,10 +2,11 @@
 
 `columns` and `rows` are those of `metrics.json`:
 
-    columns  [{"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min" | "max" | "zero"}, ...]
+    columns  [{"name": "forget_verbmem", "label": "VerbMem forget", "goal": "min" | "max" | "zero" | "near"}, ...]
     rows     [{"name": "target", "kind": "target", "metrics": {"forget_verbmem": 100.0, ...}}, ...]
 
-A column may have a `role`, "forget" or "retain" (see `role_of`). A row that is a mean over several runs has `runs`,
+A column whose goal is "near" may have the best value, `near`; else that is the retrained model's. A column may have a
+`role`, "forget" or "retain" (see `role_of`). A row that is a mean over several runs has `runs`,
 their number, and `spread`, `{metric name: standard deviation}`.
 """
 
@@ -21,7 +22,7 @@ from tabulate import SEPARATING_LINE, Line, simple_separated_format, tabulate
 from blur_trainer.constants import ROLES
 
 MISSING = "—"
-ARROWS = {"min": "↓", "max": "↑", "zero": "→0"}
+ARROWS = {"min": "↓", "max": "↑", "zero": "→0", "near": "→"}
 SHORTEST_NAME = 12
 LINES = simple_separated_format("  ")._replace(linebelowheader=Line("", "-", "  ", ""))  # and a line of dashes
 
@@ -39,7 +40,7 @@ def as_number(value: Any) -> float | None:
 
 
 def goal_of(column: Mapping[str, Any]) -> str | None:
-    """The direction in which a column improves: "min", "max", "zero", or `None` where it has none."""
+    """The direction in which a column improves: "min", "max", "zero", "near", or `None` where it has none."""
     goal = column.get("goal")
     if goal is not None and goal not in ARROWS:
         raise ValueError(f"The goal of column {column['name']!r} must be one of {sorted(ARROWS)}, but got {goal!r}.")
@@ -59,11 +60,23 @@ def role_of(column: Mapping[str, Any]) -> str | None:
     return role or ("retain" if goal_of(column) == "max" else None)
 
 
+def arrow_of(column: Mapping[str, Any]) -> str:
+    """The arrow of a column: "↓", "↑", "→0", "→8.1" for the goal "near", "→" without a value; "" without a goal."""
+    goal, near = goal_of(column), as_number(column.get("near"))
+    return (ARROWS[goal] if goal else "") + (f"{near:.3g}" if goal == "near" and near is not None else "")
+
+
+def best_value(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """What a column with the goal "near" should be: its `near`, else the retrained model's value, if there is one."""
+    if column.get("near") is not None:
+        return as_number(column["near"])
+    return next(iter(values(column, first_of_kind(rows, "retrain"))), None)
+
+
 def heading(column: Mapping[str, Any]) -> str:
     """The label of a column followed by its arrow, on one line."""
-    goal = goal_of(column)
     label = " ".join(str(column.get("label") or column["name"]).split())
-    return f"{label} {ARROWS[goal]}" if goal else label
+    return f"{label} {arrow_of(column)}".rstrip()
 
 
 def column_of(name: str, columns: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -160,7 +173,7 @@ def _full_cells(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 def wrap_heading(head: str, narrow: int) -> list[str]:
     """Breaks a heading into lines as short as its longest word. A no-break space keeps the arrow at the last word."""
     words, _, last = head.rpartition(" ")
-    if last in ARROWS.values():
+    if last.startswith(tuple(ARROWS.values())):
         head = f"{words}\N{NO-BREAK SPACE}{last}"
     limit = max([narrow, *(len(word) for word in head.split(" "))])
     lines = textwrap.wrap(head, limit, break_long_words=False, break_on_hyphens=False)
@@ -184,7 +197,7 @@ def format_table(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
     A table wider than `width` gets headings of several lines; if that is not enough, shorter row names.
 
     Args:
-        columns: name, label and goal ("min", "max", "zero") of each metric, in the order to print.
+        columns: name, label and goal ("min", "max", "zero", "near") of each metric, in the order to print.
         rows: name and metrics of each model, in the order to print.
         width: the number of characters that a line should not exceed.
 

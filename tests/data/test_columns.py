@@ -12,6 +12,7 @@ from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.data.columns import FORMATS, find_format
 from blur_trainer.data.formats import tokenize_dataset
+from blur_trainer.data.reading import read_rows
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 IDS, PAD = [5, 9, 20, 33], 2
@@ -63,15 +64,13 @@ def test_tokens_with_their_targets_leave_no_question():
     assert find_format(["input_ids", "attention_mask", "text"], "forget") == "input_ids"
 
 
-def test_names_of_other_formats_get_a_mapping():
-    for columns, words in {
-        ("instruction", "input", "output"): ["map", "`prompt`", "row['output']"],
-        ("query", "response"): ["map", "row['response']"],
-        ("conversations",): ["map", "`messages`"],
-    }.items():
-        with pytest.raises(ValueError) as raised:
-            find_format(columns, "retain")
-        assert all(word in str(raised.value) for word in words)
+def test_the_remedy_for_other_names_reads_them():
+    rows = [{"instruction": "Who?", "input": "", "output": "Me."}]
+    with pytest.raises(ValueError, match=r"dataset has the columns .*'output'.*rename them") as raised:
+        find_format(rows[0], "retain")
+    call = re.search(r"blur_trainer.(read_rows.*?dataset)`", str(raised.value)).group(1)
+    names = {"read_rows": read_rows, "dataset": rows, "tokenizer": tiny_tokenizer()}
+    assert eval(call, names)[0] == {"question": "Who?", "answer": "Me."}  # noqa: S307  the call is in our own message
 
 
 # what is not read may be anything

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"checks", "models", "atomic_write"},
     "evaluation": {"constants", "checks", "atomic_write", "file_names", "choices", "metrics", "data", "models"},
     # an evaluation's contract, whose numbers it shows
-    "report": {"constants", "atomic_write", "credentials", "evaluation"},
+    "report": {"constants", "checks", "atomic_write", "credentials", "evaluation"},
     "saving": {"atomic_write", "file_names", "models", "report"},  # a merged model's card, figures to upload
     "trainers": {
         *("constants", "checks", "atomic_write", "credentials", "gradients", "data", "models"),

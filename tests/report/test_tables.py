@@ -217,7 +217,8 @@ def test_heading():
 
 
 def test_an_unknown_goal_is_refused():
-    with pytest.raises(ValueError, match=r"'privleak' must be one of \['max', 'min', 'zero'\], but got 'lower'"):
+    words = r"'privleak' must be one of \['max', 'min', 'near', 'zero'\], but got 'lower'"
+    with pytest.raises(ValueError, match=words):
         goal_of({"name": "privleak", "goal": "lower"})
 
 

@@ -461,3 +461,43 @@ def at_answer_tokens(
         pairs = [(logits[b, t].double(), ref_logits[b, t].double()) for t in places]
         rows.append([value(z, ref, int(labels[b, t + 1])) for (z, ref), t in zip(pairs, places, strict=True)])
     return rows
+
+
+def likeliest_end(model: nn.Module, row: dict) -> tuple[int, int]:
+    """How many of the last target tokens are the likeliest in a row, from the last one back; and how many there are."""
+    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+    places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+    count = 0
+    for t in reversed(places):
+        if int(logits[t - 1].argmax()) != row["labels"][t]:
+            break
+        count += 1
+    return count, len(places)
+
+
+def greedy(model: nn.Module, prompt: list[int], ends: set[int], most: int) -> list[int]:
+    """Token after token, each from a whole forward pass."""
+    written: list[int] = []
+    while len(written) < most:
+        token = int(model(input_ids=torch.tensor([prompt + written])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        written.append(token)
+    return written
+
+
+def distinct_share(tokens: list[int], n: int = 4, window: int = 64) -> float:
+    """Of the n-grams that end in the last tokens: how many there are without repeats, over how many there are."""
+    last = tokens[max(0, len(tokens) - window) :]
+    seen, total = [], 0
+    for end in range(n, len(last) + 1):
+        total += 1
+        if last[end - n : end] not in seen:
+            seen.append(last[end - n : end])
+    return len(seen) / total if total else 1.0
+
+
+def pair_auc(members: list[float], others: list[float]) -> float:
+    """How often a member's score is lower than another's, ties one half."""
+    wins = [1.0 if m < o else 0.5 if m == o else 0.0 for m in members for o in others]
+    return sum(wins) / len(wins)

@@ -63,7 +63,8 @@ def _in_lines(panels: Mapping[str, Items]) -> list[list[tuple[str, list[Mapping[
 
 def _bar_title(scale: str, columns: Items) -> str:
     """States only what holds for all columns: forget quality should rise, and a logarithm may be negative."""
-    if scale == "signed" and any(goal_of(column) != "zero" for column in columns):
+    goals = {goal_of(column) for column in columns}
+    if (scale == "signed" and goals != {"zero"}) or ("near" in goals and scale == "score"):
         return ""
     return "↓ bars should be low, ↑ bars high" if scale == "score" and _should_rise(columns) else BAR_TITLES[scale]
 
