@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.robustness: dict[str, Any] = {}
+        #: of a run on one's own data: a `Verdict`
+        self.verdict: Any = None
         self._num_samples = samples
         self._samples: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -92,6 +95,8 @@ class Results:
             content["stages"] = self.stages
         if self.robustness:
             content["robustness"] = self.robustness
+        if self.verdict is not None:
+            content["verdict"] = asdict(self.verdict)
         path = Path(output_dir) / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2) + "\n"

@@ -26,6 +26,13 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
         ValueError: the folder holds a run and this one does not resume it, or attacks are asked of float16 weights, or
             this is the only process and there are several GPUs.
     """
+    if script.robustness and model_args.dtype == "float16":
+        raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
+    return begin_run(args)
+
+
+def begin_run(args: TrainingArguments) -> Path:
+    """As `begin`, for a run that attacks nothing."""
     check_launch(args, f"start `accelerate launch {sys.argv[0]}` with the same arguments")
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
@@ -33,8 +40,6 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
     # What is trained is shown: the first example of each role, and which weights move.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("blur_trainer").setLevel(logging.INFO)
-    if script.robustness and model_args.dtype == "float16":
-        raise ValueError("--robustness trains the model further, which float16 weights do not bear: --dtype bfloat16.")
     if not args.resume_from_checkpoint:
         check_output_dir(str(args.output_dir))
     return Path(str(args.output_dir))

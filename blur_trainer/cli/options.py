@@ -1,0 +1,38 @@
+"""Words of a command line and lines of a YAML file become options: a dict of what was given, and nothing else."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from blur_trainer.pipeline.run_file import read_run
+
+
+def given_options(classes: Sequence[type], arguments: Sequence[str], command: str) -> dict[str, Any]:
+    """
+    What the words set, above what `--config FILE` sets. Words that no dataclass has end the program, as argparse does.
+    """
+    words, chosen = _without_config(list(arguments))
+    parser = HfArgumentParser(classes, prog=f"blur-trainer {command}", add_help=False)
+    parser.set_defaults(**{each.name: argparse.SUPPRESS for of in classes for each in fields(of) if each.init})
+    for action in parser._actions:
+        action.required = False
+    return {**(read_run(chosen) if chosen else {}), **vars(parser.parse_args(words))}
+
+
+def _without_config(words: list[str]) -> tuple[list[str], str | None]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(words)
+    return rest, found.config
+
+
+def help_text(classes: Sequence[type], command: str, usage: str, end: str) -> str:
+    """One line per option."""
+    parser = HfArgumentParser(
+        classes, prog=f"blur-trainer {command}", usage=usage, epilog=end, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    return parser.format_help()

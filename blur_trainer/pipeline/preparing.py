@@ -1,0 +1,117 @@
+"""From options to what a run needs: the sets, the tokenizer, the settings. Nothing is trained, no weight is read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from blur_trainer.data.chat import has_chat_template, with_chat_template
+from blur_trainer.data.formats import tokenize_dataset
+from blur_trainer.data.reading import Reading, read_rows
+from blur_trainer.models.loading import hub_arguments, read_config
+from blur_trainer.pipeline.arguments import SETS, SourceArguments, UnlearnArguments, check_arguments, check_options
+from blur_trainer.pipeline.methods import METHODS, Method
+from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.report.verdict import Thresholds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs.
+
+    Args:
+        script, args, model_args: the options, those of the trainer as its configuration.
+        options: what was given. `settings`: what was derived and not given.
+        tokenizer: with the chat template that was chosen.
+        sets: the sets that were given, read.
+    """
+
+    method: Method
+    script: UnlearnArguments
+    args: Any
+    model_args: ModelConfig
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    sets: dict[str, Reading]
+    thresholds: Thresholds
+
+
+def prepare(options: Mapping[str, Any]) -> Prepared:
+    """
+    Reads and checks everything. Options that are `None` count as left out.
+
+    Raises:
+        `ValueError`, `TypeError`, `OSError`: what is wrong, with its remedy.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    name = check_options(given)
+    method = METHODS[name]
+    script, source = _made(UnlearnArguments, given), _made(SourceArguments, given)
+    model_args = _made(ModelConfig, {"dtype": None} | given)
+    check_arguments(script)
+    thresholds = Thresholds(**_mapping("thresholds", script.thresholds))
+    model = str(model_args.model_name_or_path)
+    hub = hub_arguments(
+        {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
+    )
+    config = read_config(model, hub)
+    tokenizer = with_chat_template(
+        AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
+    )
+    sets = {role: _read(role, script, source, tokenizer) for role in SETS if getattr(script, role) is not None}
+    settings = _settings(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
+    args = _made(method.trainer.config_class, {**settings, **given})
+    return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
+
+
+def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any) -> Reading:
+    found = read_rows(
+        getattr(script, role),
+        role=role,
+        has_template=has_chat_template(tokenizer),
+        columns=getattr(source, f"{role}_columns"),
+        limit=source.limit,
+        drop_empty=source.drop_empty,
+        config=getattr(source, f"{role}_config"),
+        split=getattr(source, f"{role}_split"),
+    )
+    PartialState().print(f"{role}: {found.said}")
+    return found
+
+
+def _settings(
+    name: str, given: Mapping[str, Any], size: Size, tokenizer: Any, sets: Mapping[str, Reading], lora: bool
+) -> dict[str, Any]:
+    """Derived, without what was given; of a method's objective and rule nothing stays where another one was named."""
+    how = {"max_length": size.positions, "drop_empty": bool(given.get("drop_empty")), **_template(given)}
+    forget, retain = (
+        tokenize_dataset(sets[role].dataset, tokenizer, role=role, **how) for role in ("forget", "retain")
+    )
+    start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer))
+    found = derived(name, size, forget, retain, start, lora)
+    for part in ("forget_objective", "retain_objective", "rule"):
+        if part in given:
+            found.pop(f"{part}_kwargs", None)
+    return {key: value for key, value in found.items() if key not in given}
+
+
+def _template(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qa_template": given["qa_template"]} if "qa_template" in given else {}
+
+
+def _made(of: Any, given: Mapping[str, Any]) -> Any:
+    names = {each.name for each in fields(of) if each.init}
+    return of(**{name: value for name, value in given.items() if name in names})
+
+
+def _mapping(name: str, given: Any) -> dict[str, Any]:
+    """A dict or JSON."""
+    found = json.loads(given) if isinstance(given, str) else given or {}
+    if not isinstance(found, Mapping):
+        raise TypeError(f"`{name}` must be a dict or JSON of one, got {given!r}.")
+    return dict(found)

@@ -1,0 +1,54 @@
+"""`run.yaml`: what a run was told and what it derived. `blur-trainer unlearn --config run.yaml` does the same again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blur_trainer.atomic_write import atomic_write
+from blur_trainer.credentials import without_tokens
+from blur_trainer.pipeline.preparing import Prepared
+
+FILE = "run.yaml"
+_HEAD = """# What this run was told, and below the line what followed from the model and the data.
+# The same again, into another folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
+"""
+
+
+def write_run(out: Path, prepared: Prepared) -> Path:
+    """Writes `run.yaml` atomically, without access tokens. Of data in memory it has the digest only."""
+    options = {name: _plain(value) for name, value in prepared.options.items() if name != "resume_from_checkpoint"}
+    text = _HEAD + _dumped(without_tokens(options)) + "# ----\n" + _dumped(prepared.settings)
+    text += "".join(f"# {role}: {reading.said}; digest {reading.digest}\n" for role, reading in prepared.sets.items())
+    path = out / FILE
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return path
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file. Raises `ValueError` if it is none."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`--config {path}` cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--config {path}` is not YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"`--config {path}` holds no options: write lines such as `forget: forget.csv`.")
+    return dict(found)
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True) if values else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | float | bool | dict) or value is None:
+        return value
+    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
+        return value
+    return f"({type(value).__name__} in memory)"

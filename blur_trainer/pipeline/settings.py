@@ -1,0 +1,122 @@
+"""Settings that follow from the model and the data. What led to each number: docs/your-own-data.md."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.pipeline.methods import METHODS
+from blur_trainer.uld.trainer import ULDTrainer
+
+#: a rate that suits the 3 M parameters of the testbed, and how fast it falls with the size
+_RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
+#: LoRA's and ULD's rates, in those of all parameters
+_LORA, _ULD = 5.0, 5.0
+#: optimizer steps; within these bounds of the epochs
+_STEPS, _EPOCHS = 200, (3, 40)
+_BATCH = 8
+#: texts to replay: so many per retain row, within bounds; of at most so many tokens
+_REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
+_DEPTH = 0.25  # RMU's layer, as a share of the model's
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a model decides: the number of its decoder layers and parameters, and the longest text it takes."""
+
+    layers: int
+    parameters: int
+    positions: int | None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Size":
+        """Counted on the meta device: no weight is made or read."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        return cls(text.num_hidden_layers, sum(p.numel() for p in model.parameters()), positions)
+
+
+def derived(
+    method: str, size: Size, forget: Sequence[Any], retain: Sequence[Any], start: Sequence[str] | str | None, lora: bool
+) -> dict[str, Any]:
+    """
+    The settings of a training that nobody has chosen.
+
+    Args:
+        method: a name in `METHODS`.
+        size: of the model.
+        forget, retain: tokenized examples.
+        start: what texts to replay begin with, see [`replay`]; `None`: the tokenizer's start.
+        lora: whether an adapter is trained.
+    """
+    chosen = METHODS[method]
+    rate = _RATE * min(1.0, (_SIZE / size.parameters) ** _POWER)
+    lengths = sorted(len(row["input_ids"]) for row in retain)
+    settings: dict[str, Any] = {
+        "learning_rate": _rounded(rate * (_LORA if lora else 1.0)),
+        "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": min(_BATCH, len(forget)),
+        "per_device_eval_batch_size": 16,
+        "num_train_epochs": _epochs(len(forget)),
+        "max_length": _length([*forget, *retain], size.positions),
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "replay": int(min(max(_REPLAY * len(retain), _REPLAYED[0]), _REPLAYED[1])),
+        "replay_kwargs": {
+            "max_new_tokens": min(max(8, lengths[int(0.95 * (len(lengths) - 1))]), _REPLAY_TOKENS),
+            **({} if start is None else {"prompts": start}),
+        },
+    }
+    if chosen.layered:
+        layer = {"layer": min(size.layers - 1, max(1, round(_DEPTH * size.layers)))}
+        settings |= {"forget_objective_kwargs": layer, "retain_objective_kwargs": layer}
+    if chosen.trainer is ULDTrainer:
+        settings["learning_rate"] = _rounded(rate * _ULD)
+        settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
+    return settings | chosen.settings
+
+
+def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], template: bool) -> list[str] | str | None:
+    """
+    What texts that the model says itself begin with: the words that all prompts begin with, such as `Question:`.
+
+    `"retain"`, the prompts themselves, where they begin unlike one another or are written by a chat template; `None`,
+    the tokenizer's start, for texts that have no prompt.
+    """
+    prompts = [
+        [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX] for row in retain
+    ]
+    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts if ids]
+    asked = [text for text in asked if text.strip()]
+    if not asked:
+        return None
+    if template:
+        return "retain"
+    common = asked[0]
+    for text in asked[1:]:
+        common = common[: next((i for i, (a, b) in enumerate(zip(common, text, strict=False)) if a != b), len(text))]
+    words = common.rsplit(" ", 1)[0].strip() if not common.endswith((" ", ":")) else common.strip()
+    return [words] if words and len(asked) > 1 else "retain"
+
+
+def _epochs(rows: int) -> int:
+    batches = math.ceil(rows / min(_BATCH, rows))
+    return min(max(math.ceil(_STEPS / batches), _EPOCHS[0]), _EPOCHS[1])
+
+
+def _length(rows: Sequence[Any], positions: int | None) -> int:
+    """The longest example, and not more than the model or 2048 tokens."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    return min(longest, 2048 if positions is None else min(positions, 2048))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.1e}")
