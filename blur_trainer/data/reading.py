@@ -107,7 +107,14 @@ def read_rows(
     maker = RowMaker(parts, table.rows, role, has_template, named=bool(columns))
     made = [row for raw, place in zip(table.rows, table.places, strict=True) for row in maker.make(raw, place)]
     missing = _missing(maker, table, drop_empty and bool(made))
-    notes = [*table.notes, _mapping(maker), maker.how_asked(), *maker.finish(made), *_repeated(made), *missing]
+    notes = [
+        *table.notes,
+        _mapping(maker, table.columns),
+        maker.how_asked(),
+        *maker.finish(made),
+        *_repeated(made),
+        *missing,
+    ]
     unread = [f"`{column}`" for column in table.columns if column not in _read_columns(maker)]
     notes += [f"not read: {_some(unread)}"] if unread else []
     dataset = to_dataset(made, find_format(made[0], role), role, has_template=has_template)
@@ -134,13 +141,13 @@ def _read_columns(maker: RowMaker) -> list[str]:
     return [column for part, column in maker.parts.items() if part not in along]
 
 
-def _mapping(maker: RowMaker) -> str:
+def _mapping(maker: RowMaker, columns: Sequence[str]) -> str:
     """For example "`instruction` + `input` -> question, `output` -> answer"."""
     parts = maker.parts
     if maker.style == "input_ids":
         return ""
     if maker.style == "text":
-        return f"`{parts['text']}` as plain text"
+        return f"`{parts['text']}` as plain text" if len(columns) > 1 else "plain text"
     order = ("context", maker.ask) if maker.context_first else (maker.ask, "context")
     asks = [parts[part] for part in ("system", *order, "messages") if part in parts]
     into = {"conversation": "prompt", "prompt-completion": "prompt", "question-answer": "question"}

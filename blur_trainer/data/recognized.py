@@ -103,7 +103,7 @@ def _readings(named: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> li
             if {first, end} <= set(named)
             for n in (first, *asked)
         ]
-    found: list[Parts] = [_pair(*pair, context, named) for pair in pairs for context in contexts or [None]]
+    found: list[Parts] = [_pair(*pair, context, named) for pair in pairs for context in contexts or [""]]
     if "input" in asked:  # beside another question it may be that one's context
         found = [_pair(n, end, "input", named) for n, end in pairs if n != "input"] + found
     found += [{"messages": named[n]} for n in conversations]
@@ -136,7 +136,7 @@ def _asked(named: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return asked, contexts
 
 
-def _pair(first: str, second: str, context: str | None, named: Mapping[str, str]) -> Parts:
+def _pair(first: str, second: str, context: str, named: Mapping[str, str]) -> Parts:
     found = {"question" if first in NAMES["question"] else "prompt": named[first]}
     return found | ({"context": named[context]} if context else {}) | {"completion": named[second]}
 
@@ -173,6 +173,8 @@ def override(given: str | Mapping[str, str], columns: Sequence[str], role: str, 
     kinds = {"prompt", "question", "messages", "text", "input_ids"} & set(parts)
     paired = bool(kinds & {"prompt", "question"})
     stray = ("context" in parts and not paired) or ("system" in parts and bool(kinds & {"text", "input_ids"}))
+    if "input_ids" in kinds:
+        parts |= {column: column for column in columns_read("input_ids", columns) if column != "input_ids"}
     if len(kinds) != 1 or paired != ("completion" in parts) or stray:
         raise ValueError(
             f"{option} is {given!r}: name a `prompt` (or `question`) and its `completion`, or `messages`, or `text`, "

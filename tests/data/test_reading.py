@@ -15,6 +15,7 @@ from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import read_rows
 
 USER, ANSWER, SYSTEM = ({"role": r, "content": c} for r, c in [("user", "Q"), ("assistant", "A"), ("system", "S")])
+PARTS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 
 
@@ -66,6 +67,7 @@ LAYOUTS = [
     ({"conversations": [HUMAN, GPT], "system": "S"}, {"messages": [SYSTEM, USER, ANSWER]}, None),
     ({"conversation": json.dumps([HUMAN, GPT])}, {"messages": [USER, ANSWER]}, QA),
     ({"dialog": ["Q", "A"]}, {"messages": [USER, ANSWER]}, QA),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]}, None, QA),
     ({"text": "T", "label": 1}, {"text": "T"}, {"text": "T"}),
     ({"title": "t", "Body": "T"}, {"text": "T"}, {"text": "T"}),
     ({"input_ids": [1, 2], "text": "T"}, {"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
@@ -156,6 +158,8 @@ def test_columns_that_the_user_names():
     assert rows(table, columns="prompt=frage,completion=antwort") == [QA | {"alternative": "B"}]
     assert rows(table, columns="question=Frage, context=bezug, answer=antwort", chat=False)[0]["question"] == "C\n\nQ"
     assert rows(table, columns={"text": "bezug"}) == [{"text": "C"}]
+    tokens = [{"tokens": [1, 2], "labels": [1, 2], "question": "Q", "answer": "A"}]
+    assert rows(tokens, columns="input_ids=tokens") == [{"input_ids": [1, 2], "labels": [1, 2]}]
     named = [{"prompt": "Question: Q\nAnswer:", "output": "A"}]  # asked, although it is written in a template
     assert rows(named, columns="question=prompt,completion=output") == [QA | {"question": "Question: Q\nAnswer:"}]
     every(
@@ -186,6 +190,7 @@ def test_each_answer_of_a_conversation_is_trained():
             "no template": ("--chat_template FILE", {"messages": [USER, ANSWER, *two]}, False),
             "role": ("has the role 'alien': known are 'user'", {"messages": [{"from": "alien", "value": "x"}]}, True),
             "python": ("save the table as JSON lines", {"messages": "[{'role': 'user'}]"}, True),
+            "parts": ("message 0 of `messages` in `forget` dataset, row 0 has 2 parts", {"messages": [PARTS]}, True),
             "no answer": ("1 row without an answer in `messages` (row 0)", {"messages": [USER]}, True),
             "written": ("prompt=prompt,completion=reply", {"prompt": "[INST] Q", "reply": "A", "system": "S"}, True),
             "list": ("`question` in `forget` dataset, row 0 is a list", {"question": ["Q"], "answer": "A"}, True),
@@ -352,7 +357,7 @@ def test_one_line_says_it_all():
     table = [{"Instruction": "Q", "input": "C", "output": 42, "id": i, "url": "u"} for i in range(3)]
     assert read(table, role="retain").said == (
         "`retain` dataset: 3 rows; `Instruction` + `input` -> question, `output` -> answer; asked through the chat "
-        "template; numbers read as text: 3 rows; repeated: 2 examples; not read: `id`, `url`"
+        "template; numbers read as text: 3 cells; repeated: 2 examples; not read: `id`, `url`"
     )
     said = read([{"prompt": "Q", "response": "A"}], chat=False).said
     assert "no chat template; a space put before each completion" in said
