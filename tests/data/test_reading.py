@@ -221,6 +221,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
         (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
     table.save_to_disk(tmp_path / "disk")
     (tmp_path / "folder").mkdir(), (tmp_path / "folder" / "README.md").write_text("# Rows")
+    (tmp_path / "folder" / "LICENSE").write_text("MIT"), (tmp_path / "folder" / "dataset_infos.json").write_text("{}")
     for i in range(2):
         Dataset.from_list(given[i : i + 1]).to_csv(tmp_path / "folder" / f"{i}.csv")
     digests = {read(given).digest, read(table).digest, read(DatasetDict({"train": table})).digest}
@@ -315,10 +316,12 @@ def test_folders(tmp_path):
 
 
 def test_rows_in_memory():
-    table = Dataset.from_list([{"text": f"t{i}", "picture": None} for i in range(5)])
+    table = Dataset.from_list([{"text": f"t{i}", "picture": "/nowhere/1.png"} for i in range(5)])
     pictures = table.cast(Features({"text": Value("string"), "picture": Image()}))
     found = read(pictures.with_format("torch"), limit=2)
     assert list(found.dataset) == [{"text": "t0"}, {"text": "t1"}] and "2 rows; the first of 5" in found.said
+    tokens = {"input_ids": [1, 2], "labels": [1, 2]}
+    assert read([tokens]).digest == read([dict(reversed(tokens.items()))]).digest
     assert rows(table.to_iterable_dataset(), limit=2) == list(found.dataset)
     refused("`limit`", table.to_iterable_dataset(), TypeError)
     refused("splits ['a', 'b']", DatasetDict({"a": table, "b": table}))
