@@ -106,15 +106,9 @@ def read_rows(
         parts = recognize(table.columns, table.rows, role, table.name)
     maker = RowMaker(parts, table.rows, role, has_template, named=bool(columns))
     made = [row for raw, place in zip(table.rows, table.places, strict=True) for row in maker.make(raw, place)]
-    missing = _missing(maker, table, drop_empty and bool(made))
-    notes = [
-        *table.notes,
-        _mapping(maker, table.columns),
-        maker.how_asked(),
-        *maker.finish(made),
-        *_repeated(made),
-        *missing,
-    ]
+    missing = _missing(maker, table, drop_empty, made)
+    changed = maker.finish(made)
+    notes = [*table.notes, _mapping(maker, table.columns), maker.how_asked(), *changed, *_repeated(made), *missing]
     unread = [f"`{column}`" for column in table.columns if column not in _read_columns(maker)]
     notes += [f"not read: {_some(unread)}"] if unread else []
     dataset = to_dataset(made, find_format(made[0], role), role, has_template=has_template)
@@ -122,17 +116,15 @@ def read_rows(
     return Reading(dataset, f"{table.name}: {'; '.join(said)}", _digest(made))
 
 
-def _missing(maker: RowMaker, table: Table, drop: bool) -> list[str]:
-    """What is said of rows that lack something. Without `drop` they are an error."""
+def _missing(maker: RowMaker, table: Table, drop_empty: bool, made: list[dict[str, Any]]) -> list[str]:
+    """What is said of rows that lack something. Without `drop_empty` they are an error."""
     said = []
     for lacks, places in maker.missing.items():
         short = [place.removeprefix(f"{table.name}, ") for place in places]
         said.append(f"{number_of(len(places), 'row')} without {lacks} ({_some(short)})")
-    if said and not drop:
-        raise ValueError(
-            f"{table.name} has {' and '.join(said)}: fill them, or leave them out with `drop_empty` "
-            "(`--drop_empty true`)."
-        )
+    if said and not (drop_empty and made):
+        leave = ", or leave them out with `drop_empty` (`--drop_empty true`)" if made else ""
+        raise ValueError(f"{table.name} has {' and '.join(said)}: fill them{leave}.")
     return [f"left out: {text}" for text in said]
 
 
@@ -151,7 +143,8 @@ def _mapping(maker: RowMaker, columns: Sequence[str]) -> str:
     order = ("context", maker.ask) if maker.context_first else (maker.ask, "context")
     asks = [parts[part] for part in ("system", *order, "messages") if part in parts]
     into = {"conversation": "prompt", "prompt-completion": "prompt", "question-answer": "question"}
-    said = f"{' + '.join(f'`{column}`' for column in asks)} -> {into.get(maker.style, maker.style)}"
+    into["messages"] = "messages" if maker.has_template else "question and answer"
+    said = f"{' + '.join(f'`{column}`' for column in asks)} -> {into[maker.style]}"
     if "completion" in parts:
         said += f", `{parts['completion']}` -> {'answer' if maker.style == 'question-answer' else 'completion'}"
     beside = [f"`{parts[part]}`" for part in maker.beside]

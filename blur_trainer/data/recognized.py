@@ -65,11 +65,12 @@ def recognize(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: s
 
 
 def by_name(columns: Iterable[str], where: str) -> dict[str, str]:
-    """Column by its name in lower case, without blanks around. Two of one name are an error."""
+    """Column by its name in lower case, without blanks around. Two that are read under one name are an error."""
     named: dict[str, str] = {}
+    known = {*PARTS, *(name for names in NAMES.values() for name in names)}
     for column in columns:
         key = simple(column)
-        if key in named:
+        if key in named and key in known:
             raise ValueError(f"{where} has the columns {named[key]!r} and {column!r}: rename one of them.")
         named[key] = column
     return named

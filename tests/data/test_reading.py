@@ -187,6 +187,12 @@ def test_each_answer_of_a_conversation_is_trained():
     assert len(one.dataset) == 1 and "the last answer of each conversation is trained" in one.said
     every(
         {
+            "twice": ("'Text' and 'text '", {"Text": "a", "text ": "b", "id": 1, "ID": 2}, True),
+            "all empty": (
+                "1 row without an answer in `answer` (row 0): fill them.",
+                {"question": "Q", "answer": ""},
+                True,
+            ),
             "no template": ("--chat_template FILE", {"messages": [USER, ANSWER, *two]}, False),
             "role": ("has the role 'alien': known are 'user'", {"messages": [{"from": "alien", "value": "x"}]}, True),
             "python": ("save the table as JSON lines", {"messages": "[{'role': 'user'}]"}, True),
@@ -362,6 +368,7 @@ def test_one_line_says_it_all():
         "`retain` dataset: 3 rows; `Instruction` + `input` -> question, `output` -> answer; asked through the chat "
         "template; numbers read as text: 3 cells; repeated: 2 examples; not read: `id`, `url`"
     )
+    assert "`messages` -> question and answer; asked" in read([{"messages": [USER, ANSWER]}], chat=False).said
     said = read([{"prompt": "Q", "response": "A"}], chat=False).said
     assert "no chat template; a space put before each completion" in said
     assert "no space stands between" in read([{"prompt": "Q", "completion": "A"}], chat=False).said
