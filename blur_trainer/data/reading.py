@@ -57,9 +57,9 @@ def read_rows(
 
     | columns | are read as |
     |---|---|
-    | `question`, `query`, `instruction` or `problem`, and an answer | question and answer |
+    | `question`, `query`, `instruction`, `problem` or `q`, and an answer | question and answer |
     | `prompt` or `input` (`source`, `user`, `human` with `target`, `assistant`), and an answer | prompt and answer |
-    | answers: `answer`, `answers`, `response`, `completion`, `output`, `target`, `reply` | the first of several |
+    | answers: `answer`, `answers`, `response`, `completion`, `output`, `target`, `reply`, `a` | the first of several |
     | `input` beside `instruction` (Alpaca), `context`, `passage` | after the prompt; before a `question` (SQuAD) |
     | `system`, `system_prompt` | the system message |
     | `messages`, `conversations` (ShareGPT), `conversation`, `dialog` | one row for each answer in them |
@@ -67,10 +67,19 @@ def read_rows(
     | `input_ids` (`labels`, ...) | tokens, as they are |
     | `refusal`, `alternative`, `tools`, `chat_template_kwargs`, `forget_level` | go along |
 
-    If the model has a chat template, questions and prompts are asked through it (as `question` and `answer`, which
-    every format's reader takes), unless they are written in a template already. Without one, questions are asked
-    through `qa_template`, and a prompt is taken as it is, with a space before its answer if there is none (but
-    columns named `prompt` and `completion` stay as they are, as in TRL).
+    If the model has a chat template, questions and prompts are asked through it: the dataset has `question` and
+    `answer`, which are rendered as the messages of a user and an assistant (with a `system` column: `prompt` and
+    `completion` as messages). Prompts that are all written in a template already (`<|user|>`, `[INST]`, a last line
+    `Answer:`) stay as they are. Without a chat template, questions are asked through `qa_template`, and a prompt stays
+    as it is, with a space before its answer if there is none (columns named `prompt` and `completion` get none, as in
+    TRL).
+
+    Columns that are not recognized are left out and named. A dataset that could be read in two ways is an error, and so
+    is multiple choice, whose answer may be a number. Rows without an answer are an error; repeated rows are counted.
+    Messages after the last answer of a conversation are left out.
+
+    Differs from TRL, where strings in `prompt` and `completion` are never asked through the chat template, so that a
+    chat model is trained on text that nobody asks it.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`] or `list[dict]`):

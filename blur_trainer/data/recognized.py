@@ -11,8 +11,19 @@ from blur_trainer.data.proposals import ambiguous, lost, unknown
 #: part of a row -> the names of columns that hold it, in lower case with `_` for blanks
 NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "input", "inputs"),
-    "question": ("question", "query", "instruction", "problem"),
-    "completion": ("completion", "response", "output", "outputs", "answer", "answers", "target", "targets", "reply"),
+    "question": ("question", "query", "instruction", "problem", "q"),
+    "completion": (
+        "completion",
+        "response",
+        "output",
+        "outputs",
+        "answer",
+        "answers",
+        "target",
+        "targets",
+        "reply",
+        "a",
+    ),
     "context": ("context", "passage"),
     "system": ("system", "system_prompt"),
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue"),
@@ -24,7 +35,8 @@ _PAIRS = {"source": ("target", "targets"), "user": ("assistant",), "human": ("as
 _LABELS = ("label", "labels", "summary", "highlights", "target", "targets")
 _PREFERENCES = ("chosen", "rejected")
 # Columns without which a row would say something else, and what they hold.
-_REFUSED = {**dict.fromkeys(("choices", "options", "endings"), "choices"), "history": "turns"}
+_CHOICES = ("choices", "options", "endings", "option_a", "choice_a", "option1", "choice1", "b")
+_REFUSED = {**dict.fromkeys(_CHOICES, "choices"), "history": "turns"}
 #: Columns that go along as they are.
 BESIDE = ("refusal", "alternative", "tools", "chat_template_kwargs", LEVEL)
 
@@ -54,8 +66,8 @@ def recognize(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: s
     # A column without anything in it means nothing, unless there is no other.
     in_use = {n: c for n, c in named.items() if any(filled(row.get(c)) for row in rows)}
     readings = _readings(in_use, rows) or _readings(named, rows)
-    refused = [n for n in _REFUSED if n in in_use and any("completion" in reading for reading in readings)]
-    if refused:
+    refused = [n for n in _REFUSED if n in in_use]
+    if refused and (not readings or any("completion" in reading for reading in readings)):
         raise ValueError(lost(named[refused[0]], _REFUSED[refused[0]], readings, role, name))
     if not readings:
         raise ValueError(unknown(columns, rows, role, name))

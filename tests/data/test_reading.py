@@ -50,6 +50,7 @@ LAYOUTS = [
     ({"user": "Q", "assistant": "A"}, QA, PLAIN),
     ({"question": "Q", "answer": "A", "source": "a book", "label": "1"}, QA, QA),
     ({"query": "Q", "answer": "A"}, QA, QA),
+    ({"q": "Q", "a": "A"}, QA, QA),
     ({"query": "Q", "response": " A "}, QA, QA),
     ({"instruction": "Q", "input": "", "output": "A"}, QA, QA),
     ({"instruction": "Q", "input": "C", "output": "A"}, QA | {"question": "Q\n\nC"}, QA | {"question": "Q\n\nC"}),
@@ -124,6 +125,8 @@ AMBIGUOUS = [
     (["question", "best_answer", "topic"], ["prompt=question,completion=best_answer"]),
     (["inhalt"], ["text=inhalt"]),
     (["Where does Alice live?", "In Rome."], ["add a line with names above"]),
+    (["question", "A", "B", "answer"], ["question=question,completion=ANSWER", "multiple choice"]),
+    (["question", "choices", "answerKey"], ["prompt=QUESTION,completion=ANSWER", "multiple choice"]),
     (["question", "choices", "answer"], ["question=question,completion=ANSWER", "multiple choice"]),
     (["instruction", "output", "history"], ["question=instruction,completion=output", "before the question"]),
 ]
