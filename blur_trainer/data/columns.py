@@ -33,6 +33,7 @@ _MEANINGFUL = {
     *(column for columns in FORMATS.values() for column in columns),
     *("labels", "target", "targets", "answers", "output", "outputs", "response", "responses", "chosen", "rejected"),
     *("instruction", "input", "inputs", "context", "system", "system_prompt", "conversation", "conversations"),
+    *("query", "choices", "summary"),
 }
 
 

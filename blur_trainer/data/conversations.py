@@ -44,6 +44,13 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role.casefold() not in _ROLES:
         raise ValueError(f"{where} has the role {role!r}: known are {', '.join(map(repr, _ROLES))}.")
     content = given.get("content", given.get("value"))
+    if isinstance(content, list):  # parts; one that is text says the same as a string
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise ValueError(
+                f"{where} has {len(content)} parts: give its text as one string, without pictures or sound."
+            )
+        content = texts[0]
     return {"role": _ROLES[role.casefold()], "content": content} | {k: given[k] for k in _READ if given.get(k)}
 
 

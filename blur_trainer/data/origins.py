@@ -26,7 +26,7 @@ from blur_trainer.data.tables import (
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
-_BESIDE_DATA = ("readme", "license", "licence", "dataset_infos.json", "dataset_info.json")
+_BESIDE_DATA = ("readme", "license", "licence", "dataset_infos")
 
 
 def open_source(

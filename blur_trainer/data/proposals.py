@@ -26,7 +26,8 @@ def lost(column: str, holds: str, readings: Sequence[dict[str, str]], role: str,
             "it has turns that come before the question, and they are not read. Write conversations as `messages`, or "
         )
         said += "choose to do without them"
-    return f"{name} has a column {column!r}: {said} by `columns`, on the command line {_options(readings, role)}."
+    options = _options(readings or [{"prompt": "QUESTION", "completion": "ANSWER"}], role)
+    return f"{name} has a column {column!r}: {said} by `columns`, on the command line {options}."
 
 
 def unknown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: str, name: str) -> str:

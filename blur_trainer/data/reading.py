@@ -57,9 +57,9 @@ def read_rows(
 
     | columns | are read as |
     |---|---|
-    | `question`, `query`, `instruction` or `problem`, and an answer | question and answer |
+    | `question`, `query`, `instruction`, `problem` or `q`, and an answer | question and answer |
     | `prompt` or `input` (`source`, `user`, `human` with `target`, `assistant`), and an answer | prompt and answer |
-    | answers: `answer`, `answers`, `response`, `completion`, `output`, `target`, `reply` | the first of several |
+    | answers: `answer`, `answers`, `response`, `completion`, `output`, `target`, `reply`, `a` | the first of several |
     | `input` beside `instruction` (Alpaca), `context`, `passage` | after the prompt; before a `question` (SQuAD) |
     | `system`, `system_prompt` | the system message |
     | `messages`, `conversations` (ShareGPT), `conversation`, `dialog` | one row for each answer in them |
@@ -67,10 +67,19 @@ def read_rows(
     | `input_ids` (`labels`, ...) | tokens, as they are |
     | `refusal`, `alternative`, `tools`, `chat_template_kwargs`, `forget_level` | go along |
 
-    If the model has a chat template, questions and prompts are asked through it (as `question` and `answer`, which
-    every format's reader takes), unless they are written in a template already. Without one, questions are asked
-    through `qa_template`, and a prompt is taken as it is, with a space before its answer if there is none (but
-    columns named `prompt` and `completion` stay as they are, as in TRL).
+    If the model has a chat template, questions and prompts are asked through it: the dataset has `question` and
+    `answer`, which are rendered as the messages of a user and an assistant (with a `system` column: `prompt` and
+    `completion` as messages). Prompts that are all written in a template already (`<|user|>`, `[INST]`, a last line
+    `Answer:`) stay as they are. Without a chat template, questions are asked through `qa_template`, and a prompt stays
+    as it is, with a space before its answer if there is none (columns named `prompt` and `completion` get none, as in
+    TRL).
+
+    Columns that are not recognized are left out and named. A dataset that could be read in two ways is an error, and so
+    is multiple choice, whose answer may be a number. Rows without an answer are an error; repeated rows are counted.
+    Messages after the last answer of a conversation are left out.
+
+    Differs from TRL, where strings in `prompt` and `completion` are never asked through the chat template, so that a
+    chat model is trained on text that nobody asks it.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`] or `list[dict]`):
@@ -106,8 +115,9 @@ def read_rows(
         parts = recognize(table.columns, table.rows, role, table.name)
     maker = RowMaker(parts, table.rows, role, has_template, named=bool(columns))
     made = [row for raw, place in zip(table.rows, table.places, strict=True) for row in maker.make(raw, place)]
-    missing = _missing(maker, table, drop_empty and bool(made))
-    notes = [*table.notes, _mapping(maker), maker.how_asked(), *maker.finish(made), *_repeated(made), *missing]
+    missing = _missing(maker, table, drop_empty, made)
+    changed = maker.finish(made)
+    notes = [*table.notes, _mapping(maker, table.columns), maker.how_asked(), *changed, *_repeated(made), *missing]
     unread = [f"`{column}`" for column in table.columns if column not in _read_columns(maker)]
     notes += [f"not read: {_some(unread)}"] if unread else []
     dataset = to_dataset(made, find_format(made[0], role), role, has_template=has_template)
@@ -115,17 +125,15 @@ def read_rows(
     return Reading(dataset, f"{table.name}: {'; '.join(said)}", _digest(made))
 
 
-def _missing(maker: RowMaker, table: Table, drop: bool) -> list[str]:
-    """What is said of rows that lack something. Without `drop` they are an error."""
+def _missing(maker: RowMaker, table: Table, drop_empty: bool, made: list[dict[str, Any]]) -> list[str]:
+    """What is said of rows that lack something. Without `drop_empty` they are an error."""
     said = []
     for lacks, places in maker.missing.items():
         short = [place.removeprefix(f"{table.name}, ") for place in places]
         said.append(f"{number_of(len(places), 'row')} without {lacks} ({_some(short)})")
-    if said and not drop:
-        raise ValueError(
-            f"{table.name} has {' and '.join(said)}: fill them, or leave them out with `drop_empty` "
-            "(`--drop_empty true`)."
-        )
+    if said and not (drop_empty and made):
+        leave = ", or leave them out with `drop_empty` (`--drop_empty true`)" if made else ""
+        raise ValueError(f"{table.name} has {' and '.join(said)}: fill them{leave}.")
     return [f"left out: {text}" for text in said]
 
 
@@ -134,17 +142,18 @@ def _read_columns(maker: RowMaker) -> list[str]:
     return [column for part, column in maker.parts.items() if part not in along]
 
 
-def _mapping(maker: RowMaker) -> str:
+def _mapping(maker: RowMaker, columns: Sequence[str]) -> str:
     """For example "`instruction` + `input` -> question, `output` -> answer"."""
     parts = maker.parts
     if maker.style == "input_ids":
         return ""
     if maker.style == "text":
-        return f"`{parts['text']}` as plain text"
+        return f"`{parts['text']}` as plain text" if len(columns) > 1 else "plain text"
     order = ("context", maker.ask) if maker.context_first else (maker.ask, "context")
     asks = [parts[part] for part in ("system", *order, "messages") if part in parts]
     into = {"conversation": "prompt", "prompt-completion": "prompt", "question-answer": "question"}
-    said = f"{' + '.join(f'`{column}`' for column in asks)} -> {into.get(maker.style, maker.style)}"
+    into["messages"] = "messages" if maker.has_template else "question and answer"
+    said = f"{' + '.join(f'`{column}`' for column in asks)} -> {into[maker.style]}"
     if "completion" in parts:
         said += f", `{parts['completion']}` -> {'answer' if maker.style == 'question-answer' else 'completion'}"
     beside = [f"`{parts[part]}`" for part in maker.beside]

@@ -11,8 +11,19 @@ from blur_trainer.data.proposals import ambiguous, lost, unknown
 #: part of a row -> the names of columns that hold it, in lower case with `_` for blanks
 NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "input", "inputs"),
-    "question": ("question", "query", "instruction", "problem"),
-    "completion": ("completion", "response", "output", "outputs", "answer", "answers", "target", "targets", "reply"),
+    "question": ("question", "query", "instruction", "problem", "q"),
+    "completion": (
+        "completion",
+        "response",
+        "output",
+        "outputs",
+        "answer",
+        "answers",
+        "target",
+        "targets",
+        "reply",
+        "a",
+    ),
     "context": ("context", "passage"),
     "system": ("system", "system_prompt"),
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue"),
@@ -24,7 +35,8 @@ _PAIRS = {"source": ("target", "targets"), "user": ("assistant",), "human": ("as
 _LABELS = ("label", "labels", "summary", "highlights", "target", "targets")
 _PREFERENCES = ("chosen", "rejected")
 # Columns without which a row would say something else, and what they hold.
-_REFUSED = {**dict.fromkeys(("choices", "options", "endings"), "choices"), "history": "turns"}
+_CHOICES = ("choices", "options", "endings", "option_a", "choice_a", "option1", "choice1", "b")
+_REFUSED = {**dict.fromkeys(_CHOICES, "choices"), "history": "turns"}
 #: Columns that go along as they are.
 BESIDE = ("refusal", "alternative", "tools", "chat_template_kwargs", LEVEL)
 
@@ -54,8 +66,8 @@ def recognize(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: s
     # A column without anything in it means nothing, unless there is no other.
     in_use = {n: c for n, c in named.items() if any(filled(row.get(c)) for row in rows)}
     readings = _readings(in_use, rows) or _readings(named, rows)
-    refused = [n for n in _REFUSED if n in in_use and any("completion" in reading for reading in readings)]
-    if refused:
+    refused = [n for n in _REFUSED if n in in_use]
+    if refused and (not readings or any("completion" in reading for reading in readings)):
         raise ValueError(lost(named[refused[0]], _REFUSED[refused[0]], readings, role, name))
     if not readings:
         raise ValueError(unknown(columns, rows, role, name))
@@ -65,11 +77,12 @@ def recognize(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], role: s
 
 
 def by_name(columns: Iterable[str], where: str) -> dict[str, str]:
-    """Column by its name in lower case, without blanks around. Two of one name are an error."""
+    """Column by its name in lower case, without blanks around. Two that are read under one name are an error."""
     named: dict[str, str] = {}
+    known = {*PARTS, *(name for names in NAMES.values() for name in names)}
     for column in columns:
         key = simple(column)
-        if key in named:
+        if key in named and key in known:
             raise ValueError(f"{where} has the columns {named[key]!r} and {column!r}: rename one of them.")
         named[key] = column
     return named
@@ -103,7 +116,7 @@ def _readings(named: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> li
             if {first, end} <= set(named)
             for n in (first, *asked)
         ]
-    found: list[Parts] = [_pair(*pair, context, named) for pair in pairs for context in contexts or [None]]
+    found: list[Parts] = [_pair(*pair, context, named) for pair in pairs for context in contexts or [""]]
     if "input" in asked:  # beside another question it may be that one's context
         found = [_pair(n, end, "input", named) for n, end in pairs if n != "input"] + found
     found += [{"messages": named[n]} for n in conversations]
@@ -136,7 +149,7 @@ def _asked(named: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return asked, contexts
 
 
-def _pair(first: str, second: str, context: str | None, named: Mapping[str, str]) -> Parts:
+def _pair(first: str, second: str, context: str, named: Mapping[str, str]) -> Parts:
     found = {"question" if first in NAMES["question"] else "prompt": named[first]}
     return found | ({"context": named[context]} if context else {}) | {"completion": named[second]}
 
@@ -173,6 +186,8 @@ def override(given: str | Mapping[str, str], columns: Sequence[str], role: str, 
     kinds = {"prompt", "question", "messages", "text", "input_ids"} & set(parts)
     paired = bool(kinds & {"prompt", "question"})
     stray = ("context" in parts and not paired) or ("system" in parts and bool(kinds & {"text", "input_ids"}))
+    if "input_ids" in kinds:
+        parts |= {column: column for column in columns_read("input_ids", columns) if column != "input_ids"}
     if len(kinds) != 1 or paired != ("completion" in parts) or stray:
         raise ValueError(
             f"{option} is {given!r}: name a `prompt` (or `question`) and its `completion`, or `messages`, or `text`, "

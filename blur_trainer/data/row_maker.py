@@ -67,9 +67,9 @@ class RowMaker:
         return "prompt-completion" if plain else "question-answer"
 
     def make(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-        """The rows that are made of one, each with what goes along. None if the row lacks something."""
+        """The rows that are made of one, each with what goes along. There are none if the row lacks something."""
         if self.style == "input_ids":
-            return [{column: row[column] for column in self.parts.values() if column in row}]
+            return [{part: row[column] for part, column in self.parts.items() if column in row}]
         if self.style == "text":
             made = [{"text": text}] if (text := self._text(row, "text", place)) else []
         elif self.style == "messages":
@@ -86,8 +86,8 @@ class RowMaker:
 
     def _pair(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         if self.style == "conversation":
-            asked, answer = (self._turns(row, part, place) for part in (self.ask, "completion"))
-            return [{"prompt": self._with_system(asked, row), "completion": answer}] if asked and answer else []
+            turns, reply = (self._turns(row, part, place) for part in (self.ask, "completion"))
+            return [{"prompt": self._with_system(turns, row), "completion": reply}] if turns and reply else []
         question, answer = self._text(row, self.ask, place), self._text(row, "completion", place)
         if not question or not answer:
             return []
@@ -180,8 +180,9 @@ class RowMaker:
                 return float(value)
             except ValueError:
                 raise ValueError(f"`{self.parts[part]}` in {place} is {value!r}: it must be a number.") from None
-        parsed = isinstance(value, str) and part != "refusal" and (is_json(value, list) or is_json(value, dict))
-        return json.loads(value) if parsed else value
+        if isinstance(value, str) and part != "refusal" and (is_json(value, list) or is_json(value, dict)):
+            return json.loads(value)
+        return value
 
     def _lack(self, what: str, column: str, place: str) -> list[Any]:
         self.missing.setdefault(f"{what} in `{column}`", []).append(place)
@@ -199,12 +200,12 @@ class RowMaker:
         elif self.style == "messages" and self.of_one_answer:
             notes.append("the last answer of each conversation is trained")
         said = {
-            "tails": "last messages without an answer left out: {}",
-            "numbers": "numbers read as text: {}",
-            "several": "the first of several answers taken: {}",
-            "blanks": "blanks around question or answer removed: {}",
+            "tails": ("last messages without an answer left out", "row"),
+            "numbers": ("numbers read as text", "cell"),
+            "several": ("the first of several answers taken", "row"),
+            "blanks": ("blanks around question or answer removed", "row"),
         }
-        return notes + [text.format(number_of(counts[key], "row")) for key, text in said.items() if counts[key]]
+        return notes + [f"{text}: {number_of(counts[key], unit)}" for key, (text, unit) in said.items() if counts[key]]
 
     def _space(self, rows: list[dict[str, Any]]) -> list[str]:
         seams = "".join(row["prompt"][-1] + row["completion"][0] for row in rows)

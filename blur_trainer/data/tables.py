@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blur_trainer.data.files import is_json, is_one_value, json_lines, parse_json, read_text
+from blur_trainer.data.recognized import NAMES, simple
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 ACCEPTED = ".csv, .tsv, .json, .jsonl, .parquet or .txt (each also as .gz)"
@@ -98,9 +99,8 @@ def content_kind(text: str) -> str:
         return ".json"
     if first.startswith('{"') or is_json(first, dict):  # if it is broken, its error names the line
         return ".jsonl"
-    names = {cell.strip().casefold() for cell in _cells(first, _delimiter(first))}
-    asked = names & {"prompt", "question", "instruction", "query", "input"}
-    answered = names & {"completion", "response", "answer", "answers", "output", "target"}
+    names = {simple(cell) for cell in _cells(first, _delimiter(first))}
+    asked, answered = names & {*NAMES["prompt"], *NAMES["question"]}, names & {*NAMES["completion"]}
     return ".csv" if asked and answered else ".txt"
 
 

@@ -37,6 +37,8 @@ AMBIGUOUS = [
     (["prompt", "text"], ["prompt"]),
     (["instruction", "output", "text"], ["instruction", "output"]),
     (["text", "response"], ["response"]),
+    (["text", "summary"], ["summary"]),
+    (["question", "answer", "choices"], ["choices"]),
     (["messages", "text"], ["text"]),
     (["messages", "prompt", "completion"], ["prompt", "completion"]),
     (["prompt", "completion", "question", "answer"], ["question", "answer"]),

@@ -1,5 +1,6 @@
 """General text: from which files it is read, and what is said of others."""
 
+import gzip
 import json
 
 import pytest
@@ -18,7 +19,8 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     table.to_csv(tmp_path / "a.csv"), table.to_parquet(tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    for name in ("a.jsonl", "a.json", "a.csv", "a.csv.gz", "a.parquet"):
         found = general_text(tmp_path / name)
         assert found.column_names == ["text"] and list(found["text"]) == GOOD, name
     assert list(general_text(str(tmp_path / "a.txt"))["text"]) == ["\n\n".join(TEXTS)]

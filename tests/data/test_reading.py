@@ -15,6 +15,7 @@ from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import read_rows
 
 USER, ANSWER, SYSTEM = ({"role": r, "content": c} for r, c in [("user", "Q"), ("assistant", "A"), ("system", "S")])
+PARTS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 
 
@@ -49,6 +50,7 @@ LAYOUTS = [
     ({"user": "Q", "assistant": "A"}, QA, PLAIN),
     ({"question": "Q", "answer": "A", "source": "a book", "label": "1"}, QA, QA),
     ({"query": "Q", "answer": "A"}, QA, QA),
+    ({"q": "Q", "a": "A"}, QA, QA),
     ({"query": "Q", "response": " A "}, QA, QA),
     ({"instruction": "Q", "input": "", "output": "A"}, QA, QA),
     ({"instruction": "Q", "input": "C", "output": "A"}, QA | {"question": "Q\n\nC"}, QA | {"question": "Q\n\nC"}),
@@ -66,6 +68,7 @@ LAYOUTS = [
     ({"conversations": [HUMAN, GPT], "system": "S"}, {"messages": [SYSTEM, USER, ANSWER]}, None),
     ({"conversation": json.dumps([HUMAN, GPT])}, {"messages": [USER, ANSWER]}, QA),
     ({"dialog": ["Q", "A"]}, {"messages": [USER, ANSWER]}, QA),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]}, None, QA),
     ({"text": "T", "label": 1}, {"text": "T"}, {"text": "T"}),
     ({"title": "t", "Body": "T"}, {"text": "T"}, {"text": "T"}),
     ({"input_ids": [1, 2], "text": "T"}, {"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
@@ -122,6 +125,8 @@ AMBIGUOUS = [
     (["question", "best_answer", "topic"], ["prompt=question,completion=best_answer"]),
     (["inhalt"], ["text=inhalt"]),
     (["Where does Alice live?", "In Rome."], ["add a line with names above"]),
+    (["question", "A", "B", "answer"], ["question=question,completion=ANSWER", "multiple choice"]),
+    (["question", "choices", "answerKey"], ["prompt=QUESTION,completion=ANSWER", "multiple choice"]),
     (["question", "choices", "answer"], ["question=question,completion=ANSWER", "multiple choice"]),
     (["instruction", "output", "history"], ["question=instruction,completion=output", "before the question"]),
 ]
@@ -156,6 +161,8 @@ def test_columns_that_the_user_names():
     assert rows(table, columns="prompt=frage,completion=antwort") == [QA | {"alternative": "B"}]
     assert rows(table, columns="question=Frage, context=bezug, answer=antwort", chat=False)[0]["question"] == "C\n\nQ"
     assert rows(table, columns={"text": "bezug"}) == [{"text": "C"}]
+    tokens = [{"tokens": [1, 2], "labels": [1, 2], "question": "Q", "answer": "A"}]
+    assert rows(tokens, columns="input_ids=tokens") == [{"input_ids": [1, 2], "labels": [1, 2]}]
     named = [{"prompt": "Question: Q\nAnswer:", "output": "A"}]  # asked, although it is written in a template
     assert rows(named, columns="question=prompt,completion=output") == [QA | {"question": "Question: Q\nAnswer:"}]
     every(
@@ -183,9 +190,16 @@ def test_each_answer_of_a_conversation_is_trained():
     assert len(one.dataset) == 1 and "the last answer of each conversation is trained" in one.said
     every(
         {
+            "twice": ("'Text' and 'text '", {"Text": "a", "text ": "b", "id": 1, "ID": 2}, True),
+            "all empty": (
+                "1 row without an answer in `answer` (row 0): fill them.",
+                {"question": "Q", "answer": ""},
+                True,
+            ),
             "no template": ("--chat_template FILE", {"messages": [USER, ANSWER, *two]}, False),
             "role": ("has the role 'alien': known are 'user'", {"messages": [{"from": "alien", "value": "x"}]}, True),
             "python": ("save the table as JSON lines", {"messages": "[{'role': 'user'}]"}, True),
+            "parts": ("message 0 of `messages` in `forget` dataset, row 0 has 2 parts", {"messages": [PARTS]}, True),
             "no answer": ("1 row without an answer in `messages` (row 0)", {"messages": [USER]}, True),
             "written": ("prompt=prompt,completion=reply", {"prompt": "[INST] Q", "reply": "A", "system": "S"}, True),
             "list": ("`question` in `forget` dataset, row 0 is a list", {"question": ["Q"], "answer": "A"}, True),
@@ -216,6 +230,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
         (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
     table.save_to_disk(tmp_path / "disk")
     (tmp_path / "folder").mkdir(), (tmp_path / "folder" / "README.md").write_text("# Rows")
+    (tmp_path / "folder" / "LICENSE").write_text("MIT"), (tmp_path / "folder" / "dataset_infos.json").write_text("{}")
     for i in range(2):
         Dataset.from_list(given[i : i + 1]).to_csv(tmp_path / "folder" / f"{i}.csv")
     digests = {read(given).digest, read(table).digest, read(DatasetDict({"train": table})).digest}
@@ -310,10 +325,12 @@ def test_folders(tmp_path):
 
 
 def test_rows_in_memory():
-    table = Dataset.from_list([{"text": f"t{i}", "picture": None} for i in range(5)])
+    table = Dataset.from_list([{"text": f"t{i}", "picture": "/nowhere/1.png"} for i in range(5)])
     pictures = table.cast(Features({"text": Value("string"), "picture": Image()}))
     found = read(pictures.with_format("torch"), limit=2)
     assert list(found.dataset) == [{"text": "t0"}, {"text": "t1"}] and "2 rows; the first of 5" in found.said
+    tokens = {"input_ids": [1, 2], "labels": [1, 2]}
+    assert read([tokens]).digest == read([dict(reversed(tokens.items()))]).digest
     assert rows(table.to_iterable_dataset(), limit=2) == list(found.dataset)
     refused("`limit`", table.to_iterable_dataset(), TypeError)
     refused("splits ['a', 'b']", DatasetDict({"a": table, "b": table}))
@@ -352,8 +369,9 @@ def test_one_line_says_it_all():
     table = [{"Instruction": "Q", "input": "C", "output": 42, "id": i, "url": "u"} for i in range(3)]
     assert read(table, role="retain").said == (
         "`retain` dataset: 3 rows; `Instruction` + `input` -> question, `output` -> answer; asked through the chat "
-        "template; numbers read as text: 3 rows; repeated: 2 examples; not read: `id`, `url`"
+        "template; numbers read as text: 3 cells; repeated: 2 examples; not read: `id`, `url`"
     )
+    assert "`messages` -> question and answer; asked" in read([{"messages": [USER, ANSWER]}], chat=False).said
     said = read([{"prompt": "Q", "response": "A"}], chat=False).said
     assert "no chat template; a space put before each completion" in said
     assert "no space stands between" in read([{"prompt": "Q", "completion": "A"}], chat=False).said
