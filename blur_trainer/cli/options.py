@@ -16,10 +16,11 @@ def given_options(classes: Sequence[type], arguments: Sequence[str], command: st
     """
     words, chosen = _without_config(list(arguments))
     parser = HfArgumentParser(classes, prog=f"blur-trainer {command}", add_help=False)
-    parser.set_defaults(**{each.name: argparse.SUPPRESS for of in classes for each in fields(of) if each.init})
-    for action in parser._actions:
-        action.required = False
-    return {**(read_run(chosen) if chosen else {}), **vars(parser.parse_args(words))}
+    left_out = object()
+    names = [each.name for of in classes for each in fields(of) if each.init]
+    found = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names, left_out)))
+    set_here = {name: value for name, value in vars(found).items() if value is not left_out}
+    return {**(read_run(chosen) if chosen else {}), **set_here}
 
 
 def _without_config(words: list[str]) -> tuple[list[str], str | None]:

@@ -39,7 +39,6 @@ class SourceArguments:
     hold_split: str | None = field(default=None, metadata={"help": "The same of hold."})
     unseen_split: str | None = field(default=None, metadata={"help": "The same of unseen."})
     paraphrased_split: str | None = field(default=None, metadata={"help": "The same of paraphrased."})
-    drop_empty: bool = field(default=False, metadata={"help": "Leave out rows without a question, answer or text."})
     limit: int | None = field(default=None, metadata={"help": "Read the first rows of each set only."})
     chat_template: str = field(
         default="auto", metadata={"help": "auto (the tokenizer's), never, or a file with a Jinja template."}
@@ -70,7 +69,7 @@ class UnlearnArguments:
     )
     level: str | None = field(
         default=None,
-        metadata={"help": "Where forgetting ends: retrained, unseen, exchanged (an estimate) or nats per token."},
+        metadata={"help": "Where it ends: retrained, unseen, exchanged (an estimate) or nats per token."},
     )
     eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
     lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness to measure too."})

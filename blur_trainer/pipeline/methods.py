@@ -31,7 +31,7 @@ def _sum(label: str, objective: str, *, leveled: bool = True, **settings: Any) -
 
 DEFAULT = "blur"
 METHODS: dict[str, Method] = {
-    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.3}, layered=True),
+    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.1}, layered=True),
     "rmu": Method("RMU", UnlearningTrainer, _RMU, layered=True),
     "blur-target": Method("BLUR-Target", BLURTrainer, _TARGET | {"gamma": 0.1}),
     "blur-npo": Method("BLUR-NPO", BLURTrainer, {"forget_objective": "npo", "gamma": 0.3}),

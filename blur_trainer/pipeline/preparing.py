@@ -63,20 +63,22 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     tokenizer = with_chat_template(
         AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
     )
-    sets = {role: _read(role, script, source, tokenizer) for role in SETS if getattr(script, role) is not None}
+    dropping = bool(given.get("drop_empty"))
+    asked = [role for role in SETS if getattr(script, role) is not None]
+    sets = {role: _read(role, script, source, tokenizer, dropping) for role in asked}
     settings = _settings(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
     args = _made(method.trainer.config_class, {**settings, **given})
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
 
 
-def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any) -> Reading:
+def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any, drop_empty: bool) -> Reading:
     found = read_rows(
         getattr(script, role),
         role=role,
         has_template=has_chat_template(tokenizer),
         columns=getattr(source, f"{role}_columns"),
         limit=source.limit,
-        drop_empty=source.drop_empty,
+        drop_empty=drop_empty,
         config=getattr(source, f"{role}_config"),
         split=getattr(source, f"{role}_split"),
     )

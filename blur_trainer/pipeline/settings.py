@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.constants import IGNORE_INDEX, ROLES
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.uld.trainer import ULDTrainer
 
 #: a rate that suits the 3 M parameters of the testbed, and how fast it falls with the size
 _RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
 #: LoRA's and ULD's rates, in those of all parameters
-_LORA, _ULD = 5.0, 5.0
+_LORA, _ULD = 10.0, 5.0
 #: optimizer steps; within these bounds of the epochs
 _STEPS, _EPOCHS = 200, (3, 40)
 _BATCH = 8
@@ -76,8 +76,8 @@ def derived(
         },
     }
     if chosen.layered:
-        layer = {"layer": min(size.layers - 1, max(1, round(_DEPTH * size.layers)))}
-        settings |= {"forget_objective_kwargs": layer, "retain_objective_kwargs": layer}
+        layer = min(size.layers - 1, max(1, round(_DEPTH * size.layers)))
+        settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
