@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, ROLES
+from blur_trainer.data.encoding import leading_special_ids
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.uld.trainer import ULDTrainer
 
@@ -89,15 +90,15 @@ def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], te
     What texts that the model says itself begin with: the words that all prompts begin with, such as `Question:`.
 
     `"retain"`, the prompts themselves, where they begin unlike one another or are written by a chat template; `None`,
-    the tokenizer's start, for texts that have no prompt.
+    the tokenizer's start, for texts that have no prompt. Where it has none, `"retain"`: the first words of the texts.
     """
     prompts = [
         [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX] for row in retain
     ]
-    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts if ids]
+    asked = tokenizer.batch_decode([ids for ids in prompts if ids], skip_special_tokens=True)
     asked = [text for text in asked if text.strip()]
     if not asked:
-        return None
+        return None if leading_special_ids(tokenizer) or tokenizer.bos_token_id is not None else "retain"
     if template:
         return "retain"
     common = asked[0]
