@@ -13,6 +13,12 @@ from blur_trainer.pipeline.methods import DEFAULT, METHODS
 #: the sets that one may give, in the order of the table
 SETS = ("forget", "retain", "hold", "unseen", "paraphrased")
 LEVELS = ("retrained", "unseen", "exchanged")
+_NEEDED = (
+    ("model_name_or_path", "the model"),
+    ("forget", "what to forget"),
+    ("retain", "what to keep"),
+    ("output_dir", "a new folder"),
+)
 #: of a `run.yaml`: the settings that were not given
 DERIVED = "derived"
 #: what these follow from
@@ -120,7 +126,7 @@ def check_options(options: Mapping[str, Any]) -> str:
     method = check_method(options.get("method", DEFAULT))
     for name in options:
         check_name(name, method)
-    for name, what in (("model_name_or_path", "the model"), ("forget", "what to forget"), ("retain", "what to keep")):
+    for name, what in _NEEDED:
         if options.get(name) is None:
             raise ValueError(f"`{name}` is missing: give {what}.")
     return method
@@ -132,7 +138,8 @@ def check_name(name: str, method: str) -> None:
     if name in known:
         return
     others = [other for other in METHODS if name in names_of(other)]
-    near = [*difflib.get_close_matches(name, known, n=1), *sorted(each for each in known if each.startswith(name))]
+    begun = [each for each in (*(each for each, _ in _NEEDED), *sorted(known)) if each.startswith(name)]
+    near = [*begun, *difflib.get_close_matches(name, known, n=1)]
     if others:
         hint = f" It is one of {', '.join(others[:3])}: pass `method`, or leave it out."
     else:

@@ -76,6 +76,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
         {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
     )
     config = read_config(model, hub)
+    if script.retrained:
+        read_config(script.retrained, {})  # a wrong name is refused now
     tokenizer = with_chat_template(
         AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
     )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import datasets
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from blur_trainer.scripts.command_line import OLD_NAMES
 
 #: said by torch on a machine without an accelerator, whose loaders pin nothing anyway
 _NO_PINNING = "'pin_memory' argument is set"
@@ -20,6 +21,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _NO_PINNING, UserWarning)
+            for message in OLD_NAMES:
+                warnings.filterwarnings("ignore", message, FutureWarning)
             yield
     finally:
         if not ours:

@@ -81,6 +81,7 @@ def derived(
         settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
+        settings["max_length"] = _limited(2 * settings["max_length"], size.positions)  # paraphrases are longer
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
     return settings | chosen.settings
 
@@ -115,8 +116,11 @@ def _epochs(rows: int) -> int:
 
 def _length(rows: Sequence[Any], positions: int | None) -> int:
     """The longest example, and not more than the model or 2048 tokens."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    return min(longest, 2048 if positions is None else min(positions, 2048))
+    return _limited(max(len(row["input_ids"]) for row in rows), positions)
+
+
+def _limited(length: int, positions: int | None) -> int:
+    return min(length, 2048 if positions is None else min(positions, 2048))
 
 
 def _rounded(rate: float) -> float:

@@ -20,6 +20,8 @@ from blur_trainer.trainers.replay_rows import NothingToReplay
 from blur_trainer.uld.trainer import ULDTrainer
 from blur_trainer.uld.tuning import tune_weight
 
+#: the folder, in `output_dir`, of the whole model
+MERGED = "merged"
 _ADAPTER = (
     "The adapter alone forgets: the base model still knows, and whoever takes the adapter off has it back. Write the "
     "whole model with `--merge true`, or `blur-trainer merge`."
@@ -52,7 +54,7 @@ class Trained:
 
 def train(prepared: Prepared, level: Level, load: ModelLoader, out: Path) -> Trained:
     """Trains and saves, or loads what was trained before an interrupt."""
-    notes = _base_knows(prepared)
+    notes = _base_knows(prepared, out)
     if is_finished(prepared.args, out):
         model = load(str(out))
         if prepared.method.trainer is ULDTrainer:
@@ -67,7 +69,7 @@ def train(prepared: Prepared, level: Level, load: ModelLoader, out: Path) -> Tra
     except (FloatingPointError, RuntimeError) as error:  # a model that is ruined, or that nothing has changed
         if not (isinstance(error, FloatingPointError) or trainer.nothing_trained):
             raise
-        return Trained(_model_of(trainer), None, time.time() - start, False, (*said, f"{error} No model was saved."))
+        return Trained(_model_of(trainer), None, time.time() - start, False, (*said, str(error), "No model was saved."))
     model = _model_of(trainer)
     if isinstance(trainer, ULDTrainer):
         tuning = _tune(prepared, model, level)
@@ -114,7 +116,9 @@ def _tune(prepared: Prepared, model: Any, level: Level) -> Any:
     return tune_weight(model, asked, prepared.sets["retain"].dataset, level, prepared.tokenizer, **how)
 
 
-def _base_knows(prepared: Prepared) -> tuple[str, ...]:
+def _base_knows(prepared: Prepared, out: Path) -> tuple[str, ...]:
     if prepared.method.trainer is ULDTrainer:
         return (_ASSISTANT,)
-    return (_ADAPTER,) if prepared.model_args.use_peft and not prepared.script.merge else ()
+    if not prepared.model_args.use_peft:
+        return ()
+    return (f"The whole model without an adapter is in {out / MERGED}.",) if prepared.script.merge else (_ADAPTER,)

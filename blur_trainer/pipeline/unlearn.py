@@ -15,7 +15,7 @@ from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import said_settings, write_run
-from blur_trainer.pipeline.training import Trained, train
+from blur_trainer.pipeline.training import MERGED, Trained, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
@@ -128,7 +128,7 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
         if script.redact:
             (out / REPLAY_NAME).unlink(missing_ok=True)  # what the model says itself may be what it learnt
         if script.merge and trained.saved:
-            merge_and_save(str(out), str(out / "merged"))
+            merge_and_save(str(out), str(out / MERGED))
     named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
     metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}
     return Unlearned(verdict, metrics, table, out, trained.notes)
