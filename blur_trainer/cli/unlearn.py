@@ -53,10 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         done = run(prepared)
     except (ValueError, TypeError, OSError) as error:
         logger.debug("blur-trainer unlearn", exc_info=True)
-        sys.stderr.write(f"blur-trainer unlearn: {error}\n")
+        PartialState().print(f"blur-trainer unlearn: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nblur-trainer unlearn: interrupted. {_how_to_go_on(options)}\n")
+        PartialState().print(f"\nblur-trainer unlearn: interrupted. {_how_to_go_on(options)}", file=sys.stderr)
         return 130
     return _said(done, prepared.script.require)
 
@@ -75,7 +75,8 @@ def _derived_anew(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, An
     other = [name for name in DERIVED_FROM if given.get(name) != stored.get(name)]
     if DERIVED not in given or not other:
         return given
-    sys.stderr.write(f"--{other[0]} is another one than in the file: settings are derived anew.\n")
+    said = f"--{other[0]} is another one than in the file: settings are derived anew."
+    PartialState().print(said, file=sys.stderr)
     return {name: value for name, value in given.items() if name != DERIVED}
 
 

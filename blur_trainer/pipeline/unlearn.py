@@ -95,6 +95,8 @@ def run(prepared: Prepared) -> Unlearned:
     """All steps after the reading, on every process."""
     script, args = prepared.script, prepared.args
     out = begin_run(args)
+    if PartialState().is_main_process:
+        write_run(out, prepared)
     with quiet():
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))
@@ -121,7 +123,6 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
     table = ""
     if PartialState().is_main_process:
         write_verdict(out, verdict)
-        write_run(out, prepared)
         trainers = {} if trained.trainer is None else {label: trained.trainer}
         shown = results.evaluation.primary_metrics
         table = write_output(out, results, trainers, said_settings(prepared), columns=shown)
