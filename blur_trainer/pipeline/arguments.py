@@ -149,7 +149,7 @@ def check_name(name: str, method: str) -> None:
 
 def check_arguments(script: UnlearnArguments, lora: bool) -> None:
     """Raises `ValueError` for values out of range and for what goes not together. `lora`: an adapter is trained."""
-    check_fields(script, {"eval_rows": "[1, inf)"})
+    check_fields(script, {"eval_rows": "[1, inf)"}, skipped=SETS)  # sets may be in memory
     if script.require is not None:
         _check_one_of("require", script.require, VERDICTS)
     if script.merge and script.method == "uld":

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import datasets
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
 from blur_trainer.scripts.command_line import OLD_NAMES
 
 #: said by torch on a machine without an accelerator, whose loaders pin nothing anyway
