@@ -125,6 +125,7 @@ def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
 
 
+@pytest.mark.full
 def test_commands_on_your_own_data_run(run, monkeypatch):
     """Those of the page, one after another, in the folder where its Python blocks have run."""
     page = "docs/your-own-data.md"
