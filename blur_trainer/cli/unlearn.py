@@ -28,7 +28,7 @@ _USAGE = """blur-trainer unlearn --model_name_or_path MODEL --forget FILE --reta
                             [--output_dir OUT] [--config YAML] [OPTION ...]"""
 _MORE = """Everything else follows from model and data if left out. Often wanted:
   --output_dir OUT              A new folder. Default: unlearned.
-  --config YAML                 Options from a file, such as the run.yaml of a run. Words go above it.
+  --config YAML                 Options from a file, such as a run's run.yaml. Words go above it.
   --use_peft true               Train an adapter (LoRA).
   --learning_rate, --gamma, --num_train_epochs, --replay (0: none), --seed
   --resume_from_checkpoint true Go on after an interrupt, with the same options.

@@ -51,7 +51,7 @@ def said_settings(prepared: Prepared) -> dict[str, Any]:
         if name not in prepared.sets
     }
     sets = {role: f"{reading.said}; digest {reading.digest}" for role, reading in prepared.sets.items()}
-    return {**sets, **options, **prepared.settings}
+    return _without_paths({**sets, **options, **prepared.settings})
 
 
 def _dumped(values: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ def test_what_a_run_writes_makes_the_same_run_again(unlearn, tmp_path, no_report
 
 def test_data_in_memory_is_read_and_is_in_no_file(world, unlearn, no_report):
     _, sets = world
-    done = unlearn(forget=sets["forget"], retain=sets["retain"], redact=True)
+    done = unlearn(forget=sets["forget"], retain=sets["retain"], redact=True, model=Path("model"))
     said = (done.output_dir / "run.yaml").read_text(encoding="utf-8")
     assert "# forget: a list in memory" in said and "forget" not in yaml.safe_load(said)
     assert "digest" in stored(done)["settings"]["forget"]
