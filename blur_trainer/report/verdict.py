@@ -175,11 +175,12 @@ def _sentence(
 ) -> str:
     """What decides comes first, then how well the forget set is known, and what is kept."""
     known = [level_clause(after, reference), rouge_clause(after, reference)]
+    causes = [finding.text for finding in findings if finding.about in CAUSES]
     own = {finding.about: finding.text for finding in findings if finding.word == word}
-    if any(cause in own for cause in CAUSES):  # then no other number matters
-        return f"{word}: {'; '.join(own[cause] for cause in CAUSES if cause in own)}."
+    if causes and (word != "broken" or "not_finite" in own):  # then no other number matters
+        return f"{word}: {'; '.join(causes)}."
     if "level" in own or "rouge" in own:  # the others say the same of single rows
         own = {about: text for about, text in own.items() if about not in ("exact", "membership")}
     kept = [] if word == "broken" else kept_clauses(before, after)
-    clauses = dict.fromkeys(clause for clause in (*own.values(), *known, *kept) if clause)
+    clauses = dict.fromkeys(clause for clause in (*own.values(), *causes, *known, *kept) if clause)
     return f"{word}: {'; '.join(clauses)}."
