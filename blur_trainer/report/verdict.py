@@ -174,13 +174,13 @@ def _sentence(
     findings: list[Finding],
 ) -> str:
     """What decides comes first, then how well the forget set is known, and what is kept."""
-    known = [level_clause(after, reference), rouge_clause(after, reference)]
     causes = [finding.text for finding in findings if finding.about in CAUSES]
     own = {finding.about: finding.text for finding in findings if finding.word == word}
     if causes and (word != "broken" or "not_finite" in own):  # then no other number matters
         return f"{word}: {'; '.join(causes)}."
     if "level" in own or "rouge" in own:  # the others say the same of single rows
         own = {about: text for about, text in own.items() if about not in ("exact", "membership")}
+    known = [level_clause(after, reference)] * ("level" not in own) + [rouge_clause(after, reference)]
     kept = [] if word == "broken" else kept_clauses(before, after)
     clauses = dict.fromkeys(clause for clause in (*own.values(), *causes, *known, *kept) if clause)
     return f"{word}: {'; '.join(clauses)}."
