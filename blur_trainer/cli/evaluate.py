@@ -16,7 +16,14 @@ _USAGE = (
 
 def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(help_text([MeasureArguments], "evaluate", _USAGE, "--help-all: all options."))
+        sys.stdout.write(
+            help_text(
+                [MeasureArguments],
+                "evaluate",
+                _USAGE,
+                "--report DIR: also write metrics.json and report.html there. --help-all: all options.",
+            )
+        )
         return 0
     if "--help-all" in arguments:
         sys.stdout.write(help_text(CLASSES, "evaluate", _USAGE, ""))
@@ -28,7 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         for role, reading in sets.readings.items():
             sys.stdout.write(f"{role}: {reading.said}\n")
         found = measure(sets)
-        sys.stdout.write(f"\n{format_table(found.results.columns, found.results.rows, 100)}\n")
+        primary = found.results.evaluation.primary_metrics
+        columns = [column for column in found.results.columns if column["name"] in primary]
+        sys.stdout.write(f"\n{format_table(columns, found.results.rows, 100)}\n")
         if found.verdict is not None:
             sys.stdout.write(f"\n{found.verdict}\n")
         if folder is not None:

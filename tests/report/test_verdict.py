@@ -97,7 +97,7 @@ def test_where_the_level_is_from():
             "a Level": (Level(8.0, "retrained"), None, 8.0, "the retrained model's loss"),
             "the retrained model": (None, RETRAINED, 8.2, "the retrained model's loss"),
             "unseen rows": (None, None, 8.0, "the loss of unseen rows"),
-            "an estimate": (Level(2.4, "exchanged"), None, 2.4, "a lower bound"),
+            "an estimate": (Level(2.4, "exchanged"), None, 2.4, "an estimate"),
         },
         check,
     )
@@ -114,7 +114,7 @@ def test_an_estimate_bounds_from_below_only():
     estimate = Level(2.4, "exchanged")
     assert judge(BEFORE, GOOD, estimate).word == "forgotten", "8.1 is far above 2.4, and no fault"
     assert judge(BEFORE, after(forget_loss=1.0), estimate).word == "not_forgotten"
-    assert any("lower bound" in note for note in judge(BEFORE, GOOD, estimate).notes)
+    assert any("an estimate" in note for note in judge(BEFORE, GOOD, estimate).notes)
 
 
 def test_without_any_level_it_judges_by_how_much_changed():
