@@ -9,21 +9,13 @@ from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets, measu
 from blur_trainer.report.html import write_report
 from blur_trainer.report.tables import format_table
 
-_USAGE = (
-    "blur-trainer evaluate --model_name_or_path MODEL --forget FILE [--retain FILE] [--before MODEL] [--report DIR]"
-)
+_USAGE = "blur-trainer evaluate --model_name_or_path MODEL --forget FILE [--retain FILE] [--before MODEL]"
+_MORE = "--report DIR: also write metrics.json and report.html there. --help-all: all options."
 
 
 def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(
-            help_text(
-                [MeasureArguments],
-                "evaluate",
-                _USAGE,
-                "--report DIR: also write metrics.json and report.html there. --help-all: all options.",
-            )
-        )
+        sys.stdout.write(help_text([MeasureArguments], "evaluate", _USAGE, _MORE))
         return 0
     if "--help-all" in arguments:
         sys.stdout.write(help_text(CLASSES, "evaluate", _USAGE, ""))
