@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "unlearn": ("unlearn", "make a model forget your own data, measure it, and say whether it did"),
     "evaluate": ("evaluate", "measure any model on your own data; with the model before it also a verdict"),
+    "attack": ("attack", "try to bring the answers back: relearning, few bits"),
     "report": ("report", "write the report of a run anew"),
     "merge": ("merge", "make one model of an adapter and its base"),
     "estimate": ("estimate", "say how much memory a training needs"),
