@@ -32,7 +32,7 @@ _MORE = """Everything else follows from model and data if left out. Often wanted
   --use_peft true               Train an adapter (LoRA).
   --learning_rate, --gamma, --num_train_epochs, --replay (0: none), --seed
   --resume_from_checkpoint true Go on after an interrupt, with the same options.
-All options of the reading, the training and the model: --help-all, for a method: --method npo --help-all."""
+All options of reading, training and model: --help-all, for one method: --method npo --help-all."""
 
 
 def main(arguments: Sequence[str]) -> int:

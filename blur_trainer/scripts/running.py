@@ -77,7 +77,7 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
     except TrainingInterrupted as error:
-        remedy = "Go on with --resume_from_checkpoint True and the same arguments."
+        remedy = "Go on with --resume_from_checkpoint true and the same arguments."
         PartialState().print(f"{error.where}. {remedy}", file=sys.stderr)
         raise TrainingInterrupted(error.where, remedy, error.signal) from None
     trainer.save_model()

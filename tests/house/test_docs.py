@@ -22,7 +22,11 @@ from support.cases import every
 from trl import TrlParser
 
 import blur_trainer
+from blur_trainer.cli.main import main as blur_trainer_command
+from blur_trainer.cli.options import help_text
 from blur_trainer.models.reference import CurrentModel
+from blur_trainer.pipeline.arguments import classes_of
+from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
 
 ROOT = Path(blur_trainer.__file__).parents[1]
@@ -119,6 +123,21 @@ def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
     (tmp_path / "first.py").write_text(first, encoding="utf-8")
     runpy.run_path("first.py")
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
+
+
+@pytest.mark.full
+def test_commands_on_your_own_data_run(run, monkeypatch):
+    """Those of the page, one after another, in the folder where its Python blocks have run."""
+    page = "docs/your-own-data.md"
+    folder = run(page)["folder"]
+    monkeypatch.chdir(folder)
+    commands = [block.text.replace("\\\n", " ") for block in blocks(page, "bash") if "runnable" in block.info]
+    assert len(commands) >= 2
+    for command in commands:
+        name, *words = shlex.split(command)
+        assert name == "blur-trainer" and blur_trainer_command(words) == 0, command
+    first, again = ((folder / name / "model.safetensors").read_bytes() for name in ("out", "out-again"))
+    assert first == again, "the page says that `run.yaml` gives the same model"
 
 
 def test_quickstart_is_among_the_pages_that_run():
@@ -336,8 +355,13 @@ def flags(parser: TrlParser) -> set[str]:
     configs = {trainer.config_class for _, trainer, *_ in tofu.METHODS.values()}
     others = "\n".join(TrlParser((tofu.TOFUArguments, config)).format_help() for config in configs)
     others += TrlParser((wmdp.WMDPArguments,)).format_help()
-    text = f"{parser.format_help()} {others} {launcher} {own} --config --help"
+    text = f"{parser.format_help()} {others} {launcher} {own} {own_data_help()} --config --help --help-all"
     return set(re.findall(r"--\w[\w-]*", text))
+
+
+def own_data_help() -> str:
+    """The options of `blur-trainer unlearn` with any method."""
+    return "".join(help_text(classes_of(method), "unlearn", "", "") for method in METHODS)
 
 
 def test_flags_exist(flags):

@@ -152,7 +152,7 @@ def test_an_interrupted_training_ends_the_script_with_the_signal_s_code(tmp_path
     assert raised.value.code == 143
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == str(raised.value)
-    assert told == "Interrupted at step 3 of 8. Go on with --resume_from_checkpoint True and the same arguments."
+    assert told == "Interrupted at step 3 of 8. Go on with --resume_from_checkpoint true and the same arguments."
 
 
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):

@@ -1,0 +1,95 @@
+"""Settings that nobody has chosen: what they follow from."""
+
+import pytest
+from support.models import tiny_llama
+from support.tiny_tokenizer import tiny_tokenizer
+
+from blur_trainer.pipeline.methods import METHODS
+from blur_trainer.pipeline.preparing import lora_targets
+from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+
+
+def rows(count, length=10, prompt=4):
+    return [{"input_ids": [5] * length, "labels": [-100] * prompt + [5] * (length - prompt)} for _ in range(count)]
+
+
+def settings(method="blur", forget=40, retain=80, parameters=3_000_000, layers=8, positions=512, lora=False, length=10):
+    size = Size(layers, parameters, positions)
+    return derived(method, size, rows(forget, length), rows(retain, length), ["Question:"], lora)
+
+
+def test_a_size_is_counted_without_weights():
+    model = tiny_llama(layers=3)
+    assert Size.of(model.config) == Size(3, sum(each.numel() for each in model.parameters()), 64)
+
+
+def test_the_rate_falls_with_the_size_and_rises_for_an_adapter():
+    assert settings()["learning_rate"] == settings(parameters=1000)["learning_rate"] == 1e-3
+    assert settings(parameters=3_000_000_000)["learning_rate"] == pytest.approx(1e-3 * 1000**-0.4, rel=0.02)
+    assert settings(lora=True)["learning_rate"] == 1e-2
+    assert settings("uld")["learning_rate"] == 5e-3
+
+
+@pytest.mark.parametrize(("count", "batch", "epochs"), [(1, 1, 40), (8, 8, 40), (80, 8, 20), (100_000, 8, 3)])
+def test_batch_and_epochs_give_some_two_hundred_steps(count, batch, epochs):
+    found = settings(forget=count)
+    assert (found["per_device_train_batch_size"], found["num_train_epochs"]) == (batch, epochs)
+
+
+def test_lengths_are_those_of_the_rows_and_the_model():
+    assert settings()["max_length"] == 10
+    assert settings(length=600)["max_length"] == 512 and settings(length=600, positions=None)["max_length"] == 600
+    assert settings(length=5000, positions=None)["max_length"] == 2048
+    assert settings("uld")["max_length"] == 20, "paraphrases are longer than their questions"
+
+
+@pytest.mark.parametrize(("retain", "replay"), [(1, 512), (400, 1200), (10_000, 2048)])
+def test_replay_is_sized_by_the_retain_set(retain, replay):
+    assert settings(retain=retain)["replay"] == replay
+
+
+@pytest.mark.parametrize(("layers", "layer"), [(1, 0), (2, 1), (8, 2), (32, 8)])
+def test_the_layer_is_a_share_of_the_depth(layers, layer):
+    found = settings(layers=layers)
+    assert found["forget_objective_kwargs"] == found["retain_objective_kwargs"] == {"layer": layer}
+    assert "retain_objective_kwargs" not in settings("npo", layers=layers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_they_are_settings_of_the_method(method, tmp_path):
+    """Its configuration takes them, and they make it the method."""
+    found = settings(method)
+    args = METHODS[method].trainer.config_class(output_dir=str(tmp_path), use_cpu=True, **found)
+    assert {name: getattr(args, name) for name in METHODS[method].settings} == METHODS[method].settings
+    assert args.logging_first_step and args.save_strategy == "no"
+
+
+def starts(prompts, template=False, **how):
+    tokenizer = tiny_tokenizer(**how)
+    made = []
+    for text in prompts:
+        ids = tokenizer(text)["input_ids"]
+        made.append({"input_ids": [*ids, 9], "labels": [-100] * len(ids) + [9]})
+    return start_of_texts(tokenizer, made, template)
+
+
+def test_texts_start_as_all_prompts_do():
+    asked = ["Question: Who painted it?\nAnswer:", "Question: Who sold it?\nAnswer:"]
+    assert starts(asked) == ["Question: Who"]
+    assert starts([*asked, "Question: When?\nAnswer:"]) == ["Question:"]
+    assert starts(["Mara painted", "Who sold it?"]) == "retain"
+    assert starts(asked[:1]) == "retain", "one prompt says nothing about others"
+    assert starts(asked, template=True) == "retain"
+
+
+def test_texts_without_a_prompt_start_with_bos_or_as_the_retain_set_does():
+    tokenizer = tiny_tokenizer(add_bos=False)
+    row = {"input_ids": [7, 8], "labels": [7, 8]}
+    assert start_of_texts(tokenizer, [row], False) is None
+    tokenizer.bos_token = None
+    assert start_of_texts(tokenizer, [row], False) == "retain"
+
+
+def test_an_adapter_is_on_all_linear_layers_unless_others_are_named():
+    assert lora_targets({"use_peft": True}) == {"lora_target_modules": "all-linear"}
+    assert lora_targets({}) == lora_targets({"use_peft": True, "lora_target_modules": ["q_proj"]}) == {}
