@@ -15,6 +15,7 @@ from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.run_file import write_run
+from blur_trainer.pipeline.shown import shown_settings
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
@@ -112,7 +113,7 @@ def run(prepared: Prepared) -> Unlearned:
     if PartialState().is_main_process:
         write_verdict(out, verdict)
         write_run(out, prepared)
-        settings = {**prepared.settings, **{key: str(value) for key, value in prepared.options.items()}}
+        settings = shown_settings(prepared, level, trainer)
         trainers = {} if trainer is None else {label: trainer}
         table = write_output(out, results, trainers, settings, columns=results.evaluation.primary_metrics)
         if script.merge:
