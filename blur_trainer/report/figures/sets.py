@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from blur_trainer.report.figures.style import Drawing, Theme, add_legend, new_lines, plain, row_colors, set_title
 from blur_trainer.report.own_run import SETS, aim
-from blur_trainer.report.tables import format_number, values
+from blur_trainer.report.tables import values
 
 Items = Sequence[Mapping[str, Any]]
 WIDTH = 5.8  # inches: a telephone shows it at two thirds, and its text is still read
@@ -53,7 +53,7 @@ def _bars(ax: Axes, columns: Items, rows: Items, looks: Sequence[str], theme: Th
             place = group + (i - (len(rows) - 1) / 2) * size
             length = number if _finite(number) else 0.0
             ax.barh(place, length, size * 0.86, color=looks[i])
-            text = format_number(number, 2)
+            text = "—" if number is None else f"{number:.2f}"
             ax.annotate(
                 text, (length, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color=theme.ink
             )
@@ -87,7 +87,8 @@ def _said(columns: Items, rows: Items) -> str:
     sentences = []
     for column in columns:
         best, whose = aim(column, rows)
-        texts = [f"{row['name']} {format_number(n, 2)}" for row, n in zip(rows, values(column, rows), strict=True)]
-        texts += [] if best is None else [f"best {format_number(best, 2)} ({whose})"]
+        shown = [(row["name"], n) for row, n in zip(rows, values(column, rows), strict=True) if n is not None]
+        texts = [f"{name} {number:.2f}" for name, number in shown]
+        texts += [] if best is None else [f"best {best:.2f} ({whose})"]
         sentences.append(f"{column.get('label') or column['name']}: {', '.join(texts)}.")
     return " ".join(sentences)
