@@ -27,7 +27,8 @@ def shown_settings(prepared: Prepared, level: Level, trainer: UnlearningTrainer 
     """
     card = {} if trainer is None else trainer.card_info()
     options = {name: _plain(value) for name, value in prepared.options.items() if name not in SETS}
-    args = {name: getattr(prepared.args, name) for name in _OF_TRAINER if hasattr(prepared.args, name)}
+    final: Any = prepared.args if trainer is None else trainer.args  # the level may have changed it
+    args = {name: getattr(final, name) for name in _OF_TRAINER if hasattr(final, name)}
     found = {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "model_name_or_path": str(prepared.model_args.model_name_or_path),

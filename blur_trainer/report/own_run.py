@@ -42,7 +42,7 @@ METRICS = {
     "degeneration": ("Degeneration", "the share of the answers on retain and hold that are empty or repeat themselves"),
     "forget_degeneration": ("Degeneration, forget", "the same of the forget set's answers"),
     "score": (
-        "Missing and paid",
+        "Score",
         "the distance of forget's loss from the level, plus retain's loss: less is better",
     ),
 }

@@ -188,8 +188,10 @@ def test_the_card_has_the_verdict_the_sets_and_the_base_that_still_knows(tmp_pat
     assert "still knows what was unlearned" in text
     assert "| forget | forget.csv: 40 rows; \\`q\\` -&gt; question; digest e6674956e4ae340d | 40 |" in text
     assert "| retain | not stated | not stated |" in text and own_run.LONG not in text  # a path, cut to its end
-    assert "| metric | before | BLUR-RMU | retrained | best |" in text
-    assert "| Forget: ROUGE | 0.950 | 0.270 | 0.280 | 0.280 (retrained) |" in text
+    table = text[text.index("| metric |") :].split("\n\n")[0].splitlines()  # a blank line would end it
+    assert table[:2] == ["| metric | before | BLUR-RMU | retrained | best |", "|---|---:|---:|---:|---:|"]
+    assert table[2] == "| Forget: ROUGE | 0.950 | 0.270 | 0.280 | 0.280 (retrained) |"
+    assert "\n\n> **" in text
     assert "* ROUGE: the share of" in text
 
 
