@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 
@@ -78,7 +78,7 @@ def _numbers(columns: Items, rows: Items) -> list[float | None]:
     return [number for column in columns for number in values(column, rows)]
 
 
-def _finite(number: float | None) -> bool:
+def _finite(number: float | None) -> TypeGuard[float]:
     return number is not None and math.isfinite(number)
 
 
