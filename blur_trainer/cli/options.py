@@ -1,7 +1,9 @@
 """Words of a command line and lines of a YAML file become options: a dict of what was given, and nothing else."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -37,3 +39,20 @@ def help_text(classes: Sequence[type], command: str, usage: str, end: str) -> st
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     return parser.format_help()
+
+
+class Refused:
+    """The exit code of a command: 0, or 2 after a refusal."""
+
+    code = 0
+
+
+@contextmanager
+def refusing(command: str) -> Iterator[Refused]:
+    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
+    refused = Refused()
+    try:
+        yield refused
+    except (ValueError, TypeError, OSError) as error:
+        refused.code = 2
+        sys.stderr.write(f"blur-trainer {command}: {error}\n")

@@ -109,7 +109,7 @@ def check_options(options: Mapping[str, Any]) -> str:
 
 def check_arguments(script: UnlearnArguments) -> None:
     """Raises `ValueError` for values out of range and for sets that the level needs and that are missing."""
-    check_fields(script, {"eval_rows": "[1, inf)"})
+    check_fields(script, {"eval_rows": "[1, inf)"}, skipped=SETS)  # sets may be in memory
     if script.require is not None:
         _check_one_of("require", script.require, VERDICTS)
     level = script.level
