@@ -8,6 +8,15 @@ import blur_trainer as bt
 
 #: what one wants to do -> the names for it, in reading order
 TASKS = {
+    "Unlearn your own data": [
+        "unlearn",
+        "Unlearned",
+        "read_rows",
+        "ForgetEvaluation",
+        "judge",
+        "Verdict",
+        "Thresholds",
+    ],
     "Make a model forget": [
         *("BLURTrainer", "BLURConfig", "GradDiffTrainer", "GradDiffConfig", "UnlearningTrainer", "UnlearningConfig"),
         *("ULDTrainer", "ULDConfig", "task_vector", "TrainingInterrupted"),

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blur_trainer.cli.options import given_options, help_text, refusing
+from blur_trainer.cli.options import help_text, options_of, refusing
 from blur_trainer.pipeline.attack import attack
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets
 from blur_trainer.report.tables import format_table, robustness_rows
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text([MeasureArguments, AttackArguments], "attack", _USAGE, ""))
         return 0
-    given = given_options((*CLASSES, AttackArguments), arguments, "attack")
     with refusing("attack") as refused:
+        given = options_of((*CLASSES, AttackArguments), arguments, "attack")
         how = {name: given.pop(name) for name in ("steps", "learning_rate", "seed") if name in given}
         results = attack(Sets(given), **how)
         primary = results.evaluation.primary_metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import ModelConfig, get_peft_config
 
-from blur_trainer.cli.options import given_options, help_text, refusing
+from blur_trainer.cli.options import help_text, options_of, refusing
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.trainers.blur import BLURConfig
 
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     if "--help-all" in arguments:
         sys.stdout.write(help_text(_CLASSES, "estimate", _USAGE, ""))
         return 0
-    given = given_options(_CLASSES, arguments, "estimate")
     with refusing("estimate") as refused:
+        given = options_of(_CLASSES, arguments, "estimate")
         if "model_name_or_path" not in given:
             raise ValueError("`model_name_or_path` is missing: name the model.")
         script, args, model_args = (_made(of, {"output_dir": "unlearned", "dtype": None} | given) for of in _CLASSES)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from blur_trainer.cli.options import given_options, help_text, refusing
+from blur_trainer.cli.options import help_text, options_of, refusing
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets, measure
 from blur_trainer.report.html import write_report
 from blur_trainer.report.tables import format_table
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(help_text(CLASSES, "evaluate", _USAGE, ""))
         return 0
     words, folder = _without_report(list(arguments))
-    given = given_options(CLASSES, words, "evaluate")
     with refusing("evaluate") as refused:
+        given = options_of(CLASSES, words, "evaluate")
         sets = Sets(given)
         for role, reading in sets.readings.items():
             sys.stdout.write(f"{role}: {reading.said}\n")

@@ -1,20 +1,38 @@
 """`blur-trainer unlearn`: your own data, one command, a forgotten model, a verdict."""
 
+import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from blur_trainer.cli.options import given_options, help_text
-from blur_trainer.pipeline.arguments import UnlearnArguments, classes_of
-from blur_trainer.pipeline.methods import DEFAULT, METHODS
+from accelerate import PartialState
+
+from blur_trainer.cli.options import given_options, help_text, named, settings_file
+from blur_trainer.pipeline.arguments import (
+    DERIVED,
+    DERIVED_FROM,
+    UnlearnArguments,
+    check_method,
+    check_name,
+    classes_of,
+)
+from blur_trainer.pipeline.methods import DEFAULT
 from blur_trainer.pipeline.preparing import prepare
-from blur_trainer.pipeline.unlearn import run
+from blur_trainer.pipeline.unlearn import Unlearned, run
+from blur_trainer.saving.output_dir import holds_run
 
-_USAGE = (
-    "blur-trainer unlearn --model_name_or_path MODEL --forget FILE --retain FILE [--output_dir OUT] [--config YAML]"
-)
-_MORE = (
-    "All settings of the reading, the training and the model: --help-all. They follow from model and data if left out."
-)
+logger = logging.getLogger(__name__)
+OUTPUT_DIR = "unlearned"
+_USAGE = """blur-trainer unlearn --model_name_or_path MODEL --forget FILE --retain FILE
+                            [--output_dir OUT] [--config YAML] [OPTION ...]"""
+_MORE = """Everything else follows from model and data if left out. Often wanted:
+  --output_dir OUT              A new folder. Default: unlearned.
+  --config YAML                 Options from a file, such as the run.yaml of a run. Words go above it.
+  --use_peft true               Train an adapter (LoRA).
+  --learning_rate, --gamma, --num_train_epochs, --replay (0: none), --seed
+  --resume_from_checkpoint true Go on after an interrupt, with the same options.
+All options of the reading, the training and the model: --help-all, for a method: --method npo --help-all."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,28 +40,47 @@ def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text([UnlearnArguments], "unlearn", _USAGE, _MORE))
         return 0
-    method = _method(arguments)
-    if "--help-all" in arguments:
-        sys.stdout.write(help_text(classes_of(method), "unlearn", _USAGE, ""))
-        return 0
-    options = given_options(classes_of(method), arguments, "unlearn")
+    options: dict[str, Any] = {}
     try:
-        prepared = prepare({"output_dir": "unlearned"} | options)
+        words, stored = settings_file(arguments)
+        method = check_method(named("method", words, stored, DEFAULT))
+        if "--help-all" in words:
+            sys.stdout.write(help_text(classes_of(method), "unlearn", _USAGE, ""))
+            return 0
+        given = given_options(classes_of(method), words, stored, partial(check_name, method=method))
+        options = {"output_dir": OUTPUT_DIR} | _derived_anew(given, stored)
+        prepared = prepare(options)
+        done = run(prepared)
     except (ValueError, TypeError, OSError) as error:
-        sys.stderr.write(f"blur-trainer unlearn: {error}\n")
+        logger.debug("blur-trainer unlearn", exc_info=True)
+        PartialState().print(f"blur-trainer unlearn: {error}", file=sys.stderr)
         return 2
-    done = run(prepared)
-    sys.stdout.write(f"{done}\n")
-    wanted = prepared.script.require
+    except KeyboardInterrupt:
+        PartialState().print(f"\nblur-trainer unlearn: interrupted. {_how_to_go_on(options)}", file=sys.stderr)
+        return 130
+    return _said(done, prepared.script.require)
+
+
+def _said(done: Unlearned, wanted: str | None) -> int:
+    process = PartialState()
+    if process.is_main_process:
+        sys.stdout.write(f"{done}\n")
+    process.wait_for_everyone()
+    process.destroy_process_group()
     return 0 if wanted in (None, done.verdict.word) else 1
 
 
-def _method(arguments: Sequence[str]) -> str:
-    """The method decides which options there are."""
-    found = given_options([UnlearnArguments], [], "unlearn")
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--method":
-            found["method"] = value or after
-    method = found.get("method", DEFAULT)
-    return method if method in METHODS else DEFAULT
+def _derived_anew(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Without the derived settings of a `run.yaml` if the words changed what they had followed from."""
+    other = [name for name in DERIVED_FROM if given.get(name) != stored.get(name)]
+    if DERIVED not in given or not other:
+        return given
+    said = f"--{other[0]} is another one than in the file: settings are derived anew."
+    PartialState().print(said, file=sys.stderr)
+    return {name: value for name, value in given.items() if name != DERIVED}
+
+
+def _how_to_go_on(options: dict[str, Any]) -> str:
+    if holds_run(str(options.get("output_dir", OUTPUT_DIR))):
+        return "Go on with --resume_from_checkpoint true and the same options."
+    return "Nothing was trained yet: give the same command again."

@@ -13,6 +13,25 @@ from blur_trainer.pipeline.methods import DEFAULT, METHODS
 #: the sets that one may give, in the order of the table
 SETS = ("forget", "retain", "hold", "unseen", "paraphrased")
 LEVELS = ("retrained", "unseen", "exchanged")
+_NEEDED = (
+    ("model_name_or_path", "the model"),
+    ("forget", "what to forget"),
+    ("retain", "what to keep"),
+    ("output_dir", "a new folder"),
+)
+#: of a `run.yaml`: the settings that were not given
+DERIVED = "derived"
+#: what these follow from
+DERIVED_FROM = (
+    "method",
+    "model_name_or_path",
+    "model_revision",
+    "use_peft",
+    "forget",
+    "retain",
+    "limit",
+    "chat_template",
+)
 VERDICTS = ("forgotten", "not_forgotten", "over_forgotten", "broken")
 
 
@@ -88,30 +107,59 @@ def classes_of(method: str) -> tuple[type, ...]:
     return (UnlearnArguments, SourceArguments, METHODS[method].trainer.config_class, ModelConfig)
 
 
+def names_of(method: str) -> set[str]:
+    """The options of this method, and `derived`, which only a `run.yaml` has: settings that followed from the data."""
+    return {each.name for of in classes_of(method) for each in fields(of) if each.init} | {DERIVED}
+
+
+def check_method(method: Any) -> str:
+    """The same. Raises `ValueError` if there is no such method."""
+    _check_one_of("method", method, METHODS)
+    return str(method)
+
+
 def check_options(options: Mapping[str, Any]) -> str:
     """
     The method. Raises `ValueError` or `TypeError`, before anything is read, for options that do not exist or are
     missing.
     """
-    method = str(options.get("method", DEFAULT))
-    _check_one_of("method", method, METHODS)
-    known = {each.name for of in classes_of(method) for each in fields(of) if each.init}
+    method = check_method(options.get("method", DEFAULT))
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else " `--help-all` lists them."
-            raise TypeError(f"`unlearn` has no option `{name}` (method {method}).{hint}")
-    for name, what in (("model_name_or_path", "the model"), ("forget", "what to forget"), ("retain", "what to keep")):
+        check_name(name, method)
+    for name, what in _NEEDED:
         if options.get(name) is None:
             raise ValueError(f"`{name}` is missing: give {what}.")
     return method
 
 
-def check_arguments(script: UnlearnArguments) -> None:
-    """Raises `ValueError` for values out of range and for sets that the level needs and that are missing."""
+def check_name(name: str, method: str) -> None:
+    """Raises `TypeError`, with the nearest name, if the method has no such option."""
+    known = names_of(method)
+    if name in known:
+        return
+    others = [other for other in METHODS if name in names_of(other)]
+    begun = [each for each in (*(each for each, _ in _NEEDED), *sorted(known)) if each.startswith(name)]
+    near = [*begun, *difflib.get_close_matches(name, known, n=1)]
+    if others:
+        hint = f" It is one of {', '.join(others[:3])}: pass `method`, or leave it out."
+    else:
+        hint = f" Did you mean `{near[0]}`?" if near else " `blur-trainer unlearn --help-all` lists all."
+    raise TypeError(f"`{name}` is no option of unlearn with the method {method}.{hint}")
+
+
+def check_arguments(script: UnlearnArguments, lora: bool) -> None:
+    """Raises `ValueError` for values out of range and for what goes not together. `lora`: an adapter is trained."""
     check_fields(script, {"eval_rows": "[1, inf)"}, skipped=SETS)  # sets may be in memory
     if script.require is not None:
         _check_one_of("require", script.require, VERDICTS)
+    if script.merge and script.method == "uld":
+        raise ValueError(
+            "`merge` is for LoRA. ULD subtracts an assistant's logits, which no weights can do: leave `merge` out."
+        )
+    if script.merge and not lora:
+        raise ValueError(
+            "`merge` is for LoRA: without it the whole model is written anyway. Leave `merge` out, or pass `use_peft`."
+        )
     level = script.level
     for name in ("retrained", "unseen"):
         if level == name and getattr(script, name) is None:

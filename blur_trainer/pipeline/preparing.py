@@ -1,6 +1,7 @@
 """From options to what a run needs: the sets, the tokenizer, the settings. Nothing is trained, no weight is read."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,10 +14,22 @@ from blur_trainer.data.chat import has_chat_template, with_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import Reading, read_rows
 from blur_trainer.models.loading import hub_arguments, read_config
-from blur_trainer.pipeline.arguments import SETS, SourceArguments, UnlearnArguments, check_arguments, check_options
+from blur_trainer.pipeline.arguments import (
+    DERIVED,
+    SETS,
+    SourceArguments,
+    UnlearnArguments,
+    check_arguments,
+    check_options,
+)
 from blur_trainer.pipeline.methods import METHODS, Method
+from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.settings import Size, derived, start_of_texts
 from blur_trainer.report.verdict import Thresholds
+from blur_trainer.saving.output_dir import check_output_dir
+
+#: TRL's default is float32; the trainer chooses by device and by what is trained
+NO_DTYPE: dict[str, Any] = {"dtype": None}
 
 
 @dataclass(frozen=True)
@@ -50,24 +63,34 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     """
     given = {name: value for name, value in options.items() if value is not None}
     name = check_options(given)
+    pinned = given.pop(DERIVED, None)
     method = METHODS[name]
     script, source = _made(UnlearnArguments, given), _made(SourceArguments, given)
-    model_args = _made(ModelConfig, {"dtype": None} | given)
-    check_arguments(script)
+    model_args = _made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
+    check_arguments(script, model_args.use_peft)
+    if not given.get("resume_from_checkpoint"):
+        check_output_dir(str(given["output_dir"]))
     thresholds = Thresholds(**_mapping("thresholds", script.thresholds))
     model = str(model_args.model_name_or_path)
     hub = hub_arguments(
         {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
     )
     config = read_config(model, hub)
+    if script.retrained:
+        read_config(script.retrained, {})  # a wrong name is refused now
     tokenizer = with_chat_template(
         AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
     )
     dropping = bool(given.get("drop_empty"))
     asked = [role for role in SETS if getattr(script, role) is not None]
     sets = {role: _read(role, script, source, tokenizer, dropping) for role in asked}
-    settings = _settings(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
-    args = _made(method.trainer.config_class, {**settings, **given})
+    if pinned is None:
+        with quiet():
+            found = _derived(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
+        pinned = lora_targets(given) | found
+    settings = _not_given(pinned, given)
+    replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
+    args = _made(method.trainer.config_class, {**settings, **given, **replay})
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
 
 
@@ -82,24 +105,36 @@ def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenize
         config=getattr(source, f"{role}_config"),
         split=getattr(source, f"{role}_split"),
     )
-    PartialState().print(f"{role}: {found.said}")
+    PartialState().print(f"{role}: {found.said}", file=sys.stderr)
     return found
 
 
-def _settings(
+def lora_targets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """LoRA on all linear layers, where nothing else was said: on few of them the forget set comes down slowly."""
+    named = ("lora_target_modules", "lora_target_parameters")
+    return {} if not given.get("use_peft") or any(each in given for each in named) else {named[0]: "all-linear"}
+
+
+def _derived(
     name: str, given: Mapping[str, Any], size: Size, tokenizer: Any, sets: Mapping[str, Reading], lora: bool
 ) -> dict[str, Any]:
-    """Derived, without what was given; of a method's objective and rule nothing stays where another one was named."""
     how = {"max_length": size.positions, "drop_empty": bool(given.get("drop_empty")), **_template(given)}
     forget, retain = (
         tokenize_dataset(sets[role].dataset, tokenizer, role=role, **how) for role in ("forget", "retain")
     )
     start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer))
-    found = derived(name, size, forget, retain, start, lora)
+    return derived(name, size, forget, retain, start, lora)
+
+
+def _not_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a method's objective and rule nothing stays where another one was named, nor of replay without it."""
+    left = {key: value for key, value in settings.items() if key not in given}
     for part in ("forget_objective", "retain_objective", "rule"):
         if part in given:
-            found.pop(f"{part}_kwargs", None)
-    return {key: value for key, value in found.items() if key not in given}
+            left.pop(f"{part}_kwargs", None)
+    if given.get("replay") == 0:
+        left.pop("replay_kwargs", None)
+    return left
 
 
 def _template(given: Mapping[str, Any]) -> dict[str, Any]:

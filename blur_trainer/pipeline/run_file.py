@@ -8,18 +8,21 @@ import yaml
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.credentials import without_tokens
+from blur_trainer.pipeline.arguments import DERIVED
 from blur_trainer.pipeline.preparing import Prepared
 
 FILE = "run.yaml"
-_HEAD = """# What this run was told, and below the line what followed from the model and the data.
-# The same again, into another folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
+_HEAD = """# What this run was told, and under `derived` what followed from the model and the data.
+# The same again, from the same folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
 """
 
 
 def write_run(out: Path, prepared: Prepared) -> Path:
-    """Writes `run.yaml` atomically, without access tokens. Of data in memory it has the digest only."""
-    options = {name: _plain(value) for name, value in prepared.options.items() if name != "resume_from_checkpoint"}
-    text = _HEAD + _dumped(without_tokens(options)) + "# ----\n" + _dumped(prepared.settings)
+    """Writes `run.yaml` atomically, without access tokens. Data in memory is named in a comment, with its digest."""
+    options = {name: value for name, value in prepared.options.items() if name != "resume_from_checkpoint"}
+    text = _HEAD + _dumped(without_tokens({name: value for name, value in options.items() if _is_plain(value)}))
+    text += "".join(f"# {name}: {_kind(value)}\n" for name, value in options.items() if not _is_plain(value))
+    text += _dumped({DERIVED: without_tokens(prepared.settings)})
     text += "".join(f"# {role}: {reading.said}; digest {reading.digest}\n" for role, reading in prepared.sets.items())
     path = out / FILE
     out.mkdir(parents=True, exist_ok=True)
@@ -35,20 +38,28 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"`--config {path}` cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"`--config {path}` is not YAML: {error}") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not isinstance(found.get(DERIVED, {}), Mapping):
         raise ValueError(f"`--config {path}` holds no options: write lines such as `forget: forget.csv`.")
-    return dict(found)
+    return {str(name): value for name, value in found.items()}
 
 
 def _dumped(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True) if values else ""
+    return yaml.safe_dump(_without_paths(values), sort_keys=False, allow_unicode=True) if values else ""
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, str | int | float | bool | dict) or value is None:
-        return value
-    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
-        return value
-    return f"({type(value).__name__} in memory)"
+def _without_paths(value: Any) -> Any:
+    """Paths as texts, which YAML has."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML can say it."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str | int | float) for each in value)
+    return value is None or isinstance(value, str | int | float | bool | dict | Path)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__} in memory"

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, ROLES
+from blur_trainer.data.encoding import leading_special_ids
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.uld.trainer import ULDTrainer
 
@@ -80,6 +81,7 @@ def derived(
         settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
+        settings["max_length"] = _limited(2 * settings["max_length"], size.positions)  # paraphrases are longer
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
     return settings | chosen.settings
 
@@ -89,15 +91,15 @@ def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], te
     What texts that the model says itself begin with: the words that all prompts begin with, such as `Question:`.
 
     `"retain"`, the prompts themselves, where they begin unlike one another or are written by a chat template; `None`,
-    the tokenizer's start, for texts that have no prompt.
+    the tokenizer's start, for texts that have no prompt. Where it has none, `"retain"`: the first words of the texts.
     """
     prompts = [
         [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX] for row in retain
     ]
-    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts if ids]
+    asked = tokenizer.batch_decode([ids for ids in prompts if ids], skip_special_tokens=True)
     asked = [text for text in asked if text.strip()]
     if not asked:
-        return None
+        return None if leading_special_ids(tokenizer) or tokenizer.bos_token_id is not None else "retain"
     if template:
         return "retain"
     common = asked[0]
@@ -114,8 +116,11 @@ def _epochs(rows: int) -> int:
 
 def _length(rows: Sequence[Any], positions: int | None) -> int:
     """The longest example, and not more than the model or 2048 tokens."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    return min(longest, 2048 if positions is None else min(positions, 2048))
+    return _limited(max(len(row["input_ids"]) for row in rows), positions)
+
+
+def _limited(length: int, positions: int | None) -> int:
+    return min(length, 2048 if positions is None else min(positions, 2048))
 
 
 def _rounded(rate: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import SETS
 from blur_trainer.pipeline.preparing import Prepared
-from blur_trainer.trainers.unlearning import UnlearningTrainer
+from blur_trainer.pipeline.training import Trained
 
 #: what the trainer's configuration decides and a default may have given
 _OF_TRAINER = (
@@ -16,15 +16,16 @@ _OF_TRAINER = (
 )
 
 
-def shown_settings(prepared: Prepared, level: Level, trainer: UnlearningTrainer | None) -> dict[str, Any]:
+def shown_settings(prepared: Prepared, level: Level, trained: Trained) -> dict[str, Any]:
     """
     All settings, given, derived and by default, for `metrics.json`. Texts of the sets are not among them.
 
     Args:
         prepared: the options and the sets.
         level: where forgetting ends.
-        trainer: of the training, whose objectives and rule say their arguments. `None` if it had ended before.
+        trained: what the training left. Its trainer, if there is one, says the arguments of objectives and rule.
     """
+    trainer = trained.trainer
     card = {} if trainer is None else trainer.card_info()
     options = {name: _plain(value) for name, value in prepared.options.items() if name not in SETS}
     final: Any = prepared.args if trainer is None else trainer.args  # the level may have changed it
@@ -39,8 +40,8 @@ def shown_settings(prepared: Prepared, level: Level, trainer: UnlearningTrainer 
         **(card.get("hyperparameters") or {}),
         "data": {role: f"{reading.said}; digest {reading.digest}" for role, reading in prepared.sets.items()},
     }
-    if card.get("adapter"):
-        found["adapter"] = "Only an adapter was trained: the base model is as it was and still knows the forget set."
+    if trained.notes:
+        found["notes"] = list(trained.notes)
     return found
 
 

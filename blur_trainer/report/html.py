@@ -107,6 +107,8 @@ def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
     settings = dict(metrics.get("settings") or {})
     apart = ("environment", "versions", "data")
     groups = {key: settings.pop(key) for key in apart if isinstance(settings.get(key), dict)}
+    if metrics.get("verdict"):
+        settings.pop("notes", None)  # beside the verdict
     readings = _readings(metrics)
     tables = [*(reading["rows"] for reading in readings), rows]
     return {
@@ -152,7 +154,7 @@ def _own(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     told = dict(settings)
     return {
         **verdict,
-        "notes": [*([told["adapter"]] if told.get("adapter") else []), *verdict["notes"]],
+        "notes": [*map(_text, told.get("notes") or []), *verdict["notes"]],
         "about": [_text(told[key]) for key in ("model_name_or_path", "method", "date") if told.get(key)],
         "groups": groups,
         "meanings": meanings(columns, rows),

@@ -38,14 +38,19 @@ def check_output_dir(output_dir: str) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {output_dir!r} is a file; pass a directory.")
-    found = [name for name in _RUN_FILES if (folder / name).exists()]
-    found += sorted(path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    if found:
+    if found := holds_run(output_dir):
         named = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
         raise ValueError(
             f"output_dir {output_dir!r} already holds a run ({named}). Pass another `output_dir`, or "
             "`resume_from_checkpoint=True` to continue that run, or move it away."
         )
+
+
+def holds_run(output_dir: str) -> list[str]:
+    """The files and folders of a run that are there."""
+    folder = Path(output_dir)
+    found = [name for name in _RUN_FILES if (folder / name).exists()]
+    return found + sorted(path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def agreed(act: Callable[[], T], acts: bool) -> T:

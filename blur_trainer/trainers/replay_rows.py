@@ -29,6 +29,10 @@ _BEGINNING = 8  # tokens of a retain text that a replayed one begins with
 _RETAIN_ROWS = 500  # of these at most the drops are computed
 
 
+class NothingToReplay(ValueError):
+    """The filters have dropped all texts: a training may go on without them."""
+
+
 class ReplaySets:
     """Forget and retain rows, each of one or more datasets, as texts and as tokens."""
 
@@ -160,7 +164,7 @@ def _kept(
     if says:
         logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
     if not rows:
-        raise ValueError(
+        raise NothingToReplay(
             f"{', '.join(said)}: none is left to train on. Sample more (`num`), give other `prompts`, raise `ngram` or "
             "`loss_quantile`, or switch a filter off (`None`)."
         )

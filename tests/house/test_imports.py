@@ -40,6 +40,12 @@ ARROWS: dict[str, set[str]] = {
     "uld": {"constants", "checks", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
     "scripts": {"checks", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
+    "pipeline": {
+        *("constants", "checks", "atomic_write", "credentials", "data", "models", "evaluation", "report", "saving"),
+        *("trainers", "uld", "scripts"),
+    },
+    "cli": {"pipeline", "saving"},
+    "__main__": {"cli"},
 }
 FREE = {"__init__", "_version"}  # public names and a number
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "globals"}

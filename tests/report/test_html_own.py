@@ -46,7 +46,7 @@ def lines(text):
 def test_the_page_begins_with_the_verdict(undrawn, tmp_path):
     verdict = own_run.verdict(("before", "before"))
     own = own_run.metrics(verdict=json.loads(verdict.to_json()))
-    own["settings"]["adapter"] = "The base model still knows."
+    own["settings"]["notes"] = ["The base model still knows."]
     text = written(tmp_path, own)
     said, start = words(text), words(text).index("✗ Not forgotten", 60)
     order = [said.index(part) for part in (WORDS["not_forgotten"][1], "What to try next", "To know", "Results")]
@@ -56,7 +56,7 @@ def test_the_page_begins_with_the_verdict(undrawn, tmp_path):
     for remedy in verdict.next:
         assert " ".join(remedy.replace("`", " ").split()) in said.replace("`", " ")
     assert "<code>--num_train_epochs</code>" in text or "<code>--learning_rate</code>" in text
-    assert "The level is 5.85 nats per token: as given." in said and "The base model still knows." in said
+    assert "The level is 5.85 nats per token: as given." in said and said.count("The base model still knows.") == 1
     assert "my-model · BLUR-RMU · 2026-11-27 13:32 UTC" in said
     assert 'class="verdict not_forgotten"' in text
 
