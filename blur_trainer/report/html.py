@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.figures import DARK, LIGHT, NAMES, Drawing, draw_all, over_runs, row_colors
 from blur_trainer.report.metrics_file import check_files, load
-from blur_trainer.report.own_run import SETS, by_set, meanings, verdict_texts
+from blur_trainer.report.own_run import SETS, by_set, meanings, own_columns, verdict_texts
 from blur_trainer.report.summary import find_faults, read_results, read_sweep, read_training
 from blur_trainer.report.tables import (
     arrow_of,
@@ -135,23 +135,23 @@ def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers say in sentences. A verdict says it already."""
-    if metrics.get("verdict"):
+    """What the numbers say in sentences. A verdict says it already, and of many numbers nobody reads sentences."""
+    if metrics.get("verdict") or own_columns(metrics):
         return []
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
     return read_sweep(metrics) or read_results(columns, rows, list((metrics.get("plane") or {}).values()))
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Verdict and numbers of a run on one's own data; `None` for others."""
-    if not metrics.get("verdict"):
+    """Numbers of a run on one's own data, and the verdict if there is one; `None` for others."""
+    columns, rows, settings = own_columns(metrics), metrics.get("rows") or [], metrics.get("settings")
+    if not columns and not metrics.get("verdict"):
         return None
-    columns, rows, settings = (metrics.get(key) or [] for key in ("columns", "rows", "settings"))
     groups = by_set(columns, rows)
     for line in (line for group in groups for line in group["lines"]):
         line["cells"] = list(zip(line["texts"], _best(line["column"], rows), strict=True))
-    verdict = verdict_texts(metrics["verdict"])
-    told = dict(settings)
+    told = dict(settings or {})
+    verdict = verdict_texts(metrics["verdict"]) if metrics.get("verdict") else {"badge": "", "notes": []}
     return {
         **verdict,
         "notes": [*map(_text, told.get("notes") or []), *verdict["notes"]],

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.card_metadata import card_metadata, is_hub_id, own_row
-from blur_trainer.report.own_run import by_set, meanings, verdict_texts
+from blur_trainer.report.own_run import by_set, meanings, own_columns, verdict_texts
 from blur_trainer.report.tables import cells, goal_of, heading, robustness_rows
 
 logger = logging.getLogger(__name__)
@@ -153,14 +153,13 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Verdict and numbers of a run on one's own data; nothing of others."""
-    columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
-    verdict = metrics.get("verdict")
+    """Numbers of a run on one's own data, and the verdict if there is one; nothing of others."""
+    columns, rows, verdict = own_columns(metrics), metrics.get("rows") or [], metrics.get("verdict")
     return {
         "verdict": verdict_texts(verdict) if verdict else None,
         "names": [row["name"] for row in rows],
-        "groups": by_set(columns, rows) if verdict else [],
-        "meanings": meanings(columns, rows) if verdict else [],
+        "groups": by_set(columns, rows),
+        "meanings": meanings(columns, rows),
     }
 
 

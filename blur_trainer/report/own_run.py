@@ -47,6 +47,9 @@ METRICS = {
     ),
 }
 
+#: only an evaluation of one's own sets has these
+_OF_SETS = {"forget_rouge", "forget_loss", "forget_extraction"}
+
 
 def verdict_texts(verdict: Mapping[str, Any]) -> dict[str, Any]:
     """
@@ -73,6 +76,17 @@ def verdict_texts(verdict: Mapping[str, Any]) -> dict[str, Any]:
         "notes": list(verdict.get("notes") or []),
         "level": f"{level:.4g} nats per token: {verdict.get('level_source') or 'as given'}." if level else "",
     }
+
+
+def own_columns(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """
+    The columns of a run on one's own data, the forget loss with the verdict's level if it has none; none of other runs.
+    """
+    columns: list[Mapping[str, Any]] = list(metrics.get("columns") or [])
+    level = (metrics.get("verdict") or {}).get("level")
+    if not metrics.get("verdict") and not {column["name"] for column in columns} >= _OF_SETS:
+        return []
+    return [{"near": level, **c} if level and c["name"] == "forget_loss" else c for c in columns]
 
 
 def split(name: str) -> tuple[str, str]:

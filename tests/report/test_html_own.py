@@ -118,6 +118,23 @@ def test_metrics_are_explained_if_they_are_shown():
     assert meanings(tasks, [{"name": "a", "metrics": {"lm_eval_arc_acc": 0.5}}])[0][0] == "lm_eval"
 
 
+def test_without_a_verdict_the_numbers_stand_by_set_all_the_same(tmp_path):
+    own = own_run.metrics(("BLUR-RMU",))
+    del own["verdict"]
+    text = written(tmp_path, own)
+    assert 'class="verdict' not in text and lines(text)[0] == ["Metric", "BLUR-RMU", "best"]
+    assert (tmp_path / "figures" / "sets.png").exists()
+
+
+def test_the_level_of_the_verdict_is_the_best_loss_where_the_evaluation_had_none(undrawn, tmp_path):
+    columns = [{**column} for column in own_run.metrics()["columns"]]
+    for column in columns:
+        column.pop("near", None)
+    rows = own_run.metrics(("before", "BLUR-RMU"))["rows"]
+    text = written(tmp_path, own_run.metrics(columns=columns, rows=rows))
+    assert ["Loss", "0.010", "5.700", "5.850 level"] in lines(text)
+
+
 def test_every_column_of_the_evaluation_is_known():
     own = own_run.metrics()
     every = [{"name": "a", "metrics": {column["name"]: 0.5 for column in own["columns"]}}]
@@ -198,6 +215,7 @@ def test_the_card_has_the_verdict_the_sets_and_the_base_that_still_knows(tmp_pat
 def test_cards_of_other_runs_say_what_near_means(tmp_path):
     own = own_run.metrics()
     del own["verdict"]
+    own["columns"] = [column for column in own["columns"] if not column["name"].endswith("extraction")]
     text = write_model_card(tmp_path, {"method": "NPO", "metrics": own}).read_text("utf-8")
     assert "→0 closer to zero is better, → closer to the value beside it" in text and "Forgotten" not in text
     assert "| model | ROUGE forget → | Loss forget →5.85 |" in text

@@ -24,7 +24,7 @@ def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], t
     if front := draw_front(metrics, theme):
         return [front]
     drawings = [
-        (draw_sets(metrics, theme) if metrics.get("verdict") else None) or draw_bars(metrics, theme),
+        draw_sets(metrics, theme) or draw_bars(metrics, theme),
         draw_plane(history, metrics, theme),
         draw_stages(metrics, theme),
         draw_losses(history, theme),

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from matplotlib.axes import Axes
 
 from blur_trainer.report.figures.style import Drawing, Theme, add_legend, new_lines, plain, row_colors, set_title
-from blur_trainer.report.own_run import SETS, aim
+from blur_trainer.report.own_run import SETS, aim, own_columns
 from blur_trainer.report.tables import values
 
 Items = Sequence[Mapping[str, Any]]
@@ -18,7 +18,7 @@ BAR = 0.2  # inches
 
 def draw_sets(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     """Draws one bar per model and set: ROUGE of the answers; below it the forget loss. A line is the aim."""
-    columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
+    columns, rows = own_columns(metrics), metrics.get("rows") or []
     named = {column["name"]: column for column in columns}
     said = [named[f"{name}_rouge"] for name in SETS if f"{name}_rouge" in named]
     losses = [named["forget_loss"]] if "forget_loss" in named else []
