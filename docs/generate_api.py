@@ -11,6 +11,7 @@ TASKS = {
     "Unlearn your own data": [
         "unlearn",
         "Unlearned",
+        "recommended",
         "read_rows",
         "ForgetEvaluation",
         "judge",

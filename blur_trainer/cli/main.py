@@ -7,6 +7,12 @@ from collections.abc import Sequence
 #: command -> its module in `blur_trainer.cli`, and what it does
 COMMANDS = {
     "unlearn": ("unlearn", "make a model forget your own data, measure it, and say whether it did"),
+    "evaluate": ("evaluate", "measure any model on your own data; with the model before it also a verdict"),
+    "attack": ("attack", "try to bring the answers back: relearning, few bits"),
+    "report": ("report", "write the report of a run anew"),
+    "merge": ("merge", "make one model of an adapter and its base"),
+    "estimate": ("estimate", "say how much memory a training needs"),
+    "recipes": ("recipes", "show published settings"),
 }
 _HEAD = "Make a language model forget.\n\n  blur-trainer COMMAND ...\n"
 

@@ -1,7 +1,10 @@
 """Words of a command line and lines of a YAML file become options: a dict of what was given, and nothing else."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -62,6 +65,22 @@ def given_options(
     return {**stored, **parsed(texts), **parsed(words)}
 
 
+def options_of(classes: Sequence[Any], arguments: Sequence[str], command: str) -> dict[str, Any]:
+    """[`given_options`] of a command whose options do not depend on others."""
+    known = [each.name for of in classes for each in fields(of) if each.init]
+
+    def check_name(name: str) -> None:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"`blur-trainer {command} --help-all` lists all."
+            raise TypeError(f"`{name}` is no option of {command}. {hint}")
+
+    words, stored = settings_file(arguments)
+    for name in stored:
+        check_name(name)
+    return given_options(classes, words, stored, check_name)
+
+
 def help_text(classes: Sequence[Any], command: str, usage: str, end: str) -> str:
     """One line per option."""
     parser = HfArgumentParser(
@@ -69,3 +88,20 @@ def help_text(classes: Sequence[Any], command: str, usage: str, end: str) -> str
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
     )  # fmt: skip
     return parser.format_help()
+
+
+class Refused:
+    """The exit code of a command: 0, or 2 after a refusal."""
+
+    code = 0
+
+
+@contextmanager
+def refusing(command: str) -> Iterator[Refused]:
+    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
+    refused = Refused()
+    try:
+        yield refused
+    except (ValueError, TypeError, OSError) as error:
+        refused.code = 2
+        sys.stderr.write(f"blur-trainer {command}: {error}\n")

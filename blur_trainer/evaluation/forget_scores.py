@@ -69,9 +69,9 @@ class Answer:
 
 def read_answer(tokenizer: PreTrainedTokenizerBase, prompt: list[int], true: list[int], written: list[int]) -> Answer:
     """Reads the tokens of one answer."""
-    texts = tokenizer.batch_decode([prompt, true, written], skip_special_tokens=True)
-    rouge = rouge_l_recall(texts[2], texts[1])
-    return Answer(*texts, rouge, degenerates(written if texts[2].strip() else [], true))
+    asked, wanted, said = tokenizer.batch_decode([prompt, true, written], skip_special_tokens=True)
+    degenerate = degenerates(written if said.strip() else [], true)
+    return Answer(asked, wanted, said, rouge_l_recall(said, wanted), degenerate)
 
 
 def known_means(known: Sequence[Known]) -> dict[str, float]:

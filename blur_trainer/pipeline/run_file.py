@@ -43,17 +43,6 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def said_settings(prepared: Prepared) -> dict[str, Any]:
-    """For the report: all settings, and of each set how it was read, and its digest, instead of data in memory."""
-    options = {
-        name: value if _is_plain(value) else _kind(value)
-        for name, value in prepared.options.items()
-        if name not in prepared.sets
-    }
-    sets = {role: f"{reading.said}; digest {reading.digest}" for role, reading in prepared.sets.items()}
-    return _without_paths({**sets, **options, **prepared.settings})
-
-
 def _dumped(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_without_paths(values), sort_keys=False, allow_unicode=True) if values else ""
 

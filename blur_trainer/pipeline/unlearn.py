@@ -14,7 +14,8 @@ from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.quiet import quiet
-from blur_trainer.pipeline.run_file import said_settings, write_run
+from blur_trainer.pipeline.run_file import write_run
+from blur_trainer.pipeline.shown import shown_settings
 from blur_trainer.pipeline.training import MERGED, Trained, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
@@ -125,7 +126,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
         write_verdict(out, verdict)
         trainers = {} if trained.trainer is None else {label: trained.trainer}
         shown = results.evaluation.primary_metrics
-        table = write_output(out, results, trainers, said_settings(prepared), columns=shown)
+        settings = shown_settings(prepared, level, trained)
+        table = write_output(out, results, trainers, settings, columns=shown)
         if script.redact:
             (out / REPLAY_NAME).unlink(missing_ok=True)  # what the model says itself may be what it learnt
         if script.merge and trained.saved:

@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.figures import DARK, LIGHT, NAMES, Drawing, draw_all, over_runs, row_colors
+from blur_trainer.report.metrics_file import check_files, load
+from blur_trainer.report.own_run import SETS, by_set, meanings, own_columns, verdict_texts
 from blur_trainer.report.summary import find_faults, read_results, read_sweep, read_training
 from blur_trainer.report.tables import (
     arrow_of,
@@ -37,7 +39,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     Args:
         output_dir: folder with `trainer_state.json` (the `TrainerState` of transformers) and `metrics.json` (columns,
-            rows, settings and, if present, plane, stages, robustness and samples). One of the two may be absent.
+            rows, settings and, if present, plane, stages, robustness, samples and verdict). One of the two may be
+            absent.
 
     Returns:
         The path of `report.html`. If writing fails, the previous file stays.
@@ -47,16 +50,13 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         ValueError: if a file is not the JSON that is described above.
     """
     folder = Path(output_dir)
-    state, metrics = _load(folder / "trainer_state.json"), _load(folder / "metrics.json")
+    state, metrics = load(folder / "trainer_state.json"), load(folder / "metrics.json")
     if state is None and metrics is None:
         raise FileNotFoundError(
             f"Nothing to report in {str(folder)!r}: it holds neither trainer_state.json (written by "
             "`trainer.save_state()`) nor metrics.json (written after evaluation). Pass the `output_dir` of a run."
         )
-    _check(state or {}, {"log_history": None})
-    _check(metrics or {}, {"columns": "name", "rows": "name", "stages": None, "samples": "prompt"})
-    _check_robustness((metrics or {}).get("robustness"))
-    _check_footing((metrics or {}).get("footing"))
+    check_files(state or {}, metrics or {})
     page = Environment(loader=PackageLoader("blur_trainer.report"), autoescape=True, undefined=StrictUndefined)
     html = page.get_template("report.html").render(
         **_content(state or {}, metrics or {}),
@@ -73,48 +73,6 @@ def _absent(state: Any, metrics: Any) -> list[str]:
     several = over_runs((metrics or {}).get("rows") or [])
     files = {"trainer_state.json": state is None and not several, "metrics.json": metrics is None}
     return [name for name, missing in files.items() if missing]
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read as JSON ({error}). Was it cut off? Write it again.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, but it holds a {type(data).__name__}.")
-    return data
-
-
-def _check(data: Mapping[str, Any], lists: Mapping[str, str | None]) -> None:
-    """Raises unless every one of `lists` is absent, or a list of objects with the named key."""
-    for key, needed in lists.items():
-        items = data.get(key) or []
-        good = isinstance(items, list) and all(isinstance(item, dict) for item in items)
-        if not good or (needed and any(needed not in item for item in items)):
-            having = f', each with a "{needed}"' if needed else ""
-            raise ValueError(f'"{key}" must be a list of JSON objects{having}, but got {str(items)[:80]}.')
-
-
-def _check_robustness(data: Any) -> None:
-    if data is None:
-        return
-    if not isinstance(data, dict):
-        raise ValueError(f'"robustness" must be a JSON object, but got {str(data)[:80]}.')
-    _check(data, {"attacks": "name", "relearning": "points"})
-    for curve in data.get("relearning") or []:
-        _check(curve, {"points": "steps"})
-
-
-def _check_footing(data: Any) -> None:
-    if data is None:
-        return
-    if not isinstance(data, dict):
-        raise ValueError(f'"footing" must be a JSON object, but got {str(data)[:80]}.')
-    _check(data, {"readings": "rows", "points": "method"})
-    for reading in data.get("readings") or []:
-        _check(reading, {"columns": "name", "rows": "name", "verdicts": "text"})
 
 
 def _robustness(columns: Items, rows: Items, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,12 +105,16 @@ def _heads(columns: Items) -> list[tuple[str, str]]:
 def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
     settings = dict(metrics.get("settings") or {})
-    versions = {k: settings.pop(k) for k in ("environment", "versions") if isinstance(settings.get(k), dict)}
+    apart = ("environment", "versions", "data")
+    groups = {key: settings.pop(key) for key in apart if isinstance(settings.get(key), dict)}
+    if metrics.get("verdict"):
+        settings.pop("notes", None)  # beside the verdict
     readings = _readings(metrics)
     tables = [*(reading["rows"] for reading in readings), rows]
     return {
         "benchmark": metrics.get("benchmark") or "Training run",
-        "results": read_sweep(metrics) or read_results(columns, rows, list((metrics.get("plane") or {}).values())),
+        "own": _own(metrics),
+        "results": _results(metrics),
         "training": read_training(state),
         "faults": find_faults(state, columns, rows),
         "columns": _heads(columns),
@@ -160,14 +122,59 @@ def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
         "readings": readings,
         "robust": _robustness(columns, rows, metrics.get("robustness") or {}),
         "timed": any(row.get("seconds") is not None for row in rows),
+        "nears": any(goal_of(column) == "near" for column in columns),
         "compared": len(_methods(rows)) > 1,
         "over_runs": over_runs(rows),
         "dots": dict(pair for table in tables for pair in _dots(table)),
         "settings": {key: _text(value) for key, value in settings.items()},
-        "versions": {key: _text(value) for group in versions.values() for key, value in group.items()},
-        "samples": metrics.get("samples") or [],
+        "data": {key: _text(value) for key, value in groups.pop("data", {}).items()},
+        "versions": {key: _text(value) for group in groups.values() for key, value in group.items()},
+        "samples": _samples(metrics.get("samples") or []),
         "themes": {"light": LIGHT, "dark": DARK},
     }
+
+
+def _results(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers say in sentences. A verdict says it already, and of many numbers nobody reads sentences."""
+    if metrics.get("verdict") or own_columns(metrics):
+        return []
+    columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
+    return read_sweep(metrics) or read_results(columns, rows, list((metrics.get("plane") or {}).values()))
+
+
+def _own(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Numbers of a run on one's own data, and the verdict if there is one; `None` for others."""
+    columns, rows, settings = own_columns(metrics), metrics.get("rows") or [], metrics.get("settings")
+    if not columns and not metrics.get("verdict"):
+        return None
+    groups = by_set(columns, rows)
+    for line in (line for group in groups for line in group["lines"]):
+        line["cells"] = list(zip(line["texts"], _best(line["column"], rows), strict=True))
+    told = dict(settings or {})
+    verdict = verdict_texts(metrics["verdict"]) if metrics.get("verdict") else {"badge": "", "notes": []}
+    return {
+        **verdict,
+        "notes": [*map(_text, told.get("notes") or []), *verdict["notes"]],
+        "about": [_text(told[key]) for key in ("model_name_or_path", "method", "date") if told.get(key)],
+        "groups": groups,
+        "meanings": meanings(columns, rows),
+    }
+
+
+def _samples(samples: Items) -> list[dict[str, Any]]:
+    """The texts by set, in the order of the sets; texts without a set in one group. Says which answers are exact."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        reference = sample.get("reference")
+        known = None if reference is None else str(reference).split()
+        answers = [
+            (name, str(text), str(text).split() == known) for name, text in (sample.get("responses") or {}).items()
+        ]
+        entry = {"prompt": sample["prompt"], "reference": reference, "answers": answers}
+        groups.setdefault(str(sample.get("set") or ""), []).append(entry)
+    order = [*(name for name in SETS if name in groups), *(name for name in groups if name not in SETS)]
+    titles = {name: SETS[name] if name and name in SETS else (name, "") for name in order}
+    return [{"title": titles[n][0], "note": titles[n][1], "samples": groups[n]} for n in order]
 
 
 def _table(columns: Items, rows: Items) -> list[dict[str, Any]]:
@@ -219,7 +226,8 @@ def _figures(folder: Path, history: Items, metrics: Mapping[str, Any]) -> list[d
         atomic_write(folder / f"{drawing.name}.png", partial(Path.write_bytes, data=png))
         width, height = (round(96 * inches) for inches in drawing.figure.get_size_inches())
         sources = {"light": _data_uri(png), "dark": _data_uri(_png(night)), "width": width, "height": height}
-        shown.append({"title": drawing.title, "caption": drawing.caption, **sources})
+        alt = " ".join(part for part in (f"{drawing.title}.", drawing.caption, drawing.numbers) if part)
+        shown.append({"title": drawing.title, "caption": drawing.caption, "alt": alt, **sources})
     return shown
 
 

@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.report.card_metadata import card_metadata, is_hub_id, own_row
-from blur_trainer.report.tables import cells, heading, robustness_rows
+from blur_trainer.report.own_run import by_set, meanings, own_columns, verdict_texts
+from blur_trainer.report.tables import cells, goal_of, heading, robustness_rows
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ KEYS = frozenset(
 PATH = re.compile(r"""(?<![\w:/.~<])(?:file://)?(?:~?/|[A-Za-z]:[\\/])[^\s"'`,;:()\[\]{}]+""")
 
 ABOUT = "Unlearning here is a forget objective, a retain objective, and a rule that combines their two gradients."
+NEARS = "→ closer to the value beside it, or else to the retrained model's, is better, "
 # what is about an adapter in a card, which is not true of a merged model
 NOTICE = re.compile(r"<!-- adapter -->.*?<!-- /adapter -->\n+", re.DOTALL)
 BLOCK = re.compile(r"\A(\d*)([-+=.)])")  # at the beginning of a paragraph: a list, a rule
@@ -53,7 +55,8 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
             * "forget", "retain" (`dict`): `{"name": str, "size": int}` of each set; both keys may be absent.
             * "hyperparameters" (`dict`): names and values, e.g. gamma, learning_rate.
             * "metrics" (`dict`): the content of metrics.json, of which "benchmark", "columns" and "rows" are shown, and
-              "robustness" where this model's row is the one that was attacked. The finite numbers of this model's row
+              "robustness" where this model's row is the one that was attacked; with a "verdict" this comes first, the
+              numbers are grouped by set, and the settings say what was read. The finite numbers of this model's row
               become the metadata's `model-index`.
             * "row" (`str`): name of this model's row, by default the method.
             * "versions" (`dict`): package and version.
@@ -136,15 +139,37 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         adapter=info.get("adapter"),
         base=shown,
         published=published,
-        sets=[(role, info.get(role) or {}) for role in ("forget", "retain")],
+        sets=_sets(info, metrics),
         hyperparameters=info.get("hyperparameters") or {},
         benchmark=metrics.get("benchmark"),
         headings=[heading(column) for column in columns],
         rows=_rows(columns, rows),
+        nears=NEARS if any(goal_of(column) == "near" for column in columns) else "",
+        **_own(metrics),
         attacks=_rows(columns, _attacks(info, metrics)),
         versions=info.get("versions") or {},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a run on one's own data, and the verdict if there is one; nothing of others."""
+    columns, rows, verdict = own_columns(metrics), metrics.get("rows") or [], metrics.get("verdict")
+    return {
+        "verdict": verdict_texts(verdict) if verdict else None,
+        "names": [row["name"] for row in rows],
+        "groups": by_set(columns, rows),
+        "meanings": meanings(columns, rows),
+    }
+
+
+def _sets(info: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What is known of each set. A run on one's own data says what it read."""
+    own = {role: info.get(role) or {} for role in ("forget", "retain")}
+    data = (metrics.get("settings") or {}).get("data") if metrics.get("verdict") else None
+    for role, said in (data or {}).items():
+        own[role] = {"name": said, **{key: item for key, item in own.get(role, {}).items() if item is not None}}
+    return list(own.items())
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

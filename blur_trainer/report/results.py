@@ -68,6 +68,7 @@ class Results:
         self.rows.append({"name": name, "kind": kind, "metrics": metrics, "seconds": seconds})
         for sample in self.evaluation.samples(self._num_samples):
             entry = {"prompt": sample["prompt"], "reference": sample["gt"], "responses": {}}
+            entry |= {"set": sample["set"]} if "set" in sample else {}
             kept = self._samples.setdefault((sample["metric"], sample["prompt"]), entry)
             kept["responses"][name] = sample["response"]
         return metrics

@@ -24,8 +24,9 @@ class Thresholds:
     What a [`Verdict`] tolerates. "Before" is the model before unlearning.
 
     Args:
-        retain, hold: the least shares of before that ROUGE of these sets must keep. The aims are .97 and .95; a set of
-            100 rows whose answers change at random varies by about .02 to .03, which is taken off here.
+        retain, hold: the least shares of before that ROUGE of these sets must keep. The aims are .97 and .95; a mean of
+            100 rows has a standard error, which is taken off here (measured on `hold` of the testbed, where ROUGE had
+            fallen to .84 and .81: .025 and .029).
         loss_rise: how far the loss of retain and hold may rise, in nats per token: damage that greedy answers do not
             show yet. .3 makes each token a quarter less likely.
         degeneration: how far the share of empty and repeated answers of retain and hold may rise.
@@ -174,12 +175,13 @@ def _sentence(
     findings: list[Finding],
 ) -> str:
     """What decides comes first, then how well the forget set is known, and what is kept."""
-    known = [level_clause(after, reference), rouge_clause(after, reference)]
+    causes = [finding.text for finding in findings if finding.about in CAUSES]
     own = {finding.about: finding.text for finding in findings if finding.word == word}
-    if any(cause in own for cause in CAUSES):  # then no other number matters
-        return f"{word}: {'; '.join(own[cause] for cause in CAUSES if cause in own)}."
+    if causes and (word != "broken" or "not_finite" in own):  # then no other number matters
+        return f"{word}: {'; '.join(causes)}."
     if "level" in own or "rouge" in own:  # the others say the same of single rows
         own = {about: text for about, text in own.items() if about not in ("exact", "membership")}
+    known = [level_clause(after, reference)] * ("level" not in own) + [rouge_clause(after, reference)]
     kept = [] if word == "broken" else kept_clauses(before, after)
-    clauses = dict.fromkeys(clause for clause in (*own.values(), *known, *kept) if clause)
+    clauses = dict.fromkeys(clause for clause in (*own.values(), *causes, *known, *kept) if clause)
     return f"{word}: {'; '.join(clauses)}."

@@ -30,10 +30,10 @@ _CAREFUL = (
     "texts of the model itself as retain data (`--replay`), and more retain rows",
     "then a larger weight of forgetting (`--gamma`)",
 )
+_MORE_TO_KEEP = "texts of the model itself as retain data (`--replay`), and more retain rows of the kind that was lost"
 _GENTLER = (
     "a lower learning rate (`--learning_rate`, a third)",
     "a smaller weight of forgetting (`--gamma`, a third)",
-    "texts of the model itself as retain data (`--replay`), and more retain rows of the kind that was lost",
 )
 _OVER = (
     "a level (`--forget_level`) that also pulls back: `--forget_objective target_loss` with `two_sided`",
@@ -52,8 +52,11 @@ def advice(
         if cause in about:
             return remedies
     if word == "broken":
-        level = any(finding.word == "not_forgotten" for finding in findings)
-        return (*_GENTLER, "more epochs (`--num_train_epochs`)") if level else (*_GENTLER, _OVER[1])
+        # What neither set mentions is lost first. Then the retain set lacks it, and the strength is not at fault.
+        tried = [*_GENTLER, _MORE_TO_KEEP] if "retain" in about else [_MORE_TO_KEEP, *_GENTLER]
+        words = {finding.word for finding in findings}
+        tried += ["more epochs (`--num_train_epochs`, twice as many)"] * ("not_forgotten" in words)
+        return (*tried, *([_OVER[1]] * ("over_forgotten" in words)))
     if word == "not_forgotten":
         return _STRONGER if _untouched(before, after) else _CAREFUL
     return _OVER if word == "over_forgotten" else _DONE

@@ -11,7 +11,7 @@ UNKNOWN = 0.1
 _SOURCES = {
     "retrained": "the retrained model's loss",
     "unseen": "the loss of unseen rows",
-    "exchanged": "an estimate from exchanged answers, a lower bound",
+    "exchanged": "an estimate from exchanged answers",
     "given": "as given",
 }
 
@@ -38,14 +38,14 @@ class Reference:
     What a model has that never saw the forget set.
 
     Args:
-        level: nats per token. `source`: where it is from, in words. `bound`: it is a lower bound only.
+        level: nats per token. `source`: where it is from, in words. `estimated`: by exchanged answers.
         rouge, exact, auc: of the retrained model, else of unseen rows before. `whose`: which of the two.
         paraphrased: ROUGE of paraphrased questions.
     """
 
     level: float | None
     source: str | None
-    bound: bool
+    estimated: bool
     whose: str
     rouge: float | None
     exact: float | None
@@ -67,7 +67,7 @@ class Reference:
         return cls(
             level=None if nats is None else float(nats),
             source=None if nats is None else _SOURCES[kind],
-            bound=kind == "exchanged",
+            estimated=kind == "exchanged",
             whose="the retrained model" if retrained is not None else "unseen rows",
             rouge=numbers.get(f"{own}_rouge"),
             exact=numbers.get(f"{own}_exact"),
@@ -91,8 +91,8 @@ def find(before: Numbers, after: Numbers, reference: Reference, limits: Any) -> 
     ]
     if reference.level is None:
         notes.append("No level is known: pass `unseen` rows, or a retrained model, to judge how far forgetting went.")
-    elif reference.bound:
-        notes.append("The level is an estimate and a lower bound: `unseen` rows give a better one.")
+    elif reference.estimated:
+        notes.append("The level is an estimate, which may be a quarter off: `unseen` rows give a better one.")
     if after.get("forget_degeneration", 0.0) > 0.5:
         notes.append(f"{after['forget_degeneration']:.0%} of the forget set's answers are empty or repeat themselves.")
     return findings, notes
@@ -148,7 +148,7 @@ def _nothing_to_forget(before: Numbers, after: Numbers, reference: Reference, li
     if pairs and all(numbers[one] == numbers[other] for one, other in pairs for numbers in (before, after)):
         text = "forget and retain have the same numbers: they seem to be the same rows, to be lost and kept at once"
         yield Finding("not_forgotten", "same_rows", text)
-    if reference.level is None or reference.bound:
+    if reference.level is None or reference.estimated:
         return
     by_rouge = reference.rouge is not None and before.get("forget_rouge", 0.0) > reference.rouge + limits.rouge
     if before["forget_loss"] >= (1 - limits.near) * reference.level and not by_rouge:
@@ -197,7 +197,7 @@ def _told_apart(after: Numbers, reference: Reference, limits: Any) -> Iterator[F
 
 
 def _too_far(after: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
-    if reference.level is not None and not reference.bound and after["forget_loss"] > limits.over * reference.level:
+    if reference.level is not None and not reference.estimated and after["forget_loss"] > limits.over * reference.level:
         yield Finding("over_forgotten", "level", level_clause(after, reference))
 
 

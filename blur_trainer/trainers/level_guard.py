@@ -23,8 +23,8 @@ SAMPLE = 128
 HALVINGS = 3
 #: nats by which the retain loss may be higher than before training where a training ends at its level
 SETTLED = 0.1
-#: the level counts as reached within this share of it
-NEAR = 0.05
+#: the level counts as reached from this share of it below, and as overshot from this many times it (as of a verdict)
+NEAR, OVER = 0.05, 1.25
 #: keys in `state.log_history`, from which a resumed training goes on
 BEFORE, STRENGTH, AFTER = "level/retain_loss_before", "level/strength", "level/forget_loss"
 STOPPED = "level/stopped"
@@ -169,8 +169,8 @@ class LevelCallback(TrainerCallback):
         found = self._measure()
         _note(state, {AFTER: found["forget_loss"], "level/nats": self.check.level})
         level, loss = self.check.level, found["forget_loss"]
-        near = abs(loss - level) <= NEAR * level
-        said = "was reached" if near else "was overshot" if loss > level else "was not reached"
+        reached = loss >= (1 - NEAR) * level
+        said = "was overshot" if loss > OVER * level else "was reached" if reached else "was not reached"
         logger.warning(f"The forget level {said}. {self._numbers(found)}")
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from blur_trainer.constants import ROLES
 from blur_trainer.data.row_collator import RowCollator
 from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.gradients.engines import check_engine
@@ -24,6 +25,7 @@ from blur_trainer.trainers.datasets import pair, tokenize_all
 from blur_trainer.trainers.effect import check_effect
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
+from blur_trainer.trainers.last_words import LastWordsCallback, has_stream
 from blur_trainer.trainers.level_guard import LevelCallback, level_check, with_level_check
 from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.method_choice import MethodChoice
@@ -76,6 +78,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
     """
 
     config_class: ClassVar[type[UnlearningConfig]] = UnlearningConfig
+    #: whether a training without a level is to say by losses what it has done: see [`LastWordsCallback`]
+    speaks_of_losses: ClassVar[bool] = True
     args: UnlearningConfig
 
     @restoring
@@ -171,6 +175,9 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             self.add_callback(self._precompute)
         if self._level is not None:
             self.add_callback(self._level)
+        elif self.speaks_of_losses and not has_stream(self._tokenized):
+            sets = {role: rows for role, rows in zip(ROLES, self._tokenized, strict=True) if role in self.objectives}
+            self.add_callback(LastWordsCallback(sets, self.benchmarked_model, lambda: self.interrupt.interrupted))
 
     def _settle_benchmarks(self, given: Mapping[str, Evaluation | Measure], args: UnlearningConfig) -> dict[str, Any]:
         """Those of the user, and that of the level with its callback, if there is a level."""

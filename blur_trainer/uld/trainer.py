@@ -101,6 +101,7 @@ class ULDTrainer(UnlearningTrainer):
     """
 
     config_class = ULDConfig
+    speaks_of_losses = False  # the assistant learns what is to be forgotten
     args: ULDConfig
 
     def __init__(

@@ -22,7 +22,7 @@ FILES = {"model_name_or_path": "model", "forget": "forget.csv", "retain": "retai
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("own")
-    write_own_data(made, epochs=30)
+    write_own_data(made, epochs=10)  # it need not know them well
     return made
 
 

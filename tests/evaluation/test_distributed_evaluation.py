@@ -66,6 +66,7 @@ def test_the_comparison_would_see_a_difference(alone, model):
     assert found["muse"]["forget_verbmem"] > 5 and found["muse"]["retain_knowmem"] > 5
     assert found["muse"]["privleak_auc"] == found["auc"] and 0 < found["auc"] < 1
     assert len(set(found["texts of 6"])) > 3
+    assert found["own"]["forget_rouge"] > 0.05 and found["own"]["forget_loss"] > 0.01
     assert [len(row) for row in found["logps of 7"]] == [len(row) - 1 for row in worker.ROWS]
 
 

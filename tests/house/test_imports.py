@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
         *("constants", "checks", "atomic_write", "credentials", "data", "models", "evaluation", "report", "saving"),
         *("trainers", "uld", "scripts"),
     },
-    "cli": {"pipeline", "saving"},
+    "cli": {"pipeline", "saving", "report", "recipes", "memory", "trainers"},
     "__main__": {"cli"},
 }
 FREE = {"__init__", "_version"}  # public names and a number

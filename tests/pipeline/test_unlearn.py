@@ -105,9 +105,9 @@ def test_redact_leaves_no_text_of_the_sets(world, unlearn, request):
     ("options", "word", "saved"),
     [
         ({"learning_rate": 0.0}, "not_forgotten", True),
-        ({"learning_rate": 1e-7}, "not_forgotten", True),
+        pytest.param({"learning_rate": 1e-7}, "not_forgotten", True, marks=pytest.mark.full),
         ({"learning_rate": 0.5, "num_train_epochs": 4}, "broken", True),
-        ({"gamma": 0.0}, "not_forgotten", True),
+        pytest.param({"gamma": 0.0}, "not_forgotten", True, marks=pytest.mark.full),
         ({"retain": "forget.csv"}, "not_forgotten", True),
         ({"method": "graddiff", "forget_objective": "grad_ascent", "learning_rate": 1e18}, "broken", False),
         ({"method": "graddiff", "forget_weight": 1e38, "retain_weight": 1e38}, "not_forgotten", False),

@@ -172,7 +172,10 @@ def test_images_are_whole_and_the_files_are_the_light_ones(full):
     assert sorted(path.name for path in folder.iterdir()) == [
         *("figures", "metrics.json", "report.html", "trainer_state.json")
     ]
-    assert {path.stem for path in (folder / "figures").iterdir()} == set(figures.NAMES) - {"front"}  # of a sweep
+    assert {path.stem for path in (folder / "figures").iterdir()} == set(figures.NAMES) - {
+        "front",
+        "sets",
+    }  # of a sweep; of one's own data
     light = [base64.b64decode(attrs["src"].partition("base64,")[2], validate=True) for attrs in page.of("img")]
     dark = [base64.b64decode(attrs["srcset"].partition("base64,")[2], validate=True) for attrs in page.of("source")]
     assert {bytes(data) for data in light} == {path.read_bytes() for path in (folder / "figures").iterdir()}
@@ -214,12 +217,17 @@ def test_the_best_methods_are_highlighted(full):
         ("max", [9.0, math.nan, 3.0, 9.0], [False] * 4),
         ("max", [9.0, None, 3.0, 9.0], [False] * 4),
         (None, [1.0, 2.0, 3.0, 0.0], [False] * 4),
+        ("near", [9.0, 2.0, 7.0, 5.5], [False, False, True, False]),
+        ("near", [9.0, 2.0, 7.0, None], [False] * 4),
+        ("near 3", [9.0, 2.0, 7.0, 7.0], [False, True, False, False]),
     ],
 )
 def test_best(goal, numbers, expected):
+    goal, _, near = (goal or "").partition(" ")
+    column = {"name": "m", **({"goal": goal} if goal else {}), **({"near": float(near)} if near else {})}
     kinds = ("target", "unlearned", "baseline", "retrain")
     rows = [{"name": kind, "kind": kind, "metrics": {"m": n}} for kind, n in zip(kinds, numbers, strict=True)]
-    assert report._best({"name": "m", "goal": goal}, rows) == expected
+    assert report._best(column, rows) == expected
 
 
 def test_the_reading_is_made_of_the_numbers(full):
@@ -583,6 +591,8 @@ def test_no_word_of_seeds_where_there_was_one(full):
         ("max", None, False, "Forgetting against retaining", "Better is further right"),
         (None, None, False, "b against forget_a", "b against forget_a"),
         ("zero", "min", True, "b against forget_a", "The closer to the retrained model, the better"),
+        ("near", "max", True, "Forgetting against retaining", "The closer to the retrained model, the better"),
+        ("near", "max", False, "Forgetting against retaining", "Better is further up"),
     ],
 )
 def test_titles_of_the_plane(x, y, ideal, title, better):
@@ -593,6 +603,16 @@ def test_titles_of_the_plane(x, y, ideal, title, better):
     drawing = plane_of({"columns": columns, "rows": rows, "plane": {"x": "forget_a", "y": "b"}})
     assert (drawing.title, drawing.figure.axes[0].get_title(loc="left")) == (title, better)
     assert "Arrows" not in drawing.caption and ("rings" in drawing.caption) == ideal
+
+
+def test_a_metric_with_a_best_value_of_its_own_is_read_with_it():
+    columns = [{"name": "forget_loss", "label": "Loss forget", "goal": "near", "near": 8.14}]
+    rows = [{"name": n, "kind": n, "metrics": {"forget_loss": v}} for n, v in (("target", 0.0), ("unlearned", 7.0))]
+    assert reading.read_results(columns, rows) == ["Loss forget went from 0.0 to 7.0; the aim is 8.14."]
+    retrained = {"name": "retrain", "kind": "retrain", "metrics": {"forget_loss": 8.2}}
+    assert reading.read_results(columns, [*rows, retrained]) == [
+        "Loss forget went from 0.0 to 7.0; the retrained model has 8.2."
+    ]
 
 
 def test_the_plane_draws_spreads_inside_the_frame_and_the_infinite_on_it():

@@ -111,6 +111,12 @@ def test_samples_of_all_models_side_by_side(results, tmp_path):
         }
 
 
+def test_a_sample_keeps_its_set(results, tmp_path):
+    one = {"metric": "m", "prompt": "p", "gt": "g", "response": "r", "score": 0.5}
+    results.evaluation.samples = lambda n: [one | {"set": "hold"}, one | {"metric": "other"}]
+    assert [sample.get("set") for sample in filled(results).save(tmp_path, {})["samples"]] == ["hold", None]
+
+
 def test_a_model_without_samples_leaves_a_gap(results, tmp_path):
     results.add("target", "target", "target")
     results.evaluation.samples = lambda n: []

@@ -17,6 +17,7 @@ from blur_trainer.report.tables import (
     role_of,
     shorten,
     spread_texts,
+    wrap_heading,
 )
 
 COLUMNS = [
@@ -117,6 +118,21 @@ def test_a_spread_does_not_decide_the_digits_of_the_column():
 )
 def test_role(column, role):
     assert role_of(column) == role
+
+
+@pytest.mark.parametrize(
+    "column, head",
+    [
+        ({"goal": "near", "near": 8.14}, "m →8.14"),
+        ({"goal": "near", "near": 0.5}, "m →0.5"),
+        ({"goal": "near"}, "m →"),
+        ({"goal": "zero", "near": 3.0}, "m →0"),
+        ({}, "m"),
+    ],
+)
+def test_the_arrow_says_where_the_best_value_is(column, head):
+    assert heading({"name": "m", **column}) == head
+    assert wrap_heading(f"a long label of {head}", 6)[-1].endswith(head), "the arrow stays at the last word"
 
 
 def test_an_unknown_role_is_refused():

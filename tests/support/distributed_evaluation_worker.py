@@ -23,6 +23,7 @@ from support.scoring_helpers import PASSAGES, QUESTIONS, SENTENCES, build_model,
 from transformers import PrinterCallback
 
 from blur_trainer.evaluation.answer_scoring import score_variants
+from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.lm_eval import LMEval
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.evaluation.muse import MUSEEvaluation
@@ -31,6 +32,7 @@ from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.gradients.rules import Sum
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.last_words import mean_nats
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
 NAMES = ("ddp", "fsdp2", "zero3")
@@ -112,6 +114,12 @@ def results(model: torch.nn.Module, folder: str) -> dict[str, Any]:
     for count in (7, 1, 0):  # batches of unequally many answers, with a shared prompt and without
         scores = score_variants(model, VARIANTS[:count], pad_token_id=1, batch_size=2)
         found[f"variants of {count}"] = [[answer.logps.tolist() for answer in answers] for answers in scores]
+    unseen = [{"text": text} for text in SENTENCES]
+    own = ForgetEvaluation(
+        tokenizer(), tokenized(TEXTS["forget"]), unseen=unseen, max_new_tokens=8, batch_size=2, progress=False
+    )
+    found["own"], found["own samples"] = own(model), own.samples(9)
+    found["nats"] = mean_nats(model, tokenized(TEXTS["forget"][:3]))
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         evaluation = suite()

@@ -24,7 +24,7 @@ def own_sets():
     return sets
 
 
-def write_own_data(folder, *, chat_template=None, epochs=40):
+def write_own_data(folder, *, chat_template=None, epochs=25):
     """`forget.csv`, the other sets as `.jsonl`, and `model`, which knows all but `unseen`. Returns the sets."""
     sets = own_sets()
     with open(folder / "forget.csv", "w", newline="", encoding="utf-8") as file:

@@ -85,7 +85,7 @@ def test_an_evaluation_outside_of_training_stops_nothing(tmp_path):
     [
         (4.5, "was reached"),
         pytest.param(50.0, "was not reached", marks=pytest.mark.full),
-        pytest.param(4.0, "was overshot", marks=pytest.mark.full),
+        pytest.param(3.0, "was overshot", marks=pytest.mark.full),
     ],
 )
 def test_the_last_words_say_how_it_ended(level, words, tmp_path, said):

@@ -7,20 +7,24 @@ from blur_trainer.report.figures.front import draw_front
 from blur_trainer.report.figures.plane import draw_plane
 from blur_trainer.report.figures.results import draw_bars, draw_stages
 from blur_trainer.report.figures.robustness import draw_relearning
+from blur_trainer.report.figures.sets import draw_sets
 from blur_trainer.report.figures.style import DARK, LIGHT, Drawing, Theme, over_runs, row_colors
 from blur_trainer.report.figures.training import draw_gradients, draw_losses
 
 __all__ = ["DARK", "LIGHT", "NAMES", "Drawing", "Theme", "draw_all", "over_runs", "row_colors"]
 
-NAMES = ("front", "before_after", "plane", "stages", "losses", "gradients", "relearning")
+NAMES = ("front", "sets", "before_after", "plane", "stages", "losses", "gradients", "relearning")
 
 
 def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
-    """Draws every figure that the data allow: first results, then training, then robustness. Of a sweep its fronts."""
+    """
+    Draws every figure that the data allow: first results, then training, then robustness. Of a sweep its fronts, and of
+    a run on one's own data the sets instead of the many bars.
+    """
     if front := draw_front(metrics, theme):
         return [front]
     drawings = [
-        draw_bars(metrics, theme),
+        draw_sets(metrics, theme) or draw_bars(metrics, theme),
         draw_plane(history, metrics, theme),
         draw_stages(metrics, theme),
         draw_losses(history, theme),

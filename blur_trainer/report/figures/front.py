@@ -43,7 +43,17 @@ def draw_front(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
         + ("Runs that keep less than the lowest value of the axis are not shown. " if low > lowest else "")
         + "Right: of each method the best of the strengths that forget enough, mean and standard deviation over seeds."
     )
-    return Drawing("front", "Forgotten against kept, by strength", caption, figure)
+    return Drawing("front", "Forgotten against kept, by strength", caption, figure, _said(points))
+
+
+def _said(points: Points) -> str:
+    """Forgotten and kept of each method and strength, on average."""
+    texts = []
+    for method, strength in dict.fromkeys((point["method"], point["strength"]) for point in points):
+        own = [point for point in points if (point["method"], point["strength"]) == (method, strength)]
+        way, kept = (mean(point[key] for point in own) for key in ("way", "kept"))
+        texts.append(f"{method} at {strength:g}: {way:.0%} forgotten, {kept:.0%} kept.")
+    return " ".join(texts)
 
 
 def _look(i: int, theme: Theme) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 from matplotlib.transforms import Bbox
 
+from blur_trainer.report.figures.spoken import say_rows
 from blur_trainer.report.figures.style import (
     MARKERS,
     Drawing,
@@ -77,7 +78,7 @@ def draw_plane(history: Items, metrics: Mapping[str, Any], theme: Theme) -> Draw
     set_title(ax, better, theme)
     _label(ax, points, names, colors, ways)
     caption = _caption(kinds, rows, beyond, int((~shown).sum()))
-    return Drawing("plane", title, caption, figure)
+    return Drawing("plane", title, caption, figure, say_rows(pair, rows))
 
 
 def _titles(pair: Items, has_ideal: bool) -> tuple[str, str]:

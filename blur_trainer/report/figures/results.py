@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from blur_trainer.report.figures.spoken import say_rows
 from blur_trainer.report.figures.style import (
     MARKERS,
     Drawing,
@@ -47,7 +48,8 @@ def draw_bars(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     caption = "Arrows give the direction of each metric. On the forget set the aim is the retrained model, not zero."
     if over_runs(rows):
         caption += f" With bars of error: {over_runs(rows)}."
-    return Drawing("before_after", "Before and after", caption, figure)
+    shown = [column for columns in panels.values() for column in columns]
+    return Drawing("before_after", "Before and after", caption, figure, say_rows(shown, rows))
 
 
 def _in_lines(panels: Mapping[str, Items]) -> list[list[tuple[str, list[Mapping[str, Any]]]]]:
@@ -141,7 +143,8 @@ def draw_stages(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     caption = "Metrics after each stage; a steady decline of ↑ is damage that adds up. Gaps are stages without a value."
     if over_runs(stages):
         caption += f" With bars of error: {over_runs(stages)}."
-    return Drawing("stages", "Stage by stage", caption, figure)
+    shown_columns = [column for columns in panels.values() for column in columns]
+    return Drawing("stages", "Stage by stage", caption, figure, say_rows(shown_columns, stages))
 
 
 def by_scale(columns: Items, rows: Items) -> dict[str, list[Mapping[str, Any]]]:

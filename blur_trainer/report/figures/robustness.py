@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from blur_trainer.report.figures.results import by_scale
+from blur_trainer.report.figures.spoken import say_rows
 from blur_trainer.report.figures.style import MARKERS, Drawing, Theme, add_legend, new_lines, plain, set_title
 from blur_trainer.report.tables import first_of_kind, goal_of, heading, robustness_columns, role_of, values
 
@@ -41,7 +42,9 @@ def draw_relearning(metrics: Mapping[str, Any], theme: Theme) -> Drawing | None:
     items = [*curves, *_levels(rows)]
     named = [(drawn[id(item)], str(item.get("name", ""))) for item in items if id(item) in drawn]
     add_legend(figure, [line for line, _ in named], [name for _, name in named], theme)
-    return Drawing("relearning", "Relearning", _caption(curves, _levels(rows), len(columns)), figure)
+    ends = [{**curve["points"][-1], "name": curve.get("name", "")} for curve in curves if curve["points"]]
+    numbers = f"At the end. {say_rows(shown, [*ends, *_levels(rows)])}"
+    return Drawing("relearning", "Relearning", _caption(curves, _levels(rows), len(columns)), figure, numbers)
 
 
 def _panel(ax: Axes, column: Mapping[str, Any], curves: Items, rows: Items, theme: Theme) -> dict[int, Any]:

@@ -62,12 +62,13 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure, its file name (no suffix), what it shows, and how to read it."""
+    """One figure, its file name (no suffix), what it shows, how to read it, and its numbers for who cannot see it."""
 
     name: str
     title: str
     caption: str
     figure: Figure
+    numbers: str = ""
 
 
 def row_colors(rows: Sequence[Mapping[str, Any]], theme: Theme) -> list[str]:
@@ -124,16 +125,20 @@ def new_figure(
 
 
 def new_lines(
-    theme: Theme, height: float, lines: Sequence[Sequence[float]], width: float = WIDTH
+    theme: Theme,
+    height: float,
+    lines: Sequence[Sequence[float]],
+    width: float = WIDTH,
+    heights: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """Makes a figure with several lines of panels, each `height` tall."""
+    """Makes a figure with several lines of panels, `height` tall on average, by the ratios `heights`."""
     figure = Figure(
         figsize=(width, height * len(lines)),
         facecolor=theme.paper,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
     )
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(len(lines), 1)
+    grid = figure.add_gridspec(len(lines), 1, height_ratios=heights)
     axes: list[Axes] = []
     for i, ratios in enumerate(lines):
         line = grid[i].subgridspec(1, len(ratios), width_ratios=list(ratios))

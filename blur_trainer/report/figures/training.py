@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from blur_trainer.report.figures.spoken import say_series
 from blur_trainer.report.figures.style import Drawing, Theme, add_legend, is_number, new_figure, set_title
 
 Entries = Sequence[Mapping[str, Any]]
@@ -35,7 +36,8 @@ def draw_losses(history: Entries, theme: Theme) -> Drawing | None:
         ends = list(dict.fromkeys(f"{value:.3g}" for value in finite[[0, -1]])) if len(finite) else ["never finite"]
         set_title(ax, f"{label}: {' → '.join(ends)}", theme)
     caption = "One scale per panel. Dotted vertical lines are steps where the loss was not finite."
-    return Drawing("losses", "Losses over steps", caption, figure)
+    numbers = " ".join(say_series(label, *series(history, key)) for key, label, _ in panels)
+    return Drawing("losses", "Losses over steps", caption, figure, numbers)
 
 
 def draw_gradients(history: Entries, theme: Theme) -> Drawing | None:
@@ -66,7 +68,9 @@ def draw_gradients(history: Entries, theme: Theme) -> Drawing | None:
         "How long the two gradients are; whether they agree (below zero, what helps forgetting hurts retaining); "
         "and the weights that the rule gave them."
     )
-    return Drawing("gradients", "Gradients and the rule", caption, figure)
+    shown = [key for _, keys in panels for key in keys]
+    numbers = " ".join(say_series(key.removeprefix("grad/").replace("_", " "), *series(history, key)) for key in shown)
+    return Drawing("gradients", "Gradients and the rule", caption, figure, numbers)
 
 
 def _line(ax: Axes, steps: np.ndarray, logged: np.ndarray, color: str, marker: str) -> Any:

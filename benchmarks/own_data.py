@@ -1,0 +1,90 @@
+"""Do the defaults of `unlearn` forget to the level, with nothing chosen but model, forget and retain?
+
+    python benchmarks/own_data.py --world WORLD --out RESULTS              # five seeds; about 4 minutes each on a core
+    python benchmarks/own_data.py --world WORLD --out RESULTS --lora       # the same with LoRA
+    python benchmarks/own_data.py --world WORLD --out RESULTS --faults     # settings that are wrong: what is said?
+
+`WORLD`: a folder as of benchmarks/evidence_world.py. `hold` and `facts` are measured only; the level is the estimate
+that needs no further data. Resumes: a run that is in RESULTS/runs.jsonl is not made again.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import time
+from pathlib import Path
+
+import torch
+from evidence_data import known, read_world, said
+
+#: name -> options that are wrong, or sets that are
+FAULTS = {
+    "lr 1e-7": {"learning_rate": 1e-7},
+    "lr 1e-1": {"learning_rate": 1e-1},
+    "gamma 0": {"gamma": 0.0},
+    "gamma 10": {"gamma": 10.0},
+    "swapped sets": {"forget": "retain", "retain": "forget"},
+    "unknown forget set": {"forget": "unseen"},
+    "forget = retain": {"retain": "forget"},
+}
+
+
+def one_run(world: Path, out: Path, name: str, options: dict) -> dict:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from blur_trainer import unlearn
+
+    rows = read_world(world)
+    sets = {role: rows[options.pop(role, role)] for role in ("forget", "retain")}
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        done = unlearn(str(world / "target"), **sets, hold=rows["hold"], output_dir=out / name, use_cpu=True, **options)
+    found = {"name": name, "word": done.verdict.word, "sentence": str(done.verdict)}
+    found["seconds"] = time.perf_counter() - start
+    for when in ("before", "after"):
+        found |= {f"{when}_{key}": value for key, value in done.metrics[when].items()}
+    if not options.get("use_peft"):
+        model = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        found |= {f"facts_{key}": value for key, value in known(model, tokenizer, rows["facts"][:200]).items()}
+        found["facts_rouge"] = said(model, tokenizer, rows["facts"][:100])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--faults", action="store_true")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    words.out.mkdir(parents=True, exist_ok=True)
+    path = words.out / "runs.jsonl"
+    done = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.exists() else set()
+    if words.faults:
+        jobs = {name: {**options, "num_train_epochs": 3, "eval_rows": 100} for name, options in FAULTS.items()}
+    else:
+        kind = {"use_peft": True} if words.lora else {}
+        jobs = {f"{'lora' if kind else 'full'} seed {seed}": {"seed": seed, **kind} for seed in words.seeds}
+    for name, options in jobs.items():
+        if name in done:
+            continue
+        found = one_run(words.world, words.out, name, {"disable_tqdm": True, **options})
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        shown = {
+            "forget": f"{found['after_forget_loss']:.2f} / {found['after_forget_rouge']:.2f}",
+            **{
+                role: f"{found[f'after_{role}_rouge'] / found[f'before_{role}_rouge']:.3f}"
+                for role in ("retain", "hold")
+                if found.get(f"before_{role}_rouge")
+            },
+        }
+        print(f"{name}: {shown}, {found['seconds']:.0f} s\n  {found['sentence']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""`blur-trainer merge ADAPTER OUTPUT`: an adapter and its base become one model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from blur_trainer.cli.options import refusing
+from blur_trainer.saving.merging import merge_and_save
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("blur-trainer merge", description=__doc__)
+    parser.add_argument("adapter", help="what a training with --use_peft has saved: a folder, or a name on the Hub")
+    parser.add_argument("output_dir", help="a new folder")
+    parser.add_argument("--base_model", help="default: the model that the adapter was trained on")
+    parser.add_argument("--dtype", default="auto", help="of the weights; default: as they are stored")
+    words = parser.parse_args(arguments)
+    with refusing("merge") as refused:
+        merge_and_save(words.adapter, words.output_dir, base_model=words.base_model, dtype=words.dtype)
+        sys.stdout.write(f"The whole model is in {words.output_dir}.\n")
+    return refused.code

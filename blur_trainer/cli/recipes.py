@@ -1,0 +1,24 @@
+"""`blur-trainer recipes [BENCHMARK [NAME]]`: published settings, by benchmark and by name."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from blur_trainer.cli.options import refusing
+from blur_trainer.recipes import BENCHMARKS, recipe, recipe_names
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("blur-trainer recipes", description=__doc__)
+    parser.add_argument("benchmark", nargs="?", help=f"one of {', '.join(BENCHMARKS)}; left out: all names")
+    parser.add_argument("name", nargs="?", help="left out: the names of the benchmark's recipes")
+    words = parser.parse_args(arguments)
+    with refusing("recipes") as refused:
+        if words.name:
+            text = json.dumps(recipe(words.benchmark, words.name), indent=2, ensure_ascii=False)
+        else:
+            asked = [words.benchmark] if words.benchmark else BENCHMARKS
+            text = "\n".join(f"{benchmark}: {', '.join(recipe_names(benchmark))}" for benchmark in asked)
+        sys.stdout.write(f"{text}\n")
+    return refused.code

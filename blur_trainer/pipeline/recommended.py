@@ -1,0 +1,58 @@
+"""The settings of `unlearn` for a training of one's own."""
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from blur_trainer.constants import ROLES
+from blur_trainer.data.chat import has_chat_template
+from blur_trainer.data.formats import tokenize_dataset
+from blur_trainer.evaluation.level import Level
+from blur_trainer.models.loading import hub_arguments, read_config
+from blur_trainer.pipeline.methods import DEFAULT, METHODS
+from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+
+
+def recommended(
+    model: str,
+    forget: Any,
+    retain: Any,
+    *,
+    method: str = DEFAULT,
+    level: Level | float | None = None,
+    lora: bool = False,
+) -> dict[str, Any]:
+    """
+    The settings that [`unlearn`] derives from model and data, as arguments of the method's configuration.
+
+    Args:
+        model (`str`): a folder or a name on the Hub. Its tokenizer is beside it.
+        forget, retain: in the formats of the trainers.
+        method (`str`): as of [`unlearn`]; `"blur"` is for [`BLURConfig`], `"uld"` for [`ULDConfig`].
+        level ([`Level`] or `float`, *optional*): where forgetting ends. Default: `Level.of_exchanged`, an estimate.
+        lora (`bool`): whether an adapter will be trained.
+
+    Raises:
+        `ValueError`: there is no such method; what `Level` and [`tokenize_dataset`] refuse.
+
+    Example:
+
+    ```python
+    args = BLURConfig("out", **recommended("my-model", forget, retain))
+    trainer = BLURTrainer("my-model", args, forget, retain)
+    ```
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` is {method!r}: choose among {', '.join(METHODS)}.")
+    size = Size.of(read_config(model, {}))
+    tokenizer = AutoTokenizer.from_pretrained(model, **hub_arguments({}))
+    sets = dict(zip(ROLES, (forget, retain), strict=True))
+    tokenized = {
+        role: tokenize_dataset(rows, tokenizer, role=role, max_length=size.positions) for role, rows in sets.items()
+    }
+    start = start_of_texts(tokenizer, tokenized["retain"], has_chat_template(tokenizer))
+    settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora)
+    if METHODS[method].leveled:
+        found = Level.of_exchanged(model, forget, max_length=settings["max_length"]) if level is None else level
+        settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)
+    return settings
