@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         if found.verdict is not None:
             sys.stdout.write(f"\n{found.verdict}\n")
         if folder is not None:
-            found.results.save(folder, settings=asdict(sets.script))
+            found.results.save(folder, settings={**asdict(sets.script), **sets.said()})
             sys.stdout.write(f"\nReport: {write_report(folder)}\n")
     return refused.code
 

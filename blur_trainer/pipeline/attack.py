@@ -30,14 +30,13 @@ def attack(sets: Sets, steps: int = 20, learning_rate: float = 1e-5, seed: int =
     args.seed, args.max_length = seed, script.max_length or 512
     chosen = {role: reading.dataset for role, reading in sets.readings.items() if role in ("forget", "retain")}
     rows: Mapping[str, Any] = {f"{role} set": dataset for role, dataset in chosen.items()}
-    more = {"retrained": load(script.retrained, to_train=True)} if script.retrained else {}
     found = robustness(
         load(sets.model, to_train=True),
         evaluation,
         relearning=relearning_sets(rows, sets.tokenizer, args),
         steps=(steps,),
         learning_rate=learning_rate,
-        **more,
+        retrained=load(script.retrained, to_train=True) if script.retrained else None,
     )
     results.add_robustness(found)
     return results

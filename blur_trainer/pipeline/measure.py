@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.models.loading import hub_arguments
 from blur_trainer.pipeline.arguments import SETS, SourceArguments
-from blur_trainer.report.results import Results
+from blur_trainer.report.results import Kind, Results
 from blur_trainer.report.verdict import Verdict, judge
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.trainers.config import UnlearningConfig
@@ -79,6 +80,11 @@ class Sets:
             split=getattr(source, f"{role}_split"),
         )
 
+    def said(self) -> dict[str, Any]:
+        """Of the report's settings: how the sets were read, their digests, and the day."""
+        data = {role: f"{reading.said}; digest {reading.digest}" for role, reading in self.readings.items()}
+        return {"data": data, "date": date.today().isoformat()}
+
     def evaluation(self) -> ForgetEvaluation:
         script = self.script
         return ForgetEvaluation(
@@ -96,8 +102,12 @@ def measure(sets: Sets) -> Measured:
     """Measures the model, the one before and the retrained one, each if it is named."""
     script, load = sets.script, sets.load
     results = Results("Your own data", sets.evaluation(), samples=3)
-    named = [("before", "target", script.before), (NAME, "unlearned", sets.model)]
-    for name, kind, model in [*named, ("retrained", "retrain", script.retrained)]:
+    named: list[tuple[str, Kind, str | None]] = [
+        ("before", "target", script.before),
+        (NAME, "unlearned", sets.model),
+        ("retrained", "retrain", script.retrained),
+    ]
+    for name, kind, model in named:
         if model is not None:
             results.add(name, kind, load(model))
     numbers: dict[str, Mapping[str, float]] = {row["name"]: row["metrics"] for row in results.rows}
