@@ -181,7 +181,8 @@ def _sentence(
         return f"{word}: {'; '.join(causes)}."
     if "level" in own or "rouge" in own:  # the others say the same of single rows
         own = {about: text for about, text in own.items() if about not in ("exact", "membership")}
-    known = [level_clause(after, reference)] * ("level" not in own) + [rouge_clause(after, reference)]
+    clauses_of = {"level": level_clause, "rouge": rouge_clause}
+    known = [clause(after, reference) for about, clause in clauses_of.items() if about not in own]
     kept = [] if word == "broken" else kept_clauses(before, after)
     clauses = dict.fromkeys(clause for clause in (*own.values(), *causes, *known, *kept) if clause)
     return f"{word}: {'; '.join(clauses)}."
