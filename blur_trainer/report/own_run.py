@@ -10,7 +10,7 @@ Items = Sequence[Mapping[str, Any]]
 WORDS = {
     "forgotten": (
         "✓ Forgotten",
-        "The forget set is known no better than to a model that never saw it. The rest is kept.",
+        "The forget set is known no better than by a model that never saw it. The rest is kept.",
     ),
     "not_forgotten": ("✗ Not forgotten", "The model still knows of the forget set what it should not."),
     "over_forgotten": (
