@@ -4,7 +4,7 @@ python examples/compare.py                                    # 4 methods, 3 see
 python examples/compare.py --methods npo simnpo --seeds 0 1 --split forget05
 python examples/compare.py --strengths 0.1 0.3 1 3            # at equal forgetting, and at equal utility
 python examples/compare.py --benchmark wmdp --methods blur-rmu rmu
-python examples/compare.py --resume_from_checkpoint True      # after an interrupt: what is not finished
+python examples/compare.py --resume_from_checkpoint true      # after an interrupt: what is not finished
 
 Arguments that are not listed by --help go to the runs.
 """
@@ -42,7 +42,7 @@ READ = {
         "shown": ("model_utility", "retain_rouge", "real_authors_rouge", "world_facts_rouge"),
     }
 }
-REMEDY = "Go on with --resume_from_checkpoint True and the same arguments."
+REMEDY = "Go on with --resume_from_checkpoint true and the same arguments."
 
 
 def parse():
@@ -81,7 +81,7 @@ def begin(out, resume, shared):
     """The folder, with the arguments of its runs in it: runs with others are not to be averaged with them."""
     noted = out / "arguments.txt"
     if noted.exists() and not resume:
-        raise ValueError(f"{str(out)!r} holds a comparison: --resume_from_checkpoint True, or another --output_dir.")
+        raise ValueError(f"{str(out)!r} holds a comparison: --resume_from_checkpoint true, or another --output_dir.")
     if noted.exists() and (before := noted.read_text()) != shlex.join(shared):
         raise ValueError(f"The comparison in {str(out)!r} was begun with {before!r}: pass the same.")
     check_output_dir(str(out))

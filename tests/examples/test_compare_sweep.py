@@ -187,5 +187,5 @@ def test_an_interrupt_ends_with_130(compare, tmp_path, capsys):
     stops = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"
     with pytest.raises(SystemExit) as raised:
         compare.finished(tmp_path / "npo-0", [sys.executable, "-c", stops])
-    assert raised.value.code == 130 and "Go on with --resume_from_checkpoint True" in capsys.readouterr().err
+    assert raised.value.code == 130 and "Go on with --resume_from_checkpoint true" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -364,7 +364,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, 
 
     with monkeypatch.context() as patch:
         patch.setattr(bt.BLURTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="--resume_from_checkpoint True") as raised:
+        with pytest.raises(SystemExit, match="--resume_from_checkpoint true") as raised:
             main(*arguments, "--output_dir", out)
     assert raised.value.code == 143
     assert (out / where / "checkpoint-2").is_dir() and not (out / "metrics.json").exists()

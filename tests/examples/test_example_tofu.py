@@ -178,7 +178,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, first, wher
 
     with monkeypatch.context() as patch:
         patch.setattr(bt.UnlearningTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="--resume_from_checkpoint True") as raised:
+        with pytest.raises(SystemExit, match="--resume_from_checkpoint true") as raised:
             main(*arguments)
     assert raised.value.code == 130
     assert (tmp_path / "run" / where / "checkpoint-1").is_dir() and not (tmp_path / "run" / "metrics.json").exists()
@@ -262,7 +262,7 @@ def test_compare_averages_goes_on_and_finishes_what_failed(main, launched, tmp_p
     assert list(rows) == ["target", "SimNPO", "IDK", "retrain"]
     assert rows["SimNPO"]["runs"] == 2 and "runs" not in rows["IDK"]
 
-    with pytest.raises(ValueError, match="--resume_from_checkpoint True"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true"):
         main(*shared, script="compare")
     with pytest.raises(ValueError, match="was begun with"):
         main(*shared, "--resume_from_checkpoint", "True", "--template", "llama2", script="compare")
@@ -299,6 +299,6 @@ def test_what_a_failed_process_said_last(examples, tmp_path, capsys):
 def test_an_interrupt_is_left_to_the_process(examples, tmp_path):
     """Not killed, as `subprocess.run` would: it has time to save."""
     saves = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(1); print('saved')"
-    with pytest.raises(SystemExit, match="Go on with --resume_from_checkpoint True"):
+    with pytest.raises(SystemExit, match="Go on with --resume_from_checkpoint true"):
         examples["compare"].finished(tmp_path / "npo-0", [sys.executable, "-c", saves])
     assert (tmp_path / "npo-0.log").read_text() == "saved\n"

@@ -247,7 +247,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, quick, wher
 
     with monkeypatch.context() as patch:
         patch.setattr(bt.UnlearningTrainer, "training_step", interrupted)
-        with pytest.raises(SystemExit, match="--resume_from_checkpoint True") as raised:
+        with pytest.raises(SystemExit, match="--resume_from_checkpoint true") as raised:
             main(*arguments)
     assert raised.value.code == 130
     checkpoint = tmp_path / "run" / where / "checkpoint-1"

@@ -25,6 +25,7 @@ import blur_trainer
 from blur_trainer.cli.main import main as blur_trainer_command
 from blur_trainer.cli.options import help_text
 from blur_trainer.models.reference import CurrentModel
+from blur_trainer.pipeline import settings as pipeline_settings
 from blur_trainer.pipeline.arguments import classes_of
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
@@ -114,8 +115,10 @@ def test_blocks_run(page, run):
 
 
 def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
-    """As they stand, on a tiny model in the folder that they name."""
+    """As they stand, on a tiny model in the folder that they name, which says fewer texts than by default."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline_settings, "_REPLAYED", (16, 16))
+    monkeypatch.setattr(pipeline_settings, "_STEPS", 2)
     first = blocks("README.md", "python")[0].text
     tokenizer = train_tokenizer([first])
     tiny_llama(tokenizer, num_layers=1).save_pretrained("my-model")
