@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import ModelConfig, get_peft_config
 
 from blur_trainer.cli.options import help_text, options_of, refusing
 from blur_trainer.memory.estimate import estimate_memory
+from blur_trainer.pipeline.sets import made
 from blur_trainer.trainers.blur import BLURConfig
 
 _USAGE = "blur-trainer estimate --model_name_or_path MODEL [--gpus N] [--sharding zero3] [any setting of the training]"
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         given = options_of(_CLASSES, arguments, "estimate")
         if "model_name_or_path" not in given:
             raise ValueError("`model_name_or_path` is missing: name the model.")
-        script, args, model_args = (_made(of, {"output_dir": "unlearned", "dtype": None} | given) for of in _CLASSES)
+        script, args, model_args = (made(of, {"output_dir": "unlearned", "dtype": None} | given) for of in _CLASSES)
         options: dict[str, Any] = {"sharding": script.sharding, "bits": script.bits, "dtype": model_args.dtype}
         peft_config = get_peft_config(model_args)
         found = estimate_memory(
@@ -47,8 +48,3 @@ def main(arguments: Sequence[str]) -> int:
         )
         sys.stdout.write(f"{found}\n")
     return refused.code
-
-
-def _made(of: Any, given: dict[str, Any]) -> Any:
-    names = {each.name for each in fields(of) if each.init}
-    return of(**{name: value for name, value in given.items() if name in names})

@@ -1,19 +1,19 @@
 """Measures models on one's own sets, whoever made them: one table, and a verdict where there is a model before."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from blur_trainer.data.chat import has_chat_template, with_chat_template
-from blur_trainer.data.reading import Reading, read_rows
+from blur_trainer.data.chat import with_chat_template
 from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.models.loading import hub_arguments
 from blur_trainer.pipeline.arguments import SETS, SourceArguments
+from blur_trainer.pipeline.sets import made, read_set
 from blur_trainer.report.results import Kind, Results
 from blur_trainer.report.verdict import Verdict, judge
 from blur_trainer.scripts.loading import ModelLoader
@@ -34,6 +34,7 @@ class MeasureArguments:
     retrained: str | None = field(default=None, metadata={"help": "A model that never saw the forget set."})
     eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
     lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness, too."})
+    drop_empty: bool = field(default=False, metadata={"help": "Leave out rows without a question, answer or text."})
     batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
     max_length: int | None = field(default=None, metadata={"help": "Longest example in tokens."})
     qa_template: str = field(
@@ -43,11 +44,10 @@ class MeasureArguments:
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of the table; the verdict, if there is a model before; how the sets were read."""
+    """The rows of the table; the verdict, if there is a model before."""
 
     results: Results
     verdict: Verdict | None
-    sets: dict[str, Reading]
 
 
 CLASSES = (MeasureArguments, SourceArguments, ModelConfig)
@@ -58,27 +58,19 @@ class Sets:
     """Tokenizer, sets and loader of a measurement. Raises `ValueError` for what is missing or cannot be read."""
 
     def __init__(self, options: Mapping[str, Any]):
-        self.script, source, model_args = (_made(of, {"dtype": None, **options}) for of in CLASSES)
+        self.script, source, model_args = (made(of, {"dtype": None, **options}) for of in CLASSES)
         if not model_args.model_name_or_path or self.script.forget is None:
             raise ValueError("Give `model_name_or_path` (the model) and `forget` (what it was to forget).")
         self.model = str(model_args.model_name_or_path)
         hub = hub_arguments({"revision": model_args.model_revision})
         tokenizer = AutoTokenizer.from_pretrained(self.script.tokenizer or self.model, **hub)
         self.tokenizer: PreTrainedTokenizerBase = with_chat_template(tokenizer, source.chat_template)
-        self.readings = {role: self._read(role, source) for role in SETS if getattr(self.script, role) is not None}
+        asked = [role for role in SETS if getattr(self.script, role) is not None]
+        self.readings = {
+            role: read_set(role, self.script, source, self.tokenizer, self.script.drop_empty) for role in asked
+        }
         self.args = UnlearningConfig("measured", report_to="none")
         self.load = ModelLoader(self.args, model_args)
-
-    def _read(self, role: str, source: SourceArguments) -> Reading:
-        return read_rows(
-            getattr(self.script, role),
-            role=role,
-            has_template=has_chat_template(self.tokenizer),
-            columns=getattr(source, f"{role}_columns"),
-            limit=source.limit,
-            config=getattr(source, f"{role}_config"),
-            split=getattr(source, f"{role}_split"),
-        )
 
     def said(self) -> dict[str, Any]:
         """Of the report's settings: how the sets were read, their digests, and the day."""
@@ -119,9 +111,4 @@ def measure(sets: Sets) -> Measured:
             level = Level.of_exchanged(load(script.before), sets.readings["forget"].dataset, sets.tokenizer, **how)
         verdict = judge(numbers["before"], numbers[NAME], level, numbers.get("retrained"))
         results.verdict = verdict
-    return Measured(results, verdict, sets.readings)
-
-
-def _made(of: Any, given: Mapping[str, Any]) -> Any:
-    names = {each.name for each in fields(of) if each.init}
-    return of(**{name: value for name, value in given.items() if name in names})
+    return Measured(results, verdict)

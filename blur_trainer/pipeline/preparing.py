@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from blur_trainer.data.chat import has_chat_template, with_chat_template
 from blur_trainer.data.formats import tokenize_dataset
-from blur_trainer.data.reading import Reading, read_rows
+from blur_trainer.data.reading import Reading
 from blur_trainer.models.loading import hub_arguments, read_config
 from blur_trainer.pipeline.arguments import (
     DERIVED,
@@ -24,6 +24,7 @@ from blur_trainer.pipeline.arguments import (
 )
 from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
+from blur_trainer.pipeline.sets import made, read_set
 from blur_trainer.pipeline.settings import Size, derived, start_of_texts
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
@@ -65,8 +66,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     name = check_options(given)
     pinned = given.pop(DERIVED, None)
     method = METHODS[name]
-    script, source = _made(UnlearnArguments, given), _made(SourceArguments, given)
-    model_args = _made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
+    script, source = made(UnlearnArguments, given), made(SourceArguments, given)
+    model_args = made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
     check_arguments(script, model_args.use_peft)
     if not given.get("resume_from_checkpoint"):
         check_output_dir(str(given["output_dir"]))
@@ -90,21 +91,12 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
         pinned = lora_targets(given) | found
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
-    args = _made(method.trainer.config_class, {**settings, **given, **replay})
+    args = made(method.trainer.config_class, {**settings, **given, **replay})
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
 
 
 def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any, drop_empty: bool) -> Reading:
-    found = read_rows(
-        getattr(script, role),
-        role=role,
-        has_template=has_chat_template(tokenizer),
-        columns=getattr(source, f"{role}_columns"),
-        limit=source.limit,
-        drop_empty=drop_empty,
-        config=getattr(source, f"{role}_config"),
-        split=getattr(source, f"{role}_split"),
-    )
+    found = read_set(role, script, source, tokenizer, drop_empty)
     PartialState().print(f"{role}: {found.said}", file=sys.stderr)
     return found
 
@@ -139,11 +131,6 @@ def _not_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
 
 def _template(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"qa_template": given["qa_template"]} if "qa_template" in given else {}
-
-
-def _made(of: Any, given: Mapping[str, Any]) -> Any:
-    names = {each.name for each in fields(of) if each.init}
-    return of(**{name: value for name, value in given.items() if name in names})
 
 
 def _mapping(name: str, given: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Settings that follow from the model and the data. What led to each number: docs/your-own-data.md."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,7 @@ def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], te
         return None if leading_special_ids(tokenizer) or tokenizer.bos_token_id is not None else "retain"
     if template:
         return "retain"
-    common = asked[0]
-    for text in asked[1:]:
-        common = common[: next((i for i, (a, b) in enumerate(zip(common, text, strict=False)) if a != b), len(text))]
+    common = os.path.commonprefix(asked)  # noqa: RUF071 -- by characters is meant
     words = common.rsplit(" ", 1)[0].strip() if not common.endswith((" ", ":")) else common.strip()
     return [words] if words and len(asked) > 1 else "retain"
 

@@ -1,0 +1,38 @@
+"""A role's rows as the options name them, and dataclasses from options: what all commands on one's own data share."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from blur_trainer.data.chat import has_chat_template
+from blur_trainer.data.reading import Reading, read_rows
+
+
+def made(of: Any, given: Mapping[str, Any]) -> Any:
+    """The dataclass, of those options that are its fields."""
+    names = {each.name for each in fields(of) if each.init}
+    return of(**{name: value for name, value in given.items() if name in names})
+
+
+def read_set(
+    role: str, script: Any, source: Any, tokenizer: PreTrainedTokenizerBase, drop_empty: bool = False
+) -> Reading:
+    """
+    Args:
+        role: of the set, a field of `script`, which says where the rows are.
+        source: a `SourceArguments`.
+
+    Raises what [`read_rows`] raises.
+    """
+    return read_rows(
+        getattr(script, role),
+        role=role,
+        has_template=has_chat_template(tokenizer),
+        columns=getattr(source, f"{role}_columns"),
+        limit=source.limit,
+        drop_empty=drop_empty,
+        config=getattr(source, f"{role}_config"),
+        split=getattr(source, f"{role}_split"),
+    )
