@@ -3,6 +3,7 @@
     python benchmarks/own_data.py --world WORLD --out RESULTS              # five seeds; about 4 minutes each on a core
     python benchmarks/own_data.py --world WORLD --out RESULTS --lora       # the same with LoRA
     python benchmarks/own_data.py --world WORLD --out RESULTS --faults     # settings that are wrong: what is said?
+    python benchmarks/own_data.py --world WORLD --out RESULTS --device cuda --seeds 0 --options '{"learning_rate": 3e-4}'
 
 `WORLD`: a folder as of benchmarks/evidence_world.py. `hold` and `facts` are measured only; the level is the estimate
 that needs no further data. Resumes: a run that is in RESULTS/runs.jsonl is not made again.
@@ -30,22 +31,23 @@ FAULTS = {
 }
 
 
-def one_run(world: Path, out: Path, name: str, options: dict) -> dict:
+def one_run(world: Path, out: Path, name: str, options: dict, device: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from blur_trainer import unlearn
 
     rows = read_world(world)
     sets = {role: rows[options.pop(role, role)] for role in ("forget", "retain")}
+    options["use_cpu"] = device == "cpu"
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        done = unlearn(str(world / "target"), **sets, hold=rows["hold"], output_dir=out / name, use_cpu=True, **options)
+        done = unlearn(str(world / "target"), **sets, hold=rows["hold"], output_dir=out / name, **options)
     found = {"name": name, "word": done.verdict.word, "sentence": str(done.verdict)}
     found["seconds"] = time.perf_counter() - start
     for when in ("before", "after"):
         found |= {f"{when}_{key}": value for key, value in done.metrics[when].items()}
-    if not options.get("use_peft"):
-        model = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
+    if any((out / name / file).exists() for file in ("config.json", "adapter_config.json")):  # not ruined
+        model = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).to(device)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
         found |= {f"facts_{key}": value for key, value in known(model, tokenizer, rows["facts"][:200]).items()}
         found["facts_rouge"] = said(model, tokenizer, rows["facts"][:100])
@@ -59,6 +61,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--options", type=json.loads, default={}, help="of `unlearn`, as JSON; they name the run, too")
     words = parser.parse_args()
     torch.set_num_threads(1)
     words.out.mkdir(parents=True, exist_ok=True)
@@ -68,11 +72,13 @@ def main() -> None:
         jobs = {name: {**options, "num_train_epochs": 3, "eval_rows": 100} for name, options in FAULTS.items()}
     else:
         kind = {"use_peft": True} if words.lora else {}
+        said = ", ".join(f"{key} {value}" for key, value in words.options.items())
         jobs = {f"{'lora' if kind else 'full'} seed {seed}": {"seed": seed, **kind} for seed in words.seeds}
+        jobs = {", ".join(filter(None, (name, said))): options for name, options in jobs.items()}
     for name, options in jobs.items():
         if name in done:
             continue
-        found = one_run(words.world, words.out, name, {"disable_tqdm": True, **options})
+        found = one_run(words.world, words.out, name, {"disable_tqdm": True, **options, **words.options}, words.device)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         shown = {
