@@ -65,8 +65,8 @@ class SourceArguments:
 
 
 @dataclass
-class UnlearnArguments:
-    """What to forget, what to keep, and where forgetting ends. In memory, sets may be datasets or lists, too."""
+class SetArguments:
+    """What every command on one's own data reads and measures. In memory, sets may be datasets or lists, too."""
 
     forget: str | None = field(
         default=None, metadata={"help": "What to forget: a file, a folder, - for stdin, or a dataset on the Hub."}
@@ -82,16 +82,22 @@ class UnlearnArguments:
         default=None, metadata={"help": "The questions of forget in other words: only measured."}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model has none beside it."})
-    method: str = field(default=DEFAULT, metadata={"choices": list(METHODS), "help": "How to unlearn."})
     retrained: str | None = field(
         default=None, metadata={"help": "A model that never saw the forget set: gives the level row by row."}
     )
+    eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
+    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness to measure too."})
+
+
+@dataclass
+class UnlearnArguments(SetArguments):
+    """How to unlearn, where forgetting ends, and how the result is judged."""
+
+    method: str = field(default=DEFAULT, metadata={"choices": list(METHODS), "help": "How to unlearn."})
     level: str | None = field(
         default=None,
         metadata={"help": "Where it ends: retrained, unseen, exchanged (an estimate) or nats per token."},
     )
-    eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
-    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness to measure too."})
     thresholds: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "What the verdict tolerates, as JSON, e.g. '{\"hold\": 0.9}'."}
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from blur_trainer.data.chat import has_chat_template, with_chat_template
+from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import Reading
 from blur_trainer.models.loading import hub_arguments, read_config
@@ -24,7 +24,7 @@ from blur_trainer.pipeline.arguments import (
 )
 from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
-from blur_trainer.pipeline.sets import made, read_set
+from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.pipeline.settings import Size, derived, start_of_texts
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
@@ -79,9 +79,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     config = read_config(model, hub)
     if script.retrained:
         read_config(script.retrained, {})  # a wrong name is refused now
-    tokenizer = with_chat_template(
-        AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
-    )
+    tokenizer = read_tokenizer(script.tokenizer or model, source.chat_template, hub)
     dropping = bool(given.get("drop_empty"))
     asked = [role for role in SETS if getattr(script, role) is not None]
     sets = {role: _read(role, script, source, tokenizer, dropping) for role in asked}

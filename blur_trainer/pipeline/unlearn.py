@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
+from blur_trainer.pipeline.methods import options_read
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
@@ -119,7 +120,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
     """The verdict, and all files beside the model. The main process writes."""
     script, label = prepared.script, prepared.method.label
     numbers: dict[str, Mapping[str, float]] = {row["name"]: row["metrics"] for row in results.rows}
-    verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds)
+    options = options_read(prepared.method, prepared.args)
+    verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds, options)
     results.verdict = verdict
     table = ""
     if PartialState().is_main_process:
