@@ -10,7 +10,8 @@ from blur_trainer.pipeline.attack import attack
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets
 from blur_trainer.report.tables import format_table, robustness_rows
 
-_USAGE = "blur-trainer attack --model_name_or_path MODEL --forget FILE [--retain FILE] [--retrained MODEL]"
+_USAGE = """blur-trainer attack --model_name_or_path MODEL --forget FILE [--retain FILE]
+                           [--retrained MODEL] [--config YAML] [OPTION ...]"""
 
 
 @dataclass
@@ -24,7 +25,10 @@ class AttackArguments:
 
 def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        sys.stdout.write(help_text([MeasureArguments, AttackArguments], "attack", _USAGE, ""))
+        sys.stdout.write(help_text([MeasureArguments, AttackArguments], "attack", _USAGE, "--help-all: all options."))
+        return 0
+    if "--help-all" in arguments:
+        sys.stdout.write(help_text([*CLASSES, AttackArguments], "attack", _USAGE, ""))
         return 0
     with outcome("attack") as done:
         given = options_of((*CLASSES, AttackArguments), arguments, "attack")

@@ -13,7 +13,8 @@ from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.pipeline.sets import made
 from blur_trainer.trainers.blur import BLURConfig
 
-_USAGE = "blur-trainer estimate --model_name_or_path MODEL [--gpus N] [--sharding zero3] [any setting of the training]"
+_USAGE = """blur-trainer estimate --model_name_or_path MODEL [--gpus N] [--sharding zero3]
+                             [any setting of the training]"""
 
 
 @dataclass

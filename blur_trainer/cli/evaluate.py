@@ -11,7 +11,8 @@ from blur_trainer.report.html import write_report
 from blur_trainer.report.tables import format_table
 from blur_trainer.saving.output_dir import check_output_dir
 
-_USAGE = "blur-trainer evaluate --model_name_or_path MODEL --forget FILE [--retain FILE] [--before MODEL]"
+_USAGE = """blur-trainer evaluate --model_name_or_path MODEL --forget FILE [--retain FILE]
+                             [--before MODEL] [--config YAML] [OPTION ...]"""
 
 
 @dataclass

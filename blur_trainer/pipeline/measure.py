@@ -12,6 +12,7 @@ from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.models.loading import check_model, hub_arguments
 from blur_trainer.pipeline.arguments import SETS, SetArguments, SourceArguments
+from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.report.results import Kind, Results
 from blur_trainer.report.verdict import Verdict, judge
@@ -86,6 +87,11 @@ class Sets:
 
 def measure(sets: Sets, samples: int = 3) -> Measured:
     """Measures the model, the one before and the retrained one, each if it is named. Keeps some prompts and answers."""
+    with quiet():
+        return _measured(sets, samples)
+
+
+def _measured(sets: Sets, samples: int) -> Measured:
     script, load = sets.script, sets.load
     results = Results("Your own data", sets.evaluation(), samples=samples)
     named: list[tuple[str, Kind, str | None]] = [

@@ -8,7 +8,6 @@ import time
 
 import pytest
 import yaml
-from support.own_data import write_own_data
 
 from blur_trainer.cli import unlearn as command
 from blur_trainer.cli.main import main
@@ -17,13 +16,6 @@ from blur_trainer.pipeline.preparing import prepare
 
 SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True}
 FILES = {"model_name_or_path": "model", "forget": "forget.csv", "retain": "retain.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("own")
-    write_own_data(made, epochs=10)  # it need not know them well
-    return made
 
 
 @pytest.fixture
