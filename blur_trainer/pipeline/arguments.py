@@ -31,6 +31,7 @@ DERIVED_FROM = (
     "retain",
     "limit",
     "chat_template",
+    "redact",
 )
 VERDICTS = ("forgotten", "not_forgotten", "over_forgotten", "broken")
 

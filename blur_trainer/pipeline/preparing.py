@@ -28,6 +28,7 @@ from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.pipeline.settings import Size, derived, start_of_texts
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.trainers.config import UnlearningConfig
 
 #: TRL's default is float32; the trainer chooses by device and by what is trained
 NO_DTYPE: dict[str, Any] = {"dtype": None}
@@ -64,7 +65,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     """
     given = {name: value for name, value in options.items() if value is not None}
     name = check_options(given)
-    pinned = given.pop(DERIVED, None)
+    pinned = _of_as_many(given.pop(DERIVED, None))
     method = METHODS[name]
     script, source = made(UnlearnArguments, given), made(SourceArguments, given)
     model_args = made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
@@ -86,11 +87,27 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     if pinned is None:
         with quiet():
             found = _derived(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
-        pinned = lora_targets(given) | found
+        pinned = lora_targets(given) | found | _processes()
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
     args = made(method.trainer.config_class, {**settings, **given, **replay})
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
+
+
+def _processes() -> dict[str, int]:
+    """How many share the training, if not one alone. Beside the derived settings, whose batch is that of each."""
+    count = PartialState().num_processes
+    return {} if count == 1 else {"processes": count}
+
+
+def _of_as_many(pinned: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The derived settings of a `run.yaml`. Those of another number of processes are derived anew."""
+    if pinned is None or pinned.get("processes") == _processes().get("processes"):
+        return pinned
+    PartialState().print(
+        "There are more or fewer processes than in the file: settings are derived anew.", file=sys.stderr
+    )
+    return None
 
 
 def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any, drop_empty: bool) -> Reading:
@@ -112,8 +129,11 @@ def _derived(
     forget, retain = (
         tokenize_dataset(sets[role].dataset, tokenizer, role=role, **how) for role in ("forget", "retain")
     )
-    start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer))
-    return derived(name, size, forget, retain, start, lora)
+    # what all prompts begin with is written into many files: of a run that is to hide texts only the template's words
+    public = UnlearningConfig.qa_template if "qa_template" not in given else str(given["qa_template"])
+    hidden = public.partition("{")[0].strip() if given.get("redact") else None
+    start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer), hidden)
+    return derived(name, size, forget, retain, start, lora, PartialState().num_processes)
 
 
 def _not_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from blur_trainer.constants import ROLES
@@ -51,7 +52,8 @@ def recommended(
         role: tokenize_dataset(rows, tokenizer, role=role, max_length=size.positions) for role, rows in sets.items()
     }
     start = start_of_texts(tokenizer, tokenized["retain"], has_chat_template(tokenizer))
-    settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora)
+    processes = PartialState().num_processes
+    settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora, processes)
     if METHODS[method].leveled:
         found = Level.of_exchanged(model, forget, max_length=settings["max_length"]) if level is None else level
         settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)
