@@ -17,7 +17,7 @@ class _Parser(HfArgumentParser):
     """Raises `ValueError` where argparse would print the usage of all options and end the program."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}.")
+        raise ValueError(f"{message.rstrip('.')}.")
 
 
 def settings_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

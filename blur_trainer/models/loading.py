@@ -35,6 +35,8 @@ def check_place(name: str, what: str = "model") -> None:
         what: the name is of, for the message.
     """
     path = Path(name)
+    if not name.strip():  # an unset variable of a shell; as a path it would be the current folder
+        raise OSError(f"The name of the {what} is empty: give a folder, or a name on the Hub.")
     if path.is_dir():
         return
     try:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
@@ -134,7 +135,8 @@ def check_options(options: Mapping[str, Any]) -> str:
     for name in options:
         check_name(name, method)
     for name, what in _NEEDED:
-        if options.get(name) is None:
+        given = options.get(name)
+        if given is None or (isinstance(given, str) and not given.strip()):
             raise ValueError(f"`{name}` is missing: give {what}.")
     return method
 
@@ -152,6 +154,21 @@ def check_name(name: str, method: str) -> None:
     else:
         hint = f" Did you mean `{near[0]}`?" if near else " `blur-trainer unlearn --help-all` lists all."
     raise TypeError(f"`{name}` is no option of unlearn with the method {method}.{hint}")
+
+
+def going_on(given: Any) -> Any:
+    """
+    `resume_from_checkpoint` as Trainer takes it, which knows no words. Raises `ValueError` for a folder that is none.
+    """
+    words = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
+    if not isinstance(given, str) or given.lower() in words:
+        return words.get(given.lower()) if isinstance(given, str) else given
+    if not Path(given).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {given!r}, and there is no such folder. `true` goes on from the last "
+            "checkpoint in `output_dir`."
+        )
+    return given
 
 
 def check_arguments(script: UnlearnArguments, lora: bool) -> None:

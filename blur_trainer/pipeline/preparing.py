@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from accelerate import PartialState
@@ -21,6 +21,7 @@ from blur_trainer.pipeline.arguments import (
     UnlearnArguments,
     check_arguments,
     check_options,
+    going_on,
 )
 from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
@@ -70,9 +71,11 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     script, source = made(UnlearnArguments, given), made(SourceArguments, given)
     model_args = made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
     check_arguments(script, model_args.use_peft)
-    if not given.get("resume_from_checkpoint"):
+    if resume := going_on(given.pop("resume_from_checkpoint", None)):
+        given["resume_from_checkpoint"] = resume
+    else:
         check_output_dir(str(given["output_dir"]))
-    thresholds = Thresholds(**_mapping("thresholds", script.thresholds))
+    thresholds = _thresholds(script.thresholds)
     model = str(model_args.model_name_or_path)
     hub = hub_arguments(
         {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
@@ -151,9 +154,19 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"qa_template": given["qa_template"]} if "qa_template" in given else {}
 
 
+def _thresholds(given: Any) -> Thresholds:
+    named, known = _mapping("thresholds", given), [each.name for each in fields(Thresholds)]
+    if unknown := sorted(set(named) - set(known)):
+        raise ValueError(f"`thresholds` has no {', '.join(unknown)}: there are {', '.join(known)}.")
+    return Thresholds(**named)
+
+
 def _mapping(name: str, given: Any) -> dict[str, Any]:
     """A dict or JSON."""
-    found = json.loads(given) if isinstance(given, str) else given or {}
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a dict or JSON of one, got {given!r} ({error}).") from error
     if not isinstance(found, Mapping):
         raise TypeError(f"`{name}` must be a dict or JSON of one, got {given!r}.")
     return dict(found)

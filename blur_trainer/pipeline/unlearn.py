@@ -21,6 +21,7 @@ from blur_trainer.pipeline.training import MERGED, Trained, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
+from blur_trainer.saving.output_dir import agreed, check_writable
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import write_output
 from blur_trainer.scripts.running import begin_run
@@ -97,8 +98,12 @@ def run(prepared: Prepared) -> Unlearned:
     """All steps after the reading, on every process."""
     script, args = prepared.script, prepared.args
     out = begin_run(args)
-    if PartialState().is_main_process:
+
+    def begin() -> None:
+        check_writable(str(out))
         write_run(out, prepared)
+
+    agreed(begin, PartialState().is_main_process)
     with quiet():
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))

@@ -18,6 +18,9 @@ SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True}
 FILES = {"model_name_or_path": "model", "forget": "forget.csv", "retain": "retain.jsonl"}
 
 
+FOUR = [word for name, value in FILES.items() for word in (f"--{name}", value)] + ["--output_dir", "new"]
+
+
 @pytest.fixture
 def unlearn(folder, tmp_path, monkeypatch):
     """The command in the folder of the files, into a new folder; the report's figures are left out."""
@@ -89,14 +92,24 @@ def test_each_method_has_its_options(method, capsys):
         (["--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
         (["--config"], "`--config` takes one YAML file, once."),
         (["--num_assistant_layers", "2"], "It is one of uld"),
+        (["--use_peft", "maybe"], "(case insensitive).\n"),
+        ([*FOUR, "--thresholds", "{"], "`thresholds` must be a dict or JSON of one, got '{'"),
+        ([*FOUR, "--thresholds", '{"x": 1}'], "`thresholds` has no x: there are retain, hold,"),
+        ([*FOUR, "--model_init_kwargs", "{"], "`model_init_kwargs` must be a dict or JSON of one, got '{'"),
+        ([*FOUR, "--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere', and there is no such"),
+        ([*FOUR[:-1], "model", "--resume_from_checkpoint", "false"], "'model' already holds a run"),
+        ([*FOUR[:-1], "forget.csv/new"], "output_dir 'forget.csv/new' cannot be written"),
     ],
 )
 def test_errors_are_one_line(folder, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folder)
     assert main(["unlearn", *words]) == 2
     told = capsys.readouterr()
-    assert message in told.err and told.err.count("\n") == 1 and told.out == ""
-    assert told.err.startswith("blur-trainer unlearn: ")
+    said = "".join(
+        line for line in told.err.splitlines(True) if ".csv: 8 rows" not in line and "retain.jsonl: " not in line
+    )
+    assert message in said and said.count("\n") == 1 and told.out == ""
+    assert said.startswith("blur-trainer unlearn: ")
 
 
 def test_what_is_missing_is_named(folder, monkeypatch, capsys):
@@ -104,6 +117,9 @@ def test_what_is_missing_is_named(folder, monkeypatch, capsys):
     for name in FILES:
         given = {**FILES, name: None}
         assert main(["unlearn", *(f"--{key}={value}" for key, value in given.items() if value)]) == 2
+        assert f"`{name}` is missing" in capsys.readouterr().err
+    for name in (*FILES, "output_dir"):  # an unset variable of a shell
+        assert main(["unlearn", *FOUR, f"--{name}="]) == 2
         assert f"`{name}` is missing" in capsys.readouterr().err
 
 
@@ -174,6 +190,17 @@ def test_control_c_outside_of_training_says_how_to_go_on(unlearn, tmp_path, monk
     monkeypatch.setattr(command, "run", stop)
     assert unlearn() == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+def test_stdout_has_the_result_alone(unlearn, monkeypatch, capsys):
+    def noisy(prepared):
+        sys.stdout.write("Setting accelerator to CPU.\n")  # as DeepSpeed says when accelerate imports it
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "run", noisy)
+    assert unlearn() == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "Setting accelerator" in told.err and told.err.endswith("unlearn: enough\n")
 
 
 def run_as_a_process(folder, out, *words, **how):

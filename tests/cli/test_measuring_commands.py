@@ -95,6 +95,8 @@ def test_attack_tries_to_bring_the_answers_back(here, capsys):
         ([*NAMES, "--retrained", "nowhere"], "Cannot load model 'nowhere'"),
         ([*NAMES, "--tokenizer", "forget.csv"], "Cannot load tokenizer 'forget.csv': that is a file"),
         (["stray"], "'stray' belongs to no option"),
+        ([*NAMES, "--retain", ""], "The name of the `retain` data is empty"),
+        ([*NAMES, "--before", ""], "The name of the model is empty"),
         ([*NAMES, "--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
     ],
 )
