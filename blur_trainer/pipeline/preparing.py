@@ -26,7 +26,7 @@ from blur_trainer.pipeline.arguments import (
 from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
-from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers.config import UnlearningConfig
@@ -99,7 +99,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
 
 def _processes() -> dict[str, int]:
     """How many share the training, if not one alone. Beside the derived settings, whose batch is that of each."""
-    count = PartialState().num_processes
+    count = process_count()
     return {} if count == 1 else {"processes": count}
 
 
@@ -136,7 +136,7 @@ def _derived(
     public = UnlearningConfig.qa_template if "qa_template" not in given else str(given["qa_template"])
     hidden = public.partition("{")[0].strip() if given.get("redact") else None
     start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer), hidden)
-    return derived(name, size, forget, retain, start, lora, PartialState().num_processes)
+    return derived(name, size, forget, retain, start, lora, process_count())
 
 
 def _not_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

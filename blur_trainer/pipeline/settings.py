@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, ROLES
@@ -42,6 +43,11 @@ class Size:
         text = config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         return cls(text.num_hidden_layers, sum(p.numel() for p in model.parameters()), positions)
+
+
+def process_count() -> int:
+    """How many processes share the training. Accelerate counts those on CPUs only when a configuration is made."""
+    return max(PartialState().num_processes, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def derived(

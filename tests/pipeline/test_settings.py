@@ -10,7 +10,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 import blur_trainer as bt
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.pipeline.preparing import lora_targets, prepare
-from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
 
 
 def rows(count, length=10, prompt=4):
@@ -63,6 +63,12 @@ def test_several_processes_make_the_steps_of_one(count, processes):
     assert own * processes == whole if whole % processes == 0 else own == max(1, whole // processes)
     assert steps(alone, 1) <= steps(found, processes) < steps(alone, 1) + math.ceil(count / (own * processes))
     assert {**found, **{name: alone[name] for name in ("per_device_train_batch_size", "num_train_epochs")}} == alone
+
+
+def test_processes_on_cpus_are_counted_before_a_configuration_is_made(monkeypatch):
+    assert process_count() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert process_count() == 4
 
 
 def test_settings_of_another_number_of_processes_are_derived_anew(tmp_path, monkeypatch, capsys):
