@@ -2,9 +2,7 @@
 
 import argparse
 import difflib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -19,7 +17,7 @@ class _Parser(HfArgumentParser):
     """Raises `ValueError` where argparse would print the usage of all options and end the program."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}.")
+        raise ValueError(f"{message.rstrip('.')}.")
 
 
 def settings_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -88,20 +86,3 @@ def help_text(classes: Sequence[Any], command: str, usage: str, end: str) -> str
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
     )  # fmt: skip
     return parser.format_help()
-
-
-class Refused:
-    """The exit code of a command: 0, or 2 after a refusal."""
-
-    code = 0
-
-
-@contextmanager
-def refusing(command: str) -> Iterator[Refused]:
-    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
-    refused = Refused()
-    try:
-        yield refused
-    except (ValueError, TypeError, OSError) as error:
-        refused.code = 2
-        sys.stderr.write(f"blur-trainer {command}: {error}\n")
