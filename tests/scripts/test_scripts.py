@@ -15,7 +15,8 @@ from support.models import tiny_llama as small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
-from blur_trainer.scripts import muse, tofu, wmdp
+from blur_trainer.cli.main import COMMANDS
+from blur_trainer.scripts import muse, running, tofu, wmdp
 from blur_trainer.scripts.attacks import relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import settings_of, write_output
@@ -24,7 +25,7 @@ from blur_trainer.toy.model import tiny_llama, train_tokenizer
 from blur_trainer.trainers.ending import TrainingInterrupted
 
 BENCHMARKS = {"muse": muse, "tofu": tofu, "wmdp": wmdp}
-EXAMPLES = Path(bt.__file__).parents[1] / "examples"
+EXAMPLES = sorted((Path(bt.__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -172,15 +173,22 @@ def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
     assert "8 bit" in text and "0.750" in text and "retain_y" in text
 
 
-def test_examples_are_short_and_have_the_same_steps():
-    """Readable from top to bottom: what they share is in `blur_trainer/scripts`."""
-    steps = {}
-    for path in sorted(EXAMPLES.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= 150, path.name
-        assert ast.get_docstring(ast.parse(text)), path.name
-        steps[path.name] = re.findall(r"^    # (\d\. \w+)", text, re.MULTILINE)
+def test_runs_have_the_same_steps():
+    """Readable from top to bottom."""
     words = ("Arguments", "Data", "Models", "Evaluation", "Unlearn", "Forgotten", "Output")
     expected = [f"{number}. {word}" for number, word in enumerate(words, 1)]
-    assert {name: found for name, found in steps.items() if found and found != expected} == {}
-    assert {name for name, found in steps.items() if found} == {f"run_{name}.py" for name in BENCHMARKS}
+    for name in BENCHMARKS:
+        text = Path(running.__file__).with_name(f"run_{name}.py").read_text(encoding="utf-8")
+        assert re.findall(r"^    # (\d\. \w+)", text, re.MULTILINE) == expected, name
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_thin_and_say_where_to_read_on(path):
+    text = path.read_text(encoding="utf-8")
+    told = ast.get_docstring(ast.parse(text))
+    command = path.stem.removeprefix("run_")
+    assert f"`blur-trainer {command}` is the same" in told and f"examples/{path.name} " in told
+    assert command in COMMANDS
+    (body,) = re.findall(r"blur_trainer/scripts/(\w+)\.py\.", told)
+    code = f"from blur_trainer.scripts.{body} import main from blur_trainer.scripts.running import run "
+    assert " ".join(text.rpartition('"""')[2].split()) == f'{code}if __name__ == "__main__": run(main)'
