@@ -94,7 +94,7 @@ def read_config(after: Sequence[str]) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(after[0]).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`--config {after[0]}` is not YAML: {error}") from error
+        raise ValueError(f"`--config {after[0]}` is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"`--config {after[0]}` holds no options: write lines such as `method: npo`.")
     return dict(found)

@@ -20,6 +20,7 @@ from support.runs import distance
 from transformers import AutoModelForCausalLM
 
 import blur_trainer as bt
+from blur_trainer.cli.main import main as command
 from blur_trainer.scripts import compare, run_tofu
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,11 +59,15 @@ def main(examples, tmp_path_factory):
     def run(*arguments, script="run_tofu"):
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-            patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments), "--models_dir", str(models)])
+            words = [*map(str, arguments), "--models_dir", str(models)]
+            patch.setattr(sys, "argv", [f"{script}.py", *words])
             patch.setattr(run_tofu, "robustness", lambda *args, **kwargs: attack(*args, **kwargs, steps=[20]))
             patch.setattr(run_tofu, "TOFUEvaluation", short)  # most of the time of a run is answers, token by token
             torch.manual_seed(0)  # as a process begins: LoRA is drawn before the trainer sets its seed
-            examples[script].main()
+            if script == "command":
+                assert command(["tofu", *words]) == 0
+            else:
+                examples[script].main()
         return printed.getvalue()
 
     return run
@@ -245,7 +250,7 @@ def launched(main, monkeypatch):
             self.returncode = int((method, seed) in fail)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("blur_trainer.scripts.output.write_report", str)  # takes as long as the training
-                stdout.write("no memory left\n" if self.returncode else main(*arguments))
+                stdout.write("no memory left\n" if self.returncode else main(*arguments, script="command"))
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=Done, STDOUT=None))
     return seen, fail

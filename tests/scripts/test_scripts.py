@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,35 @@ def test_an_interrupted_training_ends_the_script_with_the_signal_s_code(tmp_path
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == str(raised.value)
     assert told == "Interrupted at step 3 of 8. Go on with --resume_from_checkpoint true and the same arguments."
+
+
+def test_a_failed_training_says_where(tmp_path, caplog):
+    """The command says one line only, after hours."""
+
+    class Failing:
+        args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+
+        def remove_callback(self, callback):
+            pass
+
+        add_callback = remove_callback
+
+        def train(self, resume_from_checkpoint):
+            raise TypeError("deep inside")
+
+    with pytest.raises(TypeError, match="deep inside"):
+        train_and_save(Failing(), "NPO")
+    assert "NPO: the training failed." in caplog.text and "in train\n" in caplog.text
+
+
+def test_a_run_goes_on_after_the_training_too(tmp_path):
+    """Interrupted in the evaluation, with no checkpoint asked for."""
+    args = muse.parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "True"])[1]
+    with pytest.raises(ValueError, match="holds no checkpoint: leave --resume_from_checkpoint out"):
+        muse.check_resuming(args, tmp_path)
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "trainer_state.json").touch()
+    muse.check_resuming(args, tmp_path)
 
 
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
