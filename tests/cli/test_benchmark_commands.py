@@ -37,6 +37,13 @@ def test_the_commands_are_listed_in_groups(capsys):
     assert places["unlearn"] < places["Benchmarks,"] < min(places[name] for name in SHOWN)
 
 
+@pytest.fixture(autouse=True)
+def nothing_begins(monkeypatch):
+    """What should have been refused fails here, and does not train for minutes."""
+    for place in ("given", "compare"):
+        monkeypatch.setattr(f"blur_trainer.scripts.{place}.begin", lambda *args: pytest.fail(f"it begins: {args}"))
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_help_is_one_screen(name, capsys):
     assert main([name, "--help"]) == 0
