@@ -4,20 +4,14 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
 from blur_trainer.pipeline.run_file import read_run
+from blur_trainer.scripts.command_line import Parser
 
 WIDTH = 100
-
-
-class _Parser(HfArgumentParser):
-    """Raises `ValueError` where argparse would print the usage of all options and end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.rstrip('.')}.")
 
 
 def settings_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -51,7 +45,7 @@ def given_options(
     left_out = object()
 
     def parsed(some: Sequence[str]) -> dict[str, Any]:
-        parser = _Parser(list(classes), add_help=False, allow_abbrev=False)
+        parser = Parser(list(classes), add_help=False, allow_abbrev=False)
         found, rest = parser.parse_known_args(list(some), argparse.Namespace(**dict.fromkeys(names, left_out)))
         for word in rest:
             if word.startswith("--"):
