@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from blur_trainer.scripts.levels import with_level
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.running import is_finished, train_and_save
-from blur_trainer.trainers.replay_rows import NothingToReplay
+from blur_trainer.trainers.replay_rows import NoLossFilter, NothingToReplay
 from blur_trainer.uld.trainer import ULDTrainer
 from blur_trainer.uld.tuning import tune_weight
 
@@ -98,11 +99,23 @@ def _trainer(prepared: Prepared, level: Level, load: ModelLoader) -> tuple[Any, 
         )
 
     try:
-        return made(args), ()
+        return _without_filter(made, args)
     except NothingToReplay as error:
         said = f"Nothing is replayed, so only the retain set protects the rest. {error}"
         PartialState().print(said, file=sys.stderr)
         return made(changed(args, replay=None, replay_kwargs=None)), (said,)
+
+
+def _without_filter(made: Callable[[Any], Any], args: Any) -> tuple[Any, tuple[str, ...]]:
+    """The trainer; if replay cannot filter by loss and nobody asked for that, it filters by words alone."""
+    try:
+        return made(args), ()
+    except NoLossFilter as error:
+        if "loss_quantile" in (args.replay_kwargs or {}):
+            raise
+        said = f"Texts to replay are compared with the forget set by their words alone. {error}"
+        PartialState().print(said, file=sys.stderr)
+        return made(changed(args, replay_kwargs={**(args.replay_kwargs or {}), "loss_quantile": None})), (said,)
 
 
 def _model_of(trainer: Any) -> PreTrainedModel:

@@ -33,6 +33,10 @@ class NothingToReplay(ValueError):
     """The filters have dropped all texts: a training may go on without them."""
 
 
+class NoLossFilter(ValueError):
+    """A kernel of the model has no forward mode, so the filter by loss cannot run: a training may go on without it."""
+
+
 class ReplaySets:
     """Forget and retain rows, each of one or more datasets, as texts and as tokens."""
 
@@ -77,6 +81,9 @@ def replayed(
     desc: str | None = None,
 ) -> list[Row]:
     """The rows that [`replay`] keeps, equal on all processes. `alone`: only this process calls."""
+    if settings.loss_quantile is not None and sets.examples["forget"] and sets.examples["retain"]:
+        one = {role: rows[:1] for role, rows in sets.examples.items()}  # before hours of sampling
+        _loss_drops(model, one["forget"], one["retain"], special_ids(model, tokenizer)[1], 1)
     prompts = _prompts(tokenizer, sets, num, settings.prompts, seed)
     sampled = sample_ids(
         *(model, tokenizer, [ids for ids, _ in prompts]),
@@ -176,17 +183,23 @@ def _within_retain(
 ) -> list[bool]:
     """Whether each row's loss falls no faster than the quantile of the retain rows' losses."""
 
+    retain = sets.examples["retain"][:: -(-len(sets.examples["retain"]) // _RETAIN_ROWS)]
+    drops = _loss_drops(model, sets.examples["forget"], [*retain, *rows], pad_id, batch_size)
+    highest = torch.quantile(drops[: len(retain)].double(), quantile)
+    return (drops[len(retain) :] <= highest).tolist()
+
+
+def _loss_drops(model: Any, forget: Sequence[Row], others: Sequence[Row], pad_id: int, batch_size: int) -> torch.Tensor:
+    """Of whole texts: each token is a target."""
+
     def whole(examples: Sequence[Mapping[str, Any]]) -> list[Row]:
         return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
 
-    retain = sets.examples["retain"][:: -(-len(sets.examples["retain"]) // _RETAIN_ROWS)]
     try:
-        drops = loss_drops(model, whole(sets.examples["forget"]), whole([*retain, *rows]), pad_id, batch_size)
+        return loss_drops(model, whole(forget), whole(others), pad_id, batch_size)
     except NotImplementedError as error:
-        raise ValueError(
+        raise NoLossFilter(
             "replay's filter by loss needs forward-mode differentiation, which a kernel of the model does not have: "
             "load it with `attn_implementation='sdpa'` or `'eager'`, without Liger kernels and 4- or 8-bit weights, "
             f"or set `loss_quantile=None`. ({str(error).splitlines()[0]})"
         ) from error
-    highest = torch.quantile(drops[: len(retain)].double(), quantile)
-    return (drops[len(retain) :] <= highest).tolist()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.cli.main import main
-from blur_trainer.trainers.replay_rows import NothingToReplay
+from blur_trainer.trainers.replay_rows import NoLossFilter, NothingToReplay
 
 SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True}
 
@@ -139,6 +139,16 @@ def test_nothing_to_replay_is_said_and_the_run_goes_on(unlearn, monkeypatch, cap
     done = unlearn()
     assert "Nothing is replayed" in done.notes[0] and "Nothing is replayed" in capsys.readouterr().err
     assert (done.output_dir / "model.safetensors").is_file()
+
+
+def test_a_model_without_a_forward_mode_replays_by_words_alone(unlearn, monkeypatch, no_report):
+    monkeypatch.setattr(
+        "blur_trainer.trainers.replay_rows.loss_drops", lambda *_: (_ for _ in ()).throw(NotImplementedError("jvp"))
+    )
+    done = unlearn(replay=8)
+    assert "by their words alone" in done.notes[0] and "(jvp)" in done.notes[0]
+    with pytest.raises(NoLossFilter):
+        unlearn("asked", replay=8, replay_kwargs={"loss_quantile": 0.5})
 
 
 def test_an_adapter_leaves_a_base_that_knows_and_merge_writes_the_whole(unlearn, capsys, no_report):
