@@ -26,6 +26,7 @@ from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.sets import made, read_set
 from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.pipeline.trackers import check_trackers, named_trackers
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
 
@@ -63,6 +64,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
         `ValueError`, `TypeError`, `OSError`: what is wrong, with its remedy.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if "report_to" in given:
+        given["report_to"] = named_trackers(given["report_to"])
     name = check_options(given)
     pinned = given.pop(DERIVED, None)
     method = METHODS[name]
@@ -92,6 +95,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
     args = made(method.trainer.config_class, {**settings, **given, **replay})
+    check_trackers(args)
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
 
 

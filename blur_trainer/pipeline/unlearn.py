@@ -16,6 +16,7 @@ from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
 from blur_trainer.pipeline.shown import shown_settings
+from blur_trainer.pipeline.trackers import send_results, tracked
 from blur_trainer.pipeline.training import MERGED, Trained, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
@@ -98,7 +99,7 @@ def run(prepared: Prepared) -> Unlearned:
     out = begin_run(args)
     if PartialState().is_main_process:
         write_run(out, prepared)
-    with quiet():
+    with quiet(), tracked(args):
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))
         level = measured_level(prepared, model, load)
@@ -121,6 +122,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
     numbers: dict[str, Mapping[str, float]] = {row["name"]: row["metrics"] for row in results.rows}
     verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds)
     results.verdict = verdict
+    named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
+    metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}
     table = ""
     if PartialState().is_main_process:
         write_verdict(out, verdict)
@@ -132,8 +135,7 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
             (out / REPLAY_NAME).unlink(missing_ok=True)  # what the model says itself may be what it learnt
         if script.merge and trained.saved:
             merge_and_save(str(out), str(out / MERGED))
-    named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
-    metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}
+        send_results(prepared.args, metrics, verdict)
     return Unlearned(verdict, metrics, table, out, trained.notes)
 
 
