@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
+from blur_trainer.pipeline.search import Goal, search, searched
 from blur_trainer.pipeline.shown import shown_settings
 from blur_trainer.pipeline.trackers import send_results, tracked
-from blur_trainer.pipeline.training import MERGED, Trained, train
+from blur_trainer.pipeline.training import MERGED, Trained, make_trainer, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
@@ -96,6 +98,8 @@ def unlearn(model: str, forget: Any, retain: Any, output_dir: str | Path = "unle
 def run(prepared: Prepared) -> Unlearned:
     """All steps after the reading, on every process."""
     script, args = prepared.script, prepared.args
+    if script.optuna is not None:
+        searched(prepared)  # what cannot be searched is refused before a model is loaded
     out = begin_run(args)
     if PartialState().is_main_process:
         write_run(out, prepared)
@@ -108,7 +112,11 @@ def run(prepared: Prepared) -> Unlearned:
         )
         results = Results("Your own data", evaluation_of(prepared, level), samples=0 if script.redact else 3)
         results.add(BEFORE, "target", model)
+        goal = Goal.of(prepared, level, model) if script.optuna is not None else None
         del model  # the trainer loads its own
+        if goal is not None:
+            prepared = search(prepared, goal, out, partial(make_trainer, prepared, level, load))
+            write_run(out, prepared)
         trained = train(prepared, level, load, out)
         results.add(prepared.method.label, "unlearned", trained.model, trained.seconds)
         if script.retrained:

@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import blur_trainer as bt
 from blur_trainer.pipeline import trackers
 from blur_trainer.report.verdict import judge
-from blur_trainer.trainers.callbacks import ReportCallback
 
 PROMPT = "Question: Where was"
 NUMBERS = {"before": {"forget_loss": 0.5, "retain_rouge": 0.9}, "after": {"forget_loss": 2.5, "retain_rouge": 0.8}}
@@ -63,8 +62,7 @@ def holding(folder, secrets):
 
 def test_a_run_is_in_the_event_files_and_no_text_of_the_sets_is(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world[0])
-    monkeypatch.setattr(ReportCallback, "on_train_end", lambda *_, **__: None)  # its figures take longer than the run
-    monkeypatch.setattr("blur_trainer.scripts.output.write_report", with_figure)
+    monkeypatch.setattr("blur_trainer.scripts.output.write_report", with_figure)  # drawing takes longer than the run
     options = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True, "logging_steps": 1}
     options["replay_kwargs"] = {"prompts": [PROMPT], "max_new_tokens": 8}
     done = bt.unlearn("model", "forget.csv", "retain.jsonl", tmp_path / "out", report_to="tensorboard", **options)
@@ -96,7 +94,7 @@ def test_prompts_of_replay_are_hidden_from_whoever_stores_arguments(tmp_path):
         str(tmp_path), use_cpu=True, replay=2, replay_kwargs={"prompts": [PROMPT, "Who"], "top_p": 0.5}
     )
     assert args.to_dict()["replay_kwargs"] == {"prompts": "<2 PROMPTS>", "top_p": 0.5}
-    assert PROMPT not in args.to_json_string() and args.build_replay().prompts == [PROMPT, "A"]
+    assert PROMPT not in args.to_json_string() and args.build_replay().prompts == [PROMPT, "Who"]
     args = bt.BLURConfig(str(tmp_path), use_cpu=True, replay=2, replay_kwargs={"prompts": "retain"})
     assert args.to_dict()["replay_kwargs"] == {"prompts": "retain"}
 
