@@ -14,6 +14,7 @@ from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.preparing import Prepared, prepare
+from blur_trainer.pipeline.publishing import publish
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
 from blur_trainer.pipeline.search import Goal, search, searched
@@ -144,7 +145,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
         if script.merge and trained.saved:
             merge_and_save(str(out), str(out / MERGED))
         send_results(prepared.args, metrics, verdict)
-    return Unlearned(verdict, metrics, table, out, trained.notes)
+    notes = publish(prepared, trained, verdict) if prepared.args.push_to_hub else ()
+    return Unlearned(verdict, metrics, table, out, (*trained.notes, *notes))
 
 
 def measured_level(prepared: Prepared, model: PreTrainedModel, load: ModelLoader) -> Level:

@@ -28,14 +28,21 @@ class HiddenTokens(_Base):
     def to_dict(self) -> dict[str, Any]:
         """As of Trainer, which trackers store."""
         given = without_tokens(super().to_dict())
-        replay = given.get("replay_kwargs")
-        if isinstance(replay, dict) and isinstance(replay.get("prompts"), list | tuple):
-            given["replay_kwargs"] = {**replay, "prompts": f"<{len(replay['prompts'])} PROMPTS>"}
-        return given
+        return {**given, "replay_kwargs": without_prompts(given["replay_kwargs"])}
 
     def __str__(self) -> str:
         shown = without_tokens(asdict(self))
         return f"{type(self).__name__}(\n" + "".join(f"{name}={shown[name]},\n" for name in sorted(shown)) + ")"
+
+
+def without_prompts(replay_kwargs: Any) -> Any:
+    """The same with the number of prompts in their place."""
+    prompts = (replay_kwargs or {}).get("prompts")
+    return (
+        {**replay_kwargs, "prompts": f"<{len(prompts)} PROMPTS>"}
+        if isinstance(prompts, list | tuple)
+        else replay_kwargs
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from blur_trainer.pipeline import search as searching
 from blur_trainer.pipeline.preparing import prepare
 from blur_trainer.pipeline.search import Goal, search, searched, unreported
 
-SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True, "use_cpu": True}
+SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True, "use_cpu": True, "eval_rows": 4}
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def holding(folder, secrets):
 def test_a_run_is_in_the_event_files_and_no_text_of_the_sets_is(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world[0])
     monkeypatch.setattr("blur_trainer.scripts.output.write_report", with_figure)  # drawing takes longer than the run
-    options = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True, "logging_steps": 1}
+    options = {"num_train_epochs": 1, "eval_rows": 4, "replay": 8, "disable_tqdm": True, "logging_steps": 1}
     options["replay_kwargs"] = {"prompts": [PROMPT], "max_new_tokens": 8}
     done = bt.unlearn("model", "forget.csv", "retain.jsonl", tmp_path / "out", report_to="tensorboard", **options)
     (folder,) = (tmp_path / "out" / "runs").iterdir()
