@@ -112,7 +112,7 @@ def _to_trackio(args: Any, numbers: Mapping[str, float], verdict: Verdict, figur
     import trackio
 
     where = {"space_id": args.trackio_space_id, "bucket_id": args.trackio_bucket_id, "private": args.hub_private_repo}
-    quietly = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+    quietly: dict[str, Any] = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
     trackio.init(args.project, args.run_name, config=args.to_dict(), resume="allow", **quietly, **where)
     images = {f"figures/{name}": trackio.Image(path) for name, path in figures.items()}
     said = {"verdict": trackio.Markdown(f"**{verdict.word}**\n\n{verdict.sentence}")}
