@@ -53,13 +53,8 @@ def searched(prepared: Prepared) -> dict[str, tuple[float, float]]:
             "`optuna` searches learning rate and strength, and both were given: leave `learning_rate` or "
             f"`{_strength(script.method, args)}` out."
         )
-    found = {}
-    for name in sorted(dials):
-        value, within = float(getattr(args, name)), _WITHIN.get(name, _STRENGTH_WITHIN)
-        if not value > 0:
-            raise ValueError(f"`optuna` searches around `{name}`, which is {value:g}: it must be above 0.")
-        found[name] = (value / within, value * within)
-    return found
+    around = {name: (float(getattr(args, name)), _WITHIN.get(name, _STRENGTH_WITHIN)) for name in sorted(dials)}
+    return {name: (value / within, value * within) for name, (value, within) in around.items()}
 
 
 def _strength(method: str, args: Any) -> str:

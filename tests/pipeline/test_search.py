@@ -97,6 +97,12 @@ def test_a_missing_optuna_says_what_to_install(options, monkeypatch):
         searched(prepare(options))
 
 
+def test_several_processes_are_refused(options, monkeypatch):
+    monkeypatch.setattr(searching, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="one process"):
+        searched(prepare(options))
+
+
 def test_a_run_searches_and_trains_with_the_best_settings(options, tmp_path, monkeypatch):
     monkeypatch.setattr("blur_trainer.scripts.output.write_report", lambda out: out / "report.html")
     options |= {"level": "8", "thresholds": {"loss_rise": 100.0}}  # so the second trial, of a higher rate, is better

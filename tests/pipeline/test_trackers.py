@@ -127,6 +127,20 @@ def test_wandb_gets_the_end_and_neither_terminal_nor_command_line(ended, tmp_pat
     assert holding(folder, ["after/forget_loss"]) != []
 
 
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_a_wandb_that_does_not_start_ends_a_run_before_it_trains(ended, monkeypatch):
+    import wandb
+
+    def init(**_):
+        raise wandb.Error("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    args, _ = ended
+    args.report_to = ["wandb"]
+    with pytest.raises(ValueError, match="wandb, which does not start: No API key"), trackers.tracked(args):
+        pytest.fail("it began")
+
+
 @pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_takes_the_run_up_again_by_its_name(ended, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
