@@ -3,9 +3,12 @@
     python benchmarks/own_data.py --world WORLD --out RESULTS              # five seeds; about 4 minutes each on a core
     python benchmarks/own_data.py --world WORLD --out RESULTS --lora       # the same with LoRA
     python benchmarks/own_data.py --world WORLD --out RESULTS --faults     # settings that are wrong: what is said?
+    python benchmarks/own_data.py --world WORLD --out RESULTS --device cuda --options '{"learning_rate": 3e-4}'
+    python benchmarks/own_data.py --world embedded-tofu --out RESULTS --architecture qwen2 --width 192
 
-`WORLD`: a folder as of benchmarks/evidence_world.py. `hold` and `facts` are measured only; the level is the estimate
-that needs no further data. Resumes: a run that is in RESULTS/runs.jsonl is not made again.
+`WORLD`: a folder as of benchmarks/evidence_world.py, `embedded-tofu` or `embedded-muse`. `hold` and `facts` are only
+measured; the level is the estimate that needs no further data. `--unseen` gives unseen rows, too. Resumes: a run that
+is in RESULTS/runs.jsonl is not made again.
 """
 
 import argparse
@@ -16,7 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from evidence_data import known, read_world, said
+from evidence_data import known, said
+from own_worlds import ARCHITECTURES, World, reshaped, world
 
 #: name -> options that are wrong, or sets that are
 FAULTS = {
@@ -30,35 +34,44 @@ FAULTS = {
 }
 
 
-def one_run(world: Path, out: Path, name: str, options: dict) -> dict:
+def one_run(of: World, out: Path, name: str, options: dict, device: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from blur_trainer import unlearn
 
-    rows = read_world(world)
-    sets = {role: rows[options.pop(role, role)] for role in ("forget", "retain")}
+    given = {role: options.pop(role, role) for role in ("forget", "retain", "hold")}
+    sets = {role: of.sets[each] for role, each in given.items()}
+    if options.pop("unseen", False):
+        sets["unseen"] = of.sets["unseen"]
+    options["use_cpu"] = device == "cpu"
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        done = unlearn(str(world / "target"), **sets, hold=rows["hold"], output_dir=out / name, use_cpu=True, **options)
+        done = unlearn(of.target, **sets, output_dir=out / name, **options)
     found = {"name": name, "word": done.verdict.word, "sentence": str(done.verdict)}
     found["seconds"] = time.perf_counter() - start
     for when in ("before", "after"):
         found |= {f"{when}_{key}": value for key, value in done.metrics[when].items()}
-    if not options.get("use_peft"):
-        model = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
+    saved = any((out / name / file).exists() for file in ("config.json", "adapter_config.json"))
+    if of.facts and saved:
+        model = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).to(device)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
-        found |= {f"facts_{key}": value for key, value in known(model, tokenizer, rows["facts"][:200]).items()}
-        found["facts_rouge"] = said(model, tokenizer, rows["facts"][:100])
+        found |= {f"facts_{key}": value for key, value in known(model, tokenizer, of.facts[:200]).items()}
+        found["facts_rouge"] = said(model, tokenizer, of.facts[:100])
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--world", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--unseen", action="store_true")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="another model of a world that is embedded")
+    parser.add_argument("--width", type=int, default=192, help="of that model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--options", type=json.loads, default={}, help="of `unlearn`, as JSON; they name the run, too")
     words = parser.parse_args()
     torch.set_num_threads(1)
     words.out.mkdir(parents=True, exist_ok=True)
@@ -67,12 +80,19 @@ def main() -> None:
     if words.faults:
         jobs = {name: {**options, "num_train_epochs": 3, "eval_rows": 100} for name, options in FAULTS.items()}
     else:
-        kind = {"use_peft": True} if words.lora else {}
-        jobs = {f"{'lora' if kind else 'full'} seed {seed}": {"seed": seed, **kind} for seed in words.seeds}
+        kind = {**({"use_peft": True} if words.lora else {}), **({"unseen": True} if words.unseen else {})}
+        more = [f"{key} {value}" for key, value in words.options.items()]
+        what = f"{'lora' if words.lora else 'full'}{', unseen' if words.unseen else ''}"
+        jobs = {f"{what} seed {seed}": {"seed": seed, **kind} for seed in words.seeds}
+        more += [f"{words.architecture} {words.width}"] if words.architecture else []
+        jobs = {", ".join((name, *more)): options for name, options in jobs.items()}
+    of = world(words.world, words.out / "models")
+    if words.architecture:
+        of = reshaped(of, words.architecture, words.width, words.out / "models")
     for name, options in jobs.items():
         if name in done:
             continue
-        found = one_run(words.world, words.out, name, {"disable_tqdm": True, **options})
+        found = one_run(of, words.out, name, {"disable_tqdm": True, **options, **words.options}, words.device)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         shown = {

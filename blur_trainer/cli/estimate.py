@@ -7,12 +7,14 @@ from typing import Any
 
 from trl import ModelConfig, get_peft_config
 
-from blur_trainer.cli.options import help_text, options_of, refusing
+from blur_trainer.cli.options import help_text, options_of
+from blur_trainer.cli.outcome import outcome
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.pipeline.sets import made
 from blur_trainer.trainers.blur import BLURConfig
 
-_USAGE = "blur-trainer estimate --model_name_or_path MODEL [--gpus N] [--sharding zero3] [any setting of the training]"
+_USAGE = """blur-trainer estimate --model_name_or_path MODEL [--gpus N] [--sharding zero3]
+                             [any setting of the training]"""
 
 
 @dataclass
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--help-all" in arguments:
         sys.stdout.write(help_text(_CLASSES, "estimate", _USAGE, ""))
         return 0
-    with refusing("estimate") as refused:
+    with outcome("estimate") as done:
         given = options_of(_CLASSES, arguments, "estimate")
         if "model_name_or_path" not in given:
             raise ValueError("`model_name_or_path` is missing: name the model.")
@@ -46,5 +48,5 @@ def main(arguments: Sequence[str]) -> int:
         found = estimate_memory(
             str(model_args.model_name_or_path), args, script.gpus, peft_config=peft_config, **options
         )
-        sys.stdout.write(f"{found}\n")
-    return refused.code
+        done.say(found)
+    return done.code

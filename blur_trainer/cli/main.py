@@ -4,29 +4,48 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-#: command -> its module in `blur_trainer.cli`, and what it does
-COMMANDS = {
-    "unlearn": ("unlearn", "make a model forget your own data, measure it, and say whether it did"),
-    "evaluate": ("evaluate", "measure any model on your own data; with the model before it also a verdict"),
-    "attack": ("attack", "try to bring the answers back: relearning, few bits"),
-    "report": ("report", "write the report of a run anew"),
-    "merge": ("merge", "make one model of an adapter and its base"),
-    "estimate": ("estimate", "say how much memory a training needs"),
-    "recipes": ("recipes", "show published settings"),
+#: for what -> command, which is also its module in `blur_trainer.cli` -> what it does
+GROUPS = {
+    "Your own data": {
+        "unlearn": "make a model forget your own data, measure it, and say whether it did",
+        "evaluate": "measure any model on your own data; with the model before it also a verdict",
+        "attack": "try to bring the answers back: relearning, few bits",
+        "merge": "make one model of an adapter and its base",
+    },
+    "Benchmarks, with tiny models or real ones": {
+        "muse": "unlearn a MUSE corpus: books or news",
+        "tofu": "unlearn TOFU's fictitious authors, by any method",
+        "wmdp": "unlearn hazardous knowledge, topic by topic",
+        "compare": "run methods of tofu or wmdp over several seeds and strengths: mean and spread",
+    },
+    "Beside": {
+        "report": "write the report of a run anew",
+        "estimate": "say how much memory a training needs",
+        "recipes": "show published settings",
+    },
 }
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 _HEAD = "Make a language model forget.\n\n  blur-trainer COMMAND ...\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 2 for a command or an option that is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("--local_rank="):
+        del words[0]  # DeepSpeed's launcher puts it before the command. It is in the environment, too
     if not words or words[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        listed = "".join(f"\n  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
-        sys.stdout.write(f"{_HEAD}{listed}\n\nEach has --help.\n")
+        sys.stdout.write(f"{_HEAD}{_listed()}\nEach has --help.\n")
         return 0
     if words[0] not in COMMANDS:
         sys.stderr.write(f"blur-trainer has no command {words[0]!r}: choose among {', '.join(COMMANDS)}.\n")
         return 2
-    module = importlib.import_module(f"blur_trainer.cli.{COMMANDS[words[0]][0]}")
-    return module.main(words[1:])
+    return importlib.import_module(f"blur_trainer.cli.{words[0]}").main(words[1:])
+
+
+def _listed() -> str:
+    width = max(map(len, COMMANDS))
+    groups = (
+        f"\n{title}:\n" + "".join(f"  {name:{width}}  {what}\n" for name, what in group.items())
+        for title, group in GROUPS.items()
+    )
+    return "".join(groups)

@@ -1,10 +1,9 @@
 """`blur-trainer merge ADAPTER OUTPUT`: an adapter and its base become one model."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from blur_trainer.cli.options import refusing
+from blur_trainer.cli.outcome import outcome
 from blur_trainer.saving.merging import merge_and_save
 
 
@@ -15,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--base_model", help="default: the model that the adapter was trained on")
     parser.add_argument("--dtype", default="auto", help="of the weights; default: as they are stored")
     words = parser.parse_args(arguments)
-    with refusing("merge") as refused:
+    with outcome("merge") as done:
         merge_and_save(words.adapter, words.output_dir, base_model=words.base_model, dtype=words.dtype)
-        sys.stdout.write(f"The whole model is in {words.output_dir}.\n")
-    return refused.code
+        done.say(f"The whole model is in {words.output_dir}.")
+    return done.code

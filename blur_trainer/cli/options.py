@@ -2,24 +2,16 @@
 
 import argparse
 import difflib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
 from blur_trainer.pipeline.run_file import read_run
+from blur_trainer.scripts.command_line import Parser
 
 WIDTH = 100
-
-
-class _Parser(HfArgumentParser):
-    """Raises `ValueError` where argparse would print the usage of all options and end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}.")
 
 
 def settings_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -53,7 +45,7 @@ def given_options(
     left_out = object()
 
     def parsed(some: Sequence[str]) -> dict[str, Any]:
-        parser = _Parser(list(classes), add_help=False, allow_abbrev=False)
+        parser = Parser(list(classes), add_help=False, allow_abbrev=False)
         found, rest = parser.parse_known_args(list(some), argparse.Namespace(**dict.fromkeys(names, left_out)))
         for word in rest:
             if word.startswith("--"):
@@ -88,20 +80,3 @@ def help_text(classes: Sequence[Any], command: str, usage: str, end: str) -> str
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
     )  # fmt: skip
     return parser.format_help()
-
-
-class Refused:
-    """The exit code of a command: 0, or 2 after a refusal."""
-
-    code = 0
-
-
-@contextmanager
-def refusing(command: str) -> Iterator[Refused]:
-    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
-    refused = Refused()
-    try:
-        yield refused
-    except (ValueError, TypeError, OSError) as error:
-        refused.code = 2
-        sys.stderr.write(f"blur-trainer {command}: {error}\n")

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from blur_trainer.cli.options import refusing
+from blur_trainer.cli.outcome import outcome
 from blur_trainer.recipes import BENCHMARKS, recipe, recipe_names
 
 
@@ -14,11 +13,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("benchmark", nargs="?", help=f"one of {', '.join(BENCHMARKS)}; left out: all names")
     parser.add_argument("name", nargs="?", help="left out: the names of the benchmark's recipes")
     words = parser.parse_args(arguments)
-    with refusing("recipes") as refused:
+    with outcome("recipes") as done:
         if words.name:
-            text = json.dumps(recipe(words.benchmark, words.name), indent=2, ensure_ascii=False)
+            done.say(json.dumps(recipe(words.benchmark, words.name), indent=2, ensure_ascii=False))
         else:
-            asked = [words.benchmark] if words.benchmark else BENCHMARKS
-            text = "\n".join(f"{benchmark}: {', '.join(recipe_names(benchmark))}" for benchmark in asked)
-        sys.stdout.write(f"{text}\n")
-    return refused.code
+            for benchmark in [words.benchmark] if words.benchmark else BENCHMARKS:
+                done.say(f"{benchmark}: {', '.join(recipe_names(benchmark))}")
+    return done.code

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         given = given_options(classes_of(method), words, stored, partial(check_name, method=method))
         options = {"output_dir": OUTPUT_DIR} | _derived_anew(given, stored)
-        prepared = prepare(options)
-        done = run(prepared)
+        with redirect_stdout(sys.stderr):  # libraries print: stdout has the result alone
+            prepared = prepare(options)
+            done = run(prepared)
     except (ValueError, TypeError, OSError) as error:
         logger.debug("blur-trainer unlearn", exc_info=True)
         PartialState().print(f"blur-trainer unlearn: {error}", file=sys.stderr)

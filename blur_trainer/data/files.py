@@ -93,6 +93,10 @@ def decoded(data: bytes, where: str) -> str:
     try:
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
+        if b"\0" in data and not wide:
+            raise ValueError(
+                f"{where} is no text but a binary file: save what it holds as text in UTF-8 (a spreadsheet as CSV)."
+            ) from error
         raise ValueError(
             f"{where} is not UTF-8 text: {error}. Convert it, e.g. `iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t "
             f"UTF-8 {where} > NEW`, or save it again as UTF-8."

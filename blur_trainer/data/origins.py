@@ -53,8 +53,13 @@ def _named(
     if name == "-":
         text = decoded(sys.stdin.buffer.read(), "standard input")
         return table_of(text, content_kind(text), "standard input", split)
+    if not name.strip():  # an unset variable of a shell; as a path it would be the current folder
+        raise ValueError(
+            f"The name of the `{role}` data is empty: give a file, a folder, or a dataset's name on the Hub."
+        )
     path = Path(name).expanduser()
     if path.is_file():
+        _check_parts(path, role, config, split)
         return read_table(path, split)
     if path.is_dir():
         return _folder(path, role, split, limit)
@@ -67,6 +72,14 @@ def _named(
     hint = f"If {name!r} should be a file or a folder: there is none. If the dataset wants a login: `hf auth login`."
     rows, where = from_hub(name, config, split, token, hint=hint)
     return _loaded(rows, where, role, None, limit)
+
+
+def _check_parts(path: Path, role: str, config: str | None, split: str | None) -> None:
+    """Raises `ValueError` for what one file cannot have. A JSON file may hold several lists."""
+    if config is not None:
+        raise ValueError(f"{path} is a file, which has no configurations: leave `config` (`--{role}_config`) out.")
+    if split is not None and suffix_of(path) != ".json":
+        raise ValueError(f"{path} is one table without splits: leave `split` (`--{role}_split`) out.")
 
 
 def _loaded(source: Any, name: str, role: str, split: str | None, limit: int | None) -> Table:

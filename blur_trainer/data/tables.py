@@ -209,7 +209,9 @@ def _nested(value: Any, name: str, part: str | None) -> Table:
             raise ValueError(f"{name} has several lists of rows, {list(lists)}: name one of them by `split`.")
         value, notes = lists[key], [f"rows under `{key}`"]
     if not isinstance(value, list):
-        raise ValueError(f"{name} holds a {type(value).__name__}: it must hold a list of objects.")
+        raise ValueError(
+            f"{name} holds no rows, but a value of type {type(value).__name__}: it must hold a list of objects."
+        )
     if value and all(isinstance(entry, dict) and isinstance(entry.get("paragraphs"), list) for entry in value):
         return checked_table(name, _squad(value, name), [*notes, "questions of SQuAD's paragraphs"])
     return checked_table(name, [(f"{name}, row {i}", row) for i, row in enumerate(value, 1)], notes)

@@ -97,6 +97,7 @@ def estimate_memory(
     """
     if reference not in (None, *REFERENCES):
         raise ValueError(f"Unknown reference {reference!r}; accepted: {', '.join(REFERENCES)}.")
+    _check_numbers(world_size, bits)
     if hasattr(args, "num_assistant_layers"):
         raise NotImplementedError(
             f"`{type(args).__name__}` trains an assistant of the model's lower layers, which is not counted here. Ask "
@@ -134,6 +135,13 @@ def estimate_memory(
     estimate = replace(estimate, mask=0 if args.mask_share is None else mask_bytes(built, kept, engine, world_size))
     doubts = unchecked(args, engine, world_size, optim, few, compute) if device == "cuda" else ()
     return replace(estimate, unchecked=doubts)
+
+
+def _check_numbers(world_size: int, bits: int | None) -> None:
+    if world_size < 1:
+        raise ValueError(f"`world_size` is {world_size}: it is the number of processes, at least 1.")
+    if bits not in (None, 4, 8):
+        raise ValueError(f"`bits` is {bits}: 4 or 8, or None for weights that are not quantized.")
 
 
 def _highest(

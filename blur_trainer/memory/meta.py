@@ -14,10 +14,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blur_trainer.models.forward import causal_lm
+from blur_trainer.models.loading import read_config
 
 _ATTENTION = "blur_trainer_memory"
 
@@ -70,7 +71,7 @@ class Saved:
 
 def load_config(model: str | PreTrainedConfig | PreTrainedModel | PeftModel) -> PreTrainedConfig:
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return read_config(model, {})
     config = causal_lm(model).config if isinstance(model, nn.Module) else model
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(

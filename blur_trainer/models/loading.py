@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,6 +25,41 @@ def hub_arguments(kwargs: Any) -> dict[str, Any]:
     `trust_remote_code` is `False` unless given: left open, the auto classes ask on stdin.
     """
     return {"trust_remote_code": False} | {key: kwargs[key] for key in _HUB if key in kwargs}
+
+
+def check_place(name: str, what: str = "model") -> None:
+    """
+    Raises `OSError` for a name that is no folder and can be none on the Hub, so that the Hub need not be asked.
+
+    Args:
+        what: the name is of, for the message.
+    """
+    path = Path(name)
+    if not name.strip():  # an unset variable of a shell; as a path it would be the current folder
+        raise OSError(f"The name of the {what} is empty: give a folder, or a name on the Hub.")
+    if path.is_dir():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError(
+            f"Cannot load {what} {name!r}: there is no folder {path.absolute()}, and names on the Hub are `name` or "
+            "`user/name`. Check the path."
+        ) from error
+    if path.is_file():
+        raise OSError(f"Cannot load {what} {name!r}: that is a file. Name the folder which it is in.")
+
+
+def check_model(name: str, kwargs: dict[str, Any]) -> None:
+    """Raises what [`read_config`] raises, but not for an adapter: that can be measured, too. No weight is read."""
+    check_place(name)
+    where = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
+    try:
+        found = find_adapter_config_file(name, **where)
+    except OSError as error:
+        raise cannot_load(name, error) from error
+    if found is None:
+        read_config(name, kwargs)
 
 
 def load_pretrained(name: str, kwargs: Any) -> Any:
@@ -78,6 +115,7 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
     given = kwargs.get("config")
     if given is not None:
         return given
+    check_place(name)
     hub = hub_arguments(kwargs) | {key: kwargs[key] for key in _PLACE if key in kwargs}
     if Path(name).is_dir():
         _refuse_adapter(name, hub)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
@@ -31,6 +32,7 @@ DERIVED_FROM = (
     "retain",
     "limit",
     "chat_template",
+    "redact",
 )
 VERDICTS = ("forgotten", "not_forgotten", "over_forgotten", "broken")
 
@@ -65,8 +67,8 @@ class SourceArguments:
 
 
 @dataclass
-class UnlearnArguments:
-    """What to forget, what to keep, and where forgetting ends. In memory, sets may be datasets or lists, too."""
+class SetArguments:
+    """What every command on one's own data reads and measures. In memory, sets may be datasets or lists, too."""
 
     forget: str | None = field(
         default=None, metadata={"help": "What to forget: a file, a folder, - for stdin, or a dataset on the Hub."}
@@ -82,16 +84,22 @@ class UnlearnArguments:
         default=None, metadata={"help": "The questions of forget in other words: only measured."}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model has none beside it."})
-    method: str = field(default=DEFAULT, metadata={"choices": list(METHODS), "help": "How to unlearn."})
     retrained: str | None = field(
         default=None, metadata={"help": "A model that never saw the forget set: gives the level row by row."}
     )
+    eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
+    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness to measure too."})
+
+
+@dataclass
+class UnlearnArguments(SetArguments):
+    """How to unlearn, where forgetting ends, and how the result is judged."""
+
+    method: str = field(default=DEFAULT, metadata={"choices": list(METHODS), "help": "How to unlearn."})
     level: str | None = field(
         default=None,
         metadata={"help": "Where it ends: retrained, unseen, exchanged (an estimate) or nats per token."},
     )
-    eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
-    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness to measure too."})
     optuna: int | None = field(
         default=None, metadata={"help": "First search learning rate and strength by so many trainings."}
     )
@@ -130,7 +138,8 @@ def check_options(options: Mapping[str, Any]) -> str:
     for name in options:
         check_name(name, method)
     for name, what in _NEEDED:
-        if options.get(name) is None:
+        given = options.get(name)
+        if given is None or (isinstance(given, str) and not given.strip()):
             raise ValueError(f"`{name}` is missing: give {what}.")
     return method
 
@@ -148,6 +157,21 @@ def check_name(name: str, method: str) -> None:
     else:
         hint = f" Did you mean `{near[0]}`?" if near else " `blur-trainer unlearn --help-all` lists all."
     raise TypeError(f"`{name}` is no option of unlearn with the method {method}.{hint}")
+
+
+def going_on(given: Any) -> Any:
+    """
+    `resume_from_checkpoint` as Trainer takes it, which knows no words. Raises `ValueError` for a folder that is none.
+    """
+    words = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
+    if not isinstance(given, str) or given.lower() in words:
+        return words.get(given.lower()) if isinstance(given, str) else given
+    if not Path(given).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {given!r}, and there is no such folder. `true` goes on from the last "
+            "checkpoint in `output_dir`."
+        )
+    return given
 
 
 def check_arguments(script: UnlearnArguments, lora: bool) -> None:

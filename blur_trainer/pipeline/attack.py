@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from blur_trainer.checks import check_value
 from blur_trainer.evaluation.robustness.battery import robustness
 from blur_trainer.pipeline.measure import Sets
+from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.report.results import Results
 from blur_trainer.scripts.attacks import relearning_sets
 
@@ -19,9 +21,20 @@ def attack(sets: Sets, steps: int = 20, learning_rate: float = 1e-5, seed: int =
         steps, learning_rate: of the relearning.
         seed: of the draw of its rows.
 
+    Raises:
+        `ValueError` or `TypeError`: a number is out of its range; no model was loaded.
+
     Returns:
         `Results`, whose `robustness` has all rows.
     """
+    check_value("steps", steps, (int,), "[1, inf)")
+    check_value("learning_rate", learning_rate, (float,), "(0, inf)")
+    check_value("seed", seed, (int,), "[0, 4294967295]")
+    with quiet():
+        return _attacked(sets, steps, learning_rate, seed)
+
+
+def _attacked(sets: Sets, steps: int, learning_rate: float, seed: int) -> Results:
     script, load = sets.script, sets.load
     evaluation = sets.evaluation()
     results = Results("Your own data, attacked", evaluation, samples=0)

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from blur_trainer.data.chat import with_chat_template
+from blur_trainer.checks import check_fields
 from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
-from blur_trainer.models.loading import hub_arguments
-from blur_trainer.pipeline.arguments import SETS, SourceArguments
-from blur_trainer.pipeline.sets import made, read_set
+from blur_trainer.models.loading import check_model, hub_arguments
+from blur_trainer.pipeline.arguments import SETS, SetArguments, SourceArguments
+from blur_trainer.pipeline.quiet import quiet
+from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.report.results import Kind, Results
 from blur_trainer.report.verdict import Verdict, judge
 from blur_trainer.scripts.loading import ModelLoader
@@ -21,19 +21,10 @@ from blur_trainer.trainers.config import UnlearningConfig
 
 
 @dataclass
-class MeasureArguments:
+class MeasureArguments(SetArguments):
     """What is measured, of which model."""
 
-    forget: str | None = field(default=None, metadata={"help": "What was to be forgotten: a file, a folder, the Hub."})
-    retain: str | None = field(default=None, metadata={"help": "What was to be kept."})
-    hold: str | None = field(default=None, metadata={"help": "What the model knew and neither set mentions."})
-    unseen: str | None = field(default=None, metadata={"help": "Of the kind of forget, but no model saw it."})
-    paraphrased: str | None = field(default=None, metadata={"help": "The questions of forget in other words."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model has none beside it."})
     before: str | None = field(default=None, metadata={"help": "The model before unlearning: then there is a verdict."})
-    retrained: str | None = field(default=None, metadata={"help": "A model that never saw the forget set."})
-    eval_rows: int = field(default=200, metadata={"help": "Rows of each set that are measured."})
-    lm_eval: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness, too."})
     drop_empty: bool = field(default=False, metadata={"help": "Leave out rows without a question, answer or text."})
     batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
     max_length: int | None = field(default=None, metadata={"help": "Longest example in tokens."})
@@ -52,6 +43,7 @@ class Measured:
 
 CLASSES = (MeasureArguments, SourceArguments, ModelConfig)
 NAME = "model"
+_RANGES = {"eval_rows": "[1, inf)", "batch_size": "[1, inf)", "max_length": "[2, inf)"}
 
 
 class Sets:
@@ -62,9 +54,12 @@ class Sets:
         if not model_args.model_name_or_path or self.script.forget is None:
             raise ValueError("Give `model_name_or_path` (the model) and `forget` (what it was to forget).")
         self.model = str(model_args.model_name_or_path)
+        check_fields(self.script, _RANGES, skipped=SETS)  # sets may be in memory
         hub = hub_arguments({"revision": model_args.model_revision})
-        tokenizer = AutoTokenizer.from_pretrained(self.script.tokenizer or self.model, **hub)
-        self.tokenizer: PreTrainedTokenizerBase = with_chat_template(tokenizer, source.chat_template)
+        for name in (self.model, self.script.before, self.script.retrained):
+            if name is not None:
+                check_model(name, hub if name == self.model else hub_arguments({}))
+        self.tokenizer = read_tokenizer(self.script.tokenizer or self.model, source.chat_template, hub)
         asked = [role for role in SETS if getattr(self.script, role) is not None]
         self.readings = {
             role: read_set(role, self.script, source, self.tokenizer, self.script.drop_empty) for role in asked
@@ -73,9 +68,9 @@ class Sets:
         self.load = ModelLoader(self.args, model_args)
 
     def said(self) -> dict[str, Any]:
-        """Of the report's settings: how the sets were read, their digests, and the day."""
+        """Of the report's settings: the model, how the sets were read, their digests, and the day."""
         data = {role: f"{reading.said}; digest {reading.digest}" for role, reading in self.readings.items()}
-        return {"data": data, "date": date.today().isoformat()}
+        return {"model_name_or_path": self.model, "data": data, "date": date.today().isoformat()}
 
     def evaluation(self) -> ForgetEvaluation:
         script = self.script
@@ -90,10 +85,15 @@ class Sets:
         )
 
 
-def measure(sets: Sets) -> Measured:
-    """Measures the model, the one before and the retrained one, each if it is named."""
+def measure(sets: Sets, samples: int = 3) -> Measured:
+    """Measures the model, the one before and the retrained one, each if it is named. Keeps some prompts and answers."""
+    with quiet():
+        return _measured(sets, samples)
+
+
+def _measured(sets: Sets, samples: int) -> Measured:
     script, load = sets.script, sets.load
-    results = Results("Your own data", sets.evaluation(), samples=3)
+    results = Results("Your own data", sets.evaluation(), samples=samples)
     named: list[tuple[str, Kind, str | None]] = [
         ("before", "target", script.before),
         (NAME, "unlearned", sets.model),

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from blur_trainer.trainers.blur import BLURTrainer
+from blur_trainer.trainers.effect import settings_read
 from blur_trainer.trainers.grad_diff import GradDiffTrainer
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.trainer import ULDTrainer
@@ -27,6 +28,19 @@ _TARGET: dict[str, Any] = {"forget_objective": "target_loss", "forget_objective_
 
 def _sum(label: str, objective: str, *, leveled: bool = True, **settings: Any) -> Method:
     return Method(label, UnlearningTrainer, {"forget_objective": objective, **settings}, leveled)
+
+
+def options_read(method: Method, args: Any) -> set[str]:
+    """
+    The options that a run reads and a verdict may advise. Objectives are chosen by `method`.
+
+    Args:
+        args: of its trainer.
+    """
+    found = settings_read(args) - {"forget_objective"}
+    if not (method.leveled or args.forget_level) or args.stop_at_level:
+        found -= {"stop_at_level"}
+    return found if args.forget_objective == "target_loss" else found | {"method"}
 
 
 DEFAULT = "blur"

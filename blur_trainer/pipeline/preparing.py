@@ -3,14 +3,14 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from blur_trainer.data.chat import has_chat_template, with_chat_template
+from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import Reading
 from blur_trainer.models.loading import hub_arguments, read_config
@@ -21,14 +21,16 @@ from blur_trainer.pipeline.arguments import (
     UnlearnArguments,
     check_arguments,
     check_options,
+    going_on,
 )
 from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
-from blur_trainer.pipeline.sets import made, read_set
-from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
+from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
 from blur_trainer.pipeline.trackers import check_trackers, named_trackers
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.trainers.config import UnlearningConfig
 
 #: TRL's default is float32; the trainer chooses by device and by what is trained
 NO_DTYPE: dict[str, Any] = {"dtype": None}
@@ -67,14 +69,16 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     if "report_to" in given:
         given["report_to"] = named_trackers(given["report_to"])
     name = check_options(given)
-    pinned = given.pop(DERIVED, None)
+    pinned = _of_as_many(given.pop(DERIVED, None))
     method = METHODS[name]
     script, source = made(UnlearnArguments, given), made(SourceArguments, given)
     model_args = made(ModelConfig, {**NO_DTYPE, **lora_targets(given), **given})
     check_arguments(script, model_args.use_peft)
-    if not given.get("resume_from_checkpoint"):
+    if resume := going_on(given.pop("resume_from_checkpoint", None)):
+        given["resume_from_checkpoint"] = resume
+    else:
         check_output_dir(str(given["output_dir"]))
-    thresholds = Thresholds(**_mapping("thresholds", script.thresholds))
+    thresholds = _thresholds(script.thresholds)
     model = str(model_args.model_name_or_path)
     hub = hub_arguments(
         {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
@@ -82,21 +86,35 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     config = read_config(model, hub)
     if script.retrained:
         read_config(script.retrained, {})  # a wrong name is refused now
-    tokenizer = with_chat_template(
-        AutoTokenizer.from_pretrained(script.tokenizer or model, **hub), source.chat_template
-    )
+    tokenizer = read_tokenizer(script.tokenizer or model, source.chat_template, hub)
     dropping = bool(given.get("drop_empty"))
     asked = [role for role in SETS if getattr(script, role) is not None]
     sets = {role: _read(role, script, source, tokenizer, dropping) for role in asked}
     if pinned is None:
         with quiet():
             found = _derived(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
-        pinned = lora_targets(given) | found
+        pinned = lora_targets(given) | found | _processes()
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
     args = made(method.trainer.config_class, {**settings, **given, **replay})
     check_trackers(args)
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
+
+
+def _processes() -> dict[str, int]:
+    """How many share the training, if not one alone. Beside the derived settings, whose batch is that of each."""
+    count = process_count()
+    return {} if count == 1 else {"processes": count}
+
+
+def _of_as_many(pinned: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The derived settings of a `run.yaml`. Those of another number of processes are derived anew."""
+    if pinned is None or pinned.get("processes") == _processes().get("processes"):
+        return pinned
+    PartialState().print(
+        "There are more or fewer processes than in the file: settings are derived anew.", file=sys.stderr
+    )
+    return None
 
 
 def _read(role: str, script: UnlearnArguments, source: SourceArguments, tokenizer: Any, drop_empty: bool) -> Reading:
@@ -118,8 +136,11 @@ def _derived(
     forget, retain = (
         tokenize_dataset(sets[role].dataset, tokenizer, role=role, **how) for role in ("forget", "retain")
     )
-    start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer))
-    return derived(name, size, forget, retain, start, lora)
+    # what all prompts begin with is written into many files: of a run that is to hide texts only the template's words
+    public = UnlearningConfig.qa_template if "qa_template" not in given else str(given["qa_template"])
+    hidden = public.partition("{")[0].strip() if given.get("redact") else None
+    start = start_of_texts(tokenizer, retain, has_chat_template(tokenizer), hidden)
+    return derived(name, size, forget, retain, start, lora, process_count())
 
 
 def _not_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,9 +158,19 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"qa_template": given["qa_template"]} if "qa_template" in given else {}
 
 
+def _thresholds(given: Any) -> Thresholds:
+    named, known = _mapping("thresholds", given), [each.name for each in fields(Thresholds)]
+    if unknown := sorted(set(named) - set(known)):
+        raise ValueError(f"`thresholds` has no {', '.join(unknown)}: there are {', '.join(known)}.")
+    return Thresholds(**named)
+
+
 def _mapping(name: str, given: Any) -> dict[str, Any]:
     """A dict or JSON."""
-    found = json.loads(given) if isinstance(given, str) else given or {}
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a dict or JSON of one, got {given!r} ({error}).") from error
     if not isinstance(found, Mapping):
         raise TypeError(f"`{name}` must be a dict or JSON of one, got {given!r}.")
     return dict(found)

@@ -10,7 +10,7 @@ from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.level import Level
 from blur_trainer.models.loading import hub_arguments, read_config
 from blur_trainer.pipeline.methods import DEFAULT, METHODS
-from blur_trainer.pipeline.settings import Size, derived, start_of_texts
+from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
 
 
 def recommended(
@@ -51,7 +51,7 @@ def recommended(
         role: tokenize_dataset(rows, tokenizer, role=role, max_length=size.positions) for role, rows in sets.items()
     }
     start = start_of_texts(tokenizer, tokenized["retain"], has_chat_template(tokenizer))
-    settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora)
+    settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora, process_count())
     if METHODS[method].leveled:
         found = Level.of_exchanged(model, forget, max_length=settings["max_length"]) if level is None else level
         settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, ROLES
@@ -44,8 +45,19 @@ class Size:
         return cls(text.num_hidden_layers, sum(p.numel() for p in model.parameters()), positions)
 
 
+def process_count() -> int:
+    """How many processes share the training. Accelerate counts those on CPUs only when a configuration is made."""
+    return max(PartialState().num_processes, int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def derived(
-    method: str, size: Size, forget: Sequence[Any], retain: Sequence[Any], start: Sequence[str] | str | None, lora: bool
+    method: str,
+    size: Size,
+    forget: Sequence[Any],
+    retain: Sequence[Any],
+    start: Sequence[str] | str | None,
+    lora: bool,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """
     The settings of a training that nobody has chosen.
@@ -56,6 +68,7 @@ def derived(
         forget, retain: tokenized examples.
         start: what texts to replay begin with, see [`replay`]; `None`: the tokenizer's start.
         lora: whether an adapter is trained.
+        processes: that share the training. Batch and optimizer steps of all together are those of one.
     """
     chosen = METHODS[method]
     rate = _RATE * min(1.0, (_SIZE / size.parameters) ** _POWER)
@@ -63,9 +76,8 @@ def derived(
     settings: dict[str, Any] = {
         "learning_rate": _rounded(rate * (_LORA if lora else 1.0)),
         "lr_scheduler_type": "linear",
-        "per_device_train_batch_size": min(_BATCH, len(forget)),
+        **_batches(len(forget), processes),
         "per_device_eval_batch_size": 16,
-        "num_train_epochs": _epochs(len(forget)),
         "max_length": _length([*forget, *retain], size.positions),
         "logging_steps": 10,
         "logging_first_step": True,
@@ -87,12 +99,20 @@ def derived(
     return settings | chosen.settings
 
 
-def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], template: bool) -> list[str] | str | None:
+def start_of_texts(
+    tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], template: bool, public: str | None = None
+) -> list[str] | str | None:
     """
     What texts that the model says itself begin with: the words that all prompts begin with, such as `Question:`.
 
     `"retain"`, the prompts themselves, where they begin unlike one another or are written by a chat template; `None`,
     the tokenizer's start, for texts that have no prompt. Where it has none, `"retain"`: the first words of the texts.
+
+    Args:
+        retain: tokenized examples.
+        template: whether a chat template writes the prompts.
+        public: of a run that keeps the users' words to itself: the words that all prompts may begin with. Beyond them
+            it is the users' words.
     """
     prompts = [
         [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX] for row in retain
@@ -105,12 +125,18 @@ def start_of_texts(tokenizer: PreTrainedTokenizerBase, retain: Sequence[Any], te
         return "retain"
     common = os.path.commonprefix(asked)  # noqa: RUF071 -- by characters is meant
     words = common.rsplit(" ", 1)[0].strip() if not common.endswith((" ", ":")) else common.strip()
+    if public is not None:
+        words = public if public and words.startswith(public) else ""
     return [words] if words and len(asked) > 1 else "retain"
 
 
-def _epochs(rows: int) -> int:
-    batches = math.ceil(rows / min(_BATCH, rows))
-    return min(max(math.ceil(_STEPS / batches), _EPOCHS[0]), _EPOCHS[1])
+def _batches(rows: int, processes: int) -> dict[str, int]:
+    """The batch of each process, and so many epochs that there are at least the steps of one process alone."""
+    whole = min(_BATCH, rows)
+    own = max(1, whole // processes)
+    alone, shared = math.ceil(rows / whole), math.ceil(rows / (own * processes))  # steps per epoch
+    epochs = min(max(math.ceil(_STEPS / alone), _EPOCHS[0]), _EPOCHS[1])
+    return {"per_device_train_batch_size": own, "num_train_epochs": math.ceil(epochs * alone / shared)}
 
 
 def _length(rows: Sequence[Any], positions: int | None) -> int:

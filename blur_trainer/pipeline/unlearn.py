@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
+from blur_trainer.pipeline.methods import options_read
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.publishing import publish
 from blur_trainer.pipeline.quiet import quiet
@@ -24,6 +25,7 @@ from blur_trainer.pipeline.training import MERGED, Trained, make_trainer, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
+from blur_trainer.saving.output_dir import agreed, check_writable
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import write_output
 from blur_trainer.scripts.running import begin_run
@@ -102,8 +104,12 @@ def run(prepared: Prepared) -> Unlearned:
     if script.optuna is not None:
         searched(prepared)  # what cannot be searched is refused before a model is loaded
     out = begin_run(args)
-    if PartialState().is_main_process:
+
+    def begin() -> None:
+        check_writable(str(out))
         write_run(out, prepared)
+
+    agreed(begin, PartialState().is_main_process)
     with quiet(), tracked(args):
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))
@@ -129,7 +135,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
     """The verdict, and all files beside the model. The main process writes."""
     script, label = prepared.script, prepared.method.label
     numbers: dict[str, Mapping[str, float]] = {row["name"]: row["metrics"] for row in results.rows}
-    verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds)
+    options = options_read(prepared.method, prepared.args)
+    verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds, options)
     results.verdict = verdict
     named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
     metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +115,7 @@ def judge(
     level: Any = None,
     retrained: Mapping[str, float] | None = None,
     thresholds: Thresholds | None = None,
+    options: Collection[str] | None = None,
 ) -> Verdict:
     """
     Judges an unlearning by what a [`ForgetEvaluation`] measured before and after it. Needs no model.
@@ -127,6 +128,7 @@ def judge(
         level: a [`Level`], or nats per token. Default: the retrained model's `forget_loss`; else `unseen_loss` before.
         retrained: numbers of the same evaluation of a model that was trained without the forget set.
         thresholds: what is tolerated.
+        options: the settings that the training reads: what to try names no others. `None`: they are not known.
 
     Raises:
         `ValueError`: there is no `forget_loss`.
@@ -150,7 +152,7 @@ def judge(
     return Verdict(
         word,
         _sentence(word, before, after, reference, findings),
-        advice(word, findings, before, after),
+        advice(word, findings, before, after, options),
         tuple(findings),
         tuple(notes),
         reference.level,

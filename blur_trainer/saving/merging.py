@@ -9,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from blur_trainer.atomic_write import atomic_write
-from blur_trainer.models.loading import load_pretrained
+from blur_trainer.models.loading import check_place, load_pretrained
 from blur_trainer.report.model_card import merged_card
 from blur_trainer.saving import output_dir as saving
 
@@ -48,13 +49,7 @@ def merge_and_save(
             f"{adapter!r} is a model unlearned by logit difference: its assistant's logits are subtracted from the "
             "target's, which no weights can do. Load it with `AutoModelForCausalLM`."
         )
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except ValueError as error:
-        raise ValueError(
-            f"{adapter!r} holds no adapter: no `adapter_config.json` is there. Pass the output_dir of a training with "
-            f"`peft_config`; a full model needs no merging. {error}"
-        ) from error
+    config = _read_adapter(adapter)
     base = base_model or config.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -62,7 +57,7 @@ def merge_and_save(
             "or the loaded model."
         )
     if isinstance(base, str):
-        base = load_pretrained(base, {"dtype": dtype, **model_kwargs})
+        base = _load_base(base, adapter, named=base_model is not None, kwargs={"dtype": dtype, **model_kwargs})
     if getattr(base, "is_quantized", False):
         raise ValueError("`base_model` is quantized: the adapter would be rounded away. Pass it unquantized.")
     merged = _merged(base, adapter)
@@ -76,6 +71,44 @@ def merge_and_save(
         text = merged_card(card.read_text(encoding="utf-8"))
         atomic_write(Path(output_dir) / "README.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     return merged
+
+
+def _read_adapter(adapter: str) -> PeftConfig:
+    """Its configuration. Of a folder, or of a name that cannot be on the Hub, the Hub is not asked."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        check_place(adapter, "adapter")
+        if "/" not in adapter:  # the Hub has models without a user's name, of its own; adapters belong to users
+            raise OSError(
+                f"Cannot load adapter {adapter!r}: there is no folder {folder.absolute()}, and adapters on the Hub are "
+                "`user/name`. Check the path."
+            )
+    elif not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{adapter!r} holds no adapter: no `{ADAPTER_CONFIG_NAME}` is there. Pass the output_dir of a training "
+            "with `peft_config`; a full model needs no merging."
+        )
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except ValueError as error:
+        if folder.is_dir():
+            raise ValueError(f"{adapter!r} has an `{ADAPTER_CONFIG_NAME}` that cannot be read. {error}") from error
+        raise OSError(
+            f"Cannot load adapter {adapter!r}: there is no such folder, and no such adapter was found on the Hub. "
+            f"{error}"
+        ) from error
+
+
+def _load_base(base: str, adapter: str, named: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return load_pretrained(base, kwargs)
+    except OSError as error:
+        if named:
+            raise
+        raise OSError(
+            f"{error} The adapter in {adapter!r} says that this is its base. If that is elsewhere, pass `base_model` "
+            "(`--base_model`)."
+        ) from error
 
 
 def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -109,6 +109,13 @@ def _recipe(script: MUSEArguments, model_args: ModelConfig) -> tuple[str, str] |
     return f"muse-{script.corpus}", script.recipe
 
 
+def check_resuming(args: BLURConfig, out: Path) -> None:
+    """Raises `ValueError` if the run is to go on and no training of one has begun: the folder may be misspelled."""
+    begun = any(path for name in ("checkpoint-*", "trainer_state.json") for path in out.rglob(name))
+    if args.resume_from_checkpoint and not begun:
+        raise ValueError(f"output_dir {str(out)!r} holds no checkpoint: leave --resume_from_checkpoint out.")
+
+
 def tiny_models(data: DatasetDict, folder: Path) -> tuple[PreTrainedTokenizerBase, str, str]:
     """A tokenizer, and the names of two tiny models: one knows all texts by heart, one all but the forget set."""
     tokenizer = train_tokenizer(training_texts(data)["text"])

@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers.callbacks import ProgressBarCallback
 from blur_trainer.trainers.ending import TrainingInterrupted
 from blur_trainer.trainers.unlearning import UnlearningTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path:
@@ -33,7 +36,7 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
 
 def begin_run(args: TrainingArguments) -> Path:
     """As `begin`, for a run that attacks nothing."""
-    check_launch(args, f"start `accelerate launch {sys.argv[0]}` with the same arguments")
+    check_launch(args, f"start `accelerate launch {_program()}` with the same arguments")
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
         disable_progress_bar()
@@ -43,6 +46,12 @@ def begin_run(args: TrainingArguments) -> Path:
     if not args.resume_from_checkpoint:
         check_output_dir(str(args.output_dir))
     return Path(str(args.output_dir))
+
+
+def _program() -> str:
+    """What a launcher is to start: this script, or the command `blur-trainer`."""
+    script = sys.argv[0]
+    return "-m blur_trainer" if Path(script).stem in ("blur-trainer", "__main__") else script
 
 
 def check_launch(args: TrainingArguments, all_gpus: str) -> None:
@@ -80,14 +89,53 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
         remedy = "Go on with --resume_from_checkpoint true and the same arguments."
         PartialState().print(f"{error.where}. {remedy}", file=sys.stderr)
         raise TrainingInterrupted(error.where, remedy, error.signal) from None
+    except (ValueError, TypeError, OSError):
+        logger.exception("%s: the training failed.", label)  # hours end by it, and `refusing` says one line only
+        raise
     trainer.save_model()
     trainer.save_state()
     PartialState().wait_for_everyone()  # the main process writes, and all of them may load it next
     return trainer
 
 
+class Refused:
+    """The exit code of a command: 0, or 2 after a refusal."""
+
+    code = 0
+
+
+@contextmanager
+def refusing(command: str) -> Iterator[Refused]:
+    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
+    refused = Refused()
+    try:
+        yield refused
+    except (ValueError, TypeError, OSError) as error:
+        refused.code = 2
+        logger.debug(command, exc_info=True)
+        sys.stderr.write(f"{command}: {error}\n")
+
+
+def ended(command: str, main: Callable[[], None]) -> int:
+    """
+    Calls `main`; then several processes part, as torch asks.
+
+    Returns:
+        The exit code: 2 after a refusal, 130 after Ctrl+C outside of a training. A training ends with
+        [`~blur_trainer.trainers.ending.TrainingInterrupted`] by itself.
+    """
+    with refusing(command) as refused:
+        try:
+            main()
+        except KeyboardInterrupt:
+            again = "Give the same command again; if a training had begun, with --resume_from_checkpoint true."
+            PartialState().print(f"\n{command}: interrupted. {again}", file=sys.stderr)
+            return 130
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+    return refused.code
+
+
 def run(main: Callable[[], None]) -> None:
-    """A script's `main`; then several processes part, as torch asks."""
-    main()
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    """Ends this process, a script, as `main` ends."""
+    sys.exit(ended(Path(sys.argv[0]).name, main))

@@ -34,7 +34,10 @@ HUB = {
 class TOFUArguments:
     """What to unlearn, how, and how it is judged."""
 
-    method: str = field(default="blur-target", metadata={"choices": list(METHODS), "help": "How to unlearn."})
+    method: str = field(
+        default="blur-target",
+        metadata={"choices": list(METHODS), "metavar": "METHOD", "help": f"How to unlearn: {', '.join(METHODS)}."},
+    )
     recipe: str | None = field(
         default=None, metadata={"help": "Published settings, their method and model, e.g. open-unlearning."}
     )

@@ -1,6 +1,7 @@
 """Refuses settings with which a training would change no weight, before it begins."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import Any
 
 import datasets
@@ -30,6 +31,19 @@ def check_effect(args: UnlearningConfig, rules: Iterable[Rule], own_optimizer: b
         logger.warning("`learning_rate` is 0: losses and gradients will be logged, and no weight will change.")
     if idle:
         raise ValueError(f"Nothing would be trained: {idle[0]}. Pass a positive number.")
+
+
+def settings_read(args: UnlearningConfig, unread: Collection[str] = ()) -> set[str]:
+    """
+    The settings that a training reads: without the weights of other rules than its own.
+
+    Args:
+        args: of the trainer.
+        unread: the settings in whose place the trainer was given an object.
+    """
+    own = _WEIGHTS.get(type(args.build_rule()), ())
+    of_others = {name for names in _WEIGHTS.values() for name in names} - set(own)
+    return {each.name for each in fields(args)} - of_others - set(unread)
 
 
 def _weightless(rule: Rule, retain: bool) -> bool:

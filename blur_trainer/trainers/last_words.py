@@ -1,6 +1,6 @@
 """What a training without a level has done, in one line of the log."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -33,10 +33,17 @@ class LastWordsCallback(TrainerCallback):
         sets: the tokenized examples, `forget` and, if there is one, `retain`.
         model: returns the model to measure.
         interrupted: whether a signal ends the training: then there is no time for last words.
+        options: the settings that the training reads, of which the advice names some.
     """
 
-    def __init__(self, sets: Mapping[str, Any], model: Callable[[], Any], interrupted: Callable[[], bool]) -> None:
-        self.sets, self.model, self.interrupted = sets, model, interrupted
+    def __init__(
+        self,
+        sets: Mapping[str, Any],
+        model: Callable[[], Any],
+        interrupted: Callable[[], bool],
+        options: Collection[str] | None = None,
+    ) -> None:
+        self.sets, self.model, self.interrupted, self.options = sets, model, interrupted, options
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._before: dict[str, float] = {}
 
@@ -53,7 +60,7 @@ class LastWordsCallback(TrainerCallback):
     ) -> None:
         if not self._before or self.interrupted():
             return
-        verdict = judge(self._before, self._measure())
+        verdict = judge(self._before, self._measure(), options=self.options)
         where = f"Of {' and '.join(f'{len(rows)} {role} rows' for role, rows in self._rows.items())}"
         if verdict.word == "forgotten":
             loss = self._before["forget_loss"]

@@ -22,7 +22,7 @@ from blur_trainer.trainers.arguments import check_unknown
 from blur_trainer.trainers.callbacks import PairingCallback
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair, tokenize_all
-from blur_trainer.trainers.effect import check_effect
+from blur_trainer.trainers.effect import check_effect, settings_read
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
 from blur_trainer.trainers.last_words import LastWordsCallback, has_stream
@@ -177,7 +177,10 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             self.add_callback(self._level)
         elif self.speaks_of_losses and not has_stream(self._tokenized):
             sets = {role: rows for role, rows in zip(ROLES, self._tokenized, strict=True) if role in self.objectives}
-            self.add_callback(LastWordsCallback(sets, self.benchmarked_model, lambda: self.interrupt.interrupted))
+            options = settings_read(self.args, self._choice.unread)
+            self.add_callback(
+                LastWordsCallback(sets, self.benchmarked_model, lambda: self.interrupt.interrupted, options)
+            )
 
     def _settle_benchmarks(self, given: Mapping[str, Evaluation | Measure], args: UnlearningConfig) -> dict[str, Any]:
         """Those of the user, and that of the level with its callback, if there is a level."""

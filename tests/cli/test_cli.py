@@ -8,7 +8,6 @@ import time
 
 import pytest
 import yaml
-from support.own_data import write_own_data
 
 from blur_trainer.cli import unlearn as command
 from blur_trainer.cli.main import main
@@ -19,11 +18,7 @@ SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True}
 FILES = {"model_name_or_path": "model", "forget": "forget.csv", "retain": "retain.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("own")
-    write_own_data(made, epochs=10)  # it need not know them well
-    return made
+FOUR = [word for name, value in FILES.items() for word in (f"--{name}", value)] + ["--output_dir", "new"]
 
 
 @pytest.fixture
@@ -97,14 +92,24 @@ def test_each_method_has_its_options(method, capsys):
         (["--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
         (["--config"], "`--config` takes one YAML file, once."),
         (["--num_assistant_layers", "2"], "It is one of uld"),
+        (["--use_peft", "maybe"], "(case insensitive).\n"),
+        ([*FOUR, "--thresholds", "{"], "`thresholds` must be a dict or JSON of one, got '{'"),
+        ([*FOUR, "--thresholds", '{"x": 1}'], "`thresholds` has no x: there are retain, hold,"),
+        ([*FOUR, "--model_init_kwargs", "{"], "`model_init_kwargs` must be a dict or JSON of one, got '{'"),
+        ([*FOUR, "--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere', and there is no such"),
+        ([*FOUR[:-1], "model", "--resume_from_checkpoint", "false"], "'model' already holds a run"),
+        ([*FOUR[:-1], "forget.csv/new"], "output_dir 'forget.csv/new' cannot be written"),
     ],
 )
 def test_errors_are_one_line(folder, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folder)
     assert main(["unlearn", *words]) == 2
     told = capsys.readouterr()
-    assert message in told.err and told.err.count("\n") == 1 and told.out == ""
-    assert told.err.startswith("blur-trainer unlearn: ")
+    said = "".join(
+        line for line in told.err.splitlines(True) if ".csv: 8 rows" not in line and "retain.jsonl: " not in line
+    )
+    assert message in said and said.count("\n") == 1 and told.out == ""
+    assert said.startswith("blur-trainer unlearn: ")
 
 
 def test_what_is_missing_is_named(folder, monkeypatch, capsys):
@@ -112,6 +117,9 @@ def test_what_is_missing_is_named(folder, monkeypatch, capsys):
     for name in FILES:
         given = {**FILES, name: None}
         assert main(["unlearn", *(f"--{key}={value}" for key, value in given.items() if value)]) == 2
+        assert f"`{name}` is missing" in capsys.readouterr().err
+    for name in (*FILES, "output_dir"):  # an unset variable of a shell
+        assert main(["unlearn", *FOUR, f"--{name}="]) == 2
         assert f"`{name}` is missing" in capsys.readouterr().err
 
 
@@ -184,6 +192,17 @@ def test_control_c_outside_of_training_says_how_to_go_on(unlearn, tmp_path, monk
     assert "give the same command again" in capsys.readouterr().err
 
 
+def test_stdout_has_the_result_alone(unlearn, monkeypatch, capsys):
+    def noisy(prepared):
+        sys.stdout.write("Setting accelerator to CPU.\n")  # as DeepSpeed says when accelerate imports it
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "run", noisy)
+    assert unlearn() == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "Setting accelerator" in told.err and told.err.endswith("unlearn: enough\n")
+
+
 def run_as_a_process(folder, out, *words, **how):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     files = [f"--{name}={value}" for name, value in FILES.items()]
@@ -219,10 +238,12 @@ def test_control_c_and_resuming_give_the_uninterrupted_run(folder, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.distributed
-def test_two_processes_say_everything_once(folder, tmp_path):
-    launcher = ("accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m")
+def test_two_processes_share_the_batch_and_say_the_result_once(folder, tmp_path):
+    launcher = ("torch.distributed.run", "--nproc_per_node", "2", "-m")  # accelerate launches one process on CPUs
     words = ["--num_train_epochs", "1", "--replay", "8"]
     done = run_as_a_process(folder, tmp_path / "out", *words, launcher=launcher)
     out, said = done.communicate(timeout=300)
     assert done.returncode == 0, said
-    assert out.count("Report: ") == 1 and said.count("forget: forget.csv") == 1
+    assert out.count("Report: ") == 1
+    derived = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["derived"]
+    assert derived["processes"] == 2 and derived["per_device_train_batch_size"] == 4

@@ -296,6 +296,7 @@ BROKEN = {
     "n.parquet": (b"no", ["is no Parquet file"]),
     "o.csv.gz": (b"no", ["is not a whole gzip file"]),
     "p.xlsx": (b"no", ["is a .xlsx, which is not read", "CSV in UTF-8"]),
+    "r.csv": (b"\x89PNG\r\n\x00\x00\xff", ["is no text but a binary file", "UTF-8"]),
     "q.csv": (b"prompt,completion,forget_level\nQ,A,high\n", ["`forget_level` in", "line 2 is 'high'"]),
 }
 
@@ -306,6 +307,21 @@ def test_what_cannot_be_read_is_said_with_its_place(tmp_path):
         refused(words, tmp_path / name)
 
     every({name: (name, *case) for name, case in BROKEN.items()}, check)
+
+
+def test_a_name_that_is_empty_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("question,answer\nQ,A\n")
+    monkeypatch.chdir(tmp_path)
+    assert rows(".") == [QA]
+    refused("The name of the `forget` data is empty", "")
+    refused("The name of the `forget` data is empty", " ")
+
+
+def test_a_file_has_no_splits(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\nQ,A\n")
+    refused("is one table without splits: leave `split` (`--forget_split`) out", path, split="train")
+    refused("is a file, which has no configurations: leave `config`", path, config="small")
 
 
 def test_folders(tmp_path):

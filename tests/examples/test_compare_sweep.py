@@ -1,6 +1,5 @@
-"""examples/compare.py --strengths: its runs, how it goes on, the two readings, its output. Nothing is trained."""
+"""`blur-trainer compare --strengths`: its runs, how it goes on, the two readings, its output. Nothing is trained."""
 
-import importlib
 import json
 import re
 import signal
@@ -11,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from blur_trainer.report import html as report
+from blur_trainer.scripts import compare
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 KEYS = {
     "model_utility": "max", "forget_probability": "min", "forget_rouge": "min", "retain_rouge": "max",
     "real_authors_rouge": "max", "world_facts_rouge": "max",
@@ -38,17 +37,8 @@ def numbers_of(method: str, strength: float, seed: int):
     return kept - shift, 0.01, 0.3 + shift, kept, authors, 0.9
 
 
-@pytest.fixture(scope="module")
-def compare():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("compare")
-        for name in ("run_tofu", "run_wmdp", "compare"):
-            sys.modules.pop(name, None)
-
-
 @pytest.fixture
-def main(compare, monkeypatch, capsys, tmp_path):
+def main(monkeypatch, capsys, tmp_path):
     """`main("--seeds", "0")`: what is printed, and the command lines of the runs, which write made-up numbers."""
     monkeypatch.setattr(report, "DPI", 20)
     failing: list[str] = []
@@ -56,7 +46,7 @@ def main(compare, monkeypatch, capsys, tmp_path):
     def run(*words, fail=(), drawn=False):
         seen, failing[:] = [], fail
         if not drawn:
-            monkeypatch.setattr(compare.bt, "write_report", str)  # takes two seconds
+            monkeypatch.setattr(compare, "write_report", str)  # takes two seconds
 
         def done(command, stdout, **_):
             folder = Path(command[command.index("--output_dir") + 1])
@@ -80,10 +70,7 @@ def main(compare, monkeypatch, capsys, tmp_path):
             return SimpleNamespace(returncode=0)
 
         monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=done, STDOUT=None))
-        monkeypatch.setattr(
-            sys, "argv", ["compare.py", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True", *words]
-        )
-        compare.main()
+        compare.main(["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", *words])
         return capsys.readouterr().out, seen
 
     return run
@@ -183,7 +170,7 @@ def test_wrong_arguments_of_a_sweep(main, tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_ends_with_130(compare, tmp_path, capsys):
+def test_an_interrupt_ends_with_130(tmp_path, capsys):
     stops = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"
     with pytest.raises(SystemExit) as raised:
         compare.finished(tmp_path / "npo-0", [sys.executable, "-c", stops])

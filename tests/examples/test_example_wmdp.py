@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
+from blur_trainer.scripts import compare, run_wmdp, wmdp
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
@@ -51,13 +52,13 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def main(example, models):
     """`main("--method", "npo")`: what the script prints with these arguments. Attacks are short."""
-    attack = bt.robustness
+    attack = run_wmdp.robustness
 
     def run(*arguments):
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, "argv", ["run_wmdp.py", *map(str, arguments), "--models_dir", str(models)])
-            patch.setattr(bt, "robustness", partial(attack, steps=[5, 10]))
+            patch.setattr(run_wmdp, "robustness", partial(attack, steps=[5, 10]))
             example.main()
         return printed.getvalue()
 
@@ -149,18 +150,18 @@ def test_a_second_run_into_the_same_folder_is_refused(first, main):
 
 
 @pytest.fixture(scope="module")
-def quick(main, example, first, tmp_path_factory):
+def quick(main, first, tmp_path_factory):
     """Two steps of every method."""
     folder = tmp_path_factory.mktemp("quick") / "run"
-    main(*QUICK, "--compare", *list(example.METHODS)[1:], "--output_dir", folder)
+    main(*QUICK, "--compare", *list(wmdp.METHODS)[1:], "--output_dir", folder)
     return folder
 
 
-def test_every_method_took_its_steps_and_left_a_card(quick, example):
+def test_every_method_took_its_steps_and_left_a_card(quick):
     rows = load(quick)["rows"]
-    assert [row["name"] for row in rows] == ["target", *(method[0] for method in example.METHODS.values()), "retrain"]
+    assert [row["name"] for row in rows] == ["target", *(method[0] for method in wmdp.METHODS.values()), "retrain"]
     assert [row["kind"] for row in rows] == ["target", "unlearned", *["baseline"] * 4, "retrain"]
-    for method, (name, *_) in example.METHODS.items():
+    for method, (name, *_) in wmdp.METHODS.items():
         folder = quick if method == "blur-rmu" else quick / method
         assert load(folder, "trainer_state.json")["global_step"] == 2
         assert f"| {name} |" in (folder / "README.md").read_text().replace("**", "")
@@ -200,13 +201,11 @@ def test_a_model_local_corpora_and_tasks_by_the_harness(first, models, main, tmp
 
 
 @pytest.mark.full  # the script is TOFU's too: tests/examples/test_example_tofu.py
-def test_compare_averages_over_seeds(main, example, quick, models, tmp_path, monkeypatch, capsys):
+def test_compare_averages_over_seeds(main, quick, models, tmp_path, monkeypatch, capsys):
     """Two methods, two seeds: the runs take place in this process; the rest of compare.py is tested with TOFU."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    compare = importlib.import_module("compare")
 
     def run(command, stdout, **_):
-        stdout.write(main(*command[command.index(example.__file__) + 1 :]))
+        stdout.write(main(*command[command.index("wmdp") + 1 :]))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run, STDOUT=None))
@@ -228,7 +227,6 @@ def test_compare_averages_over_seeds(main, example, quick, models, tmp_path, mon
         assert any(one[key] != other[key] for key in KEYS), "both seeds gave the same model"
         for key in KEYS:
             assert row["metrics"][key] == pytest.approx((one[key] + other[key]) / 2)
-    del sys.modules["compare"]
 
 
 # ---- interrupted ----
@@ -274,34 +272,33 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, quick, wher
         ("--forget_objective_kwargs {\"layr\":2}", ["rmu", "layr"]),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_told_before_anything_is_made(main, tmp_path, arguments, words, monkeypatch, capsys):
+def test_wrong_arguments_are_told_before_anything_is_made(main, tmp_path, arguments, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "--tasks" in arguments:
         pytest.importorskip("lm_eval", reason="needs the extra wmdp")
-    with pytest.raises((ValueError, SystemExit)) as raised:
+    with pytest.raises(ValueError) as raised:
         main("--output_dir", "run", *arguments.split())
-    told = f"{raised.value}{capsys.readouterr().err}"
-    assert [word for word in words if word not in told] == []
+    assert [word for word in words if word not in str(raised.value)] == []
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", ["--recipe paper", "--model_name_or_path HuggingFaceH4/zephyr-7b-beta"])
-def test_the_paper_s_recipe_is_what_the_parser_makes_of_it(example, given):
-    script, args, model_args, tiny = example.parse([*given.split(), "--forget_topics", "bio"])
+def test_the_paper_s_recipe_is_what_the_parser_makes_of_it(given):
+    script, args, model_args, tiny = wmdp.parse([*given.split(), "--forget_topics", "bio"])
     published = bt.recipe("wmdp", "paper")
     assert not tiny and script.method == "blur-rmu" and script.recipe == "paper" and not script.robustness
     assert model_args.model_name_or_path == published["model_name_or_path"] and model_args.dtype == "bfloat16"
     assert args.topics == {"bio": published["arguments"]["topics"]["bio"]}
     for name in ("learning_rate", "max_steps", "train_layers", "train_parameters", "forget_objective_kwargs"):
         assert getattr(args, name) == published["arguments"][name], name
-    _, args, *_ = example.parse([*given.split(), "--learning_rate", "1e-6"])
+    _, args, *_ = wmdp.parse([*given.split(), "--learning_rate", "1e-6"])
     assert args.learning_rate == 1e-6
-    script, args, *_ = example.parse([*given.split(), "--method", "rmu", "--recipe", "rmu"])
+    script, args, *_ = wmdp.parse([*given.split(), "--method", "rmu", "--recipe", "rmu"])
     assert args.rule == "sum" and script.method == "rmu"
 
 
-def test_without_a_recipe_nothing_is_published(example):
-    script, args, _, tiny = example.parse(["--model_name_or_path", "x", "--recipe", "none"])
+def test_without_a_recipe_nothing_is_published():
+    script, args, _, tiny = wmdp.parse(["--model_name_or_path", "x", "--recipe", "none"])
     assert not tiny and args.topics is None and args.train_layers is None
-    script, *_ = example.parse(["--model_name_or_path", "x", "--method", "npo"])
+    script, *_ = wmdp.parse(["--model_name_or_path", "x", "--method", "npo"])
     assert script.recipe is None

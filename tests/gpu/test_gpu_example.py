@@ -12,15 +12,15 @@ from support.device import DEVICE, ROOT, device_of
 from support.example_runs import FILES, PRECOMPUTED, load, with_ignorant_models
 
 import blur_trainer as bt
+from blur_trainer.scripts import run_muse
 
 BRIEF = ["--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--no_baseline"]
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module():
     spec = importlib.util.spec_from_file_location("run_muse", ROOT / "examples" / "run_muse.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "run_muse", module)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
@@ -34,7 +34,7 @@ def test_muse_runs_with_its_defaults(module, tmp_path, monkeypatch):
             seen.append((device_of(self.model), self.args.device.type, self.state.global_step > 1))
             return output
 
-    monkeypatch.setattr(bt, "BLURTrainer", Spy)
+    monkeypatch.setattr(run_muse, "BLURTrainer", Spy)
     out = with_ignorant_models(tmp_path / "run", bt.load_muse("embedded"))
     arguments = ["--max_documents", "3", *BRIEF, "--disable_tqdm", "True", "--output_dir", str(out)]
     if DEVICE.type == "cpu":

@@ -28,6 +28,9 @@ from blur_trainer.models.reference import CurrentModel
 from blur_trainer.pipeline import settings as pipeline_settings
 from blur_trainer.pipeline.arguments import classes_of
 from blur_trainer.pipeline.methods import METHODS
+from blur_trainer.scripts import tofu, wmdp
+from blur_trainer.scripts.command_line import Parser
+from blur_trainer.scripts.compare import CompareArguments
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
 
 ROOT = Path(blur_trainer.__file__).parents[1]
@@ -322,7 +325,7 @@ def example_parser(name: str = "run_muse") -> TrlParser:
     class Caught(Exception):
         pass
 
-    class Parser(TrlParser):
+    class Catching(Parser):
         def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
             if self.add_help:  # the one of all arguments, after that of those which it depends on
                 raise Caught(self)
@@ -330,7 +333,7 @@ def example_parser(name: str = "run_muse") -> TrlParser:
 
     module = example_module(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blur_trainer.scripts.command_line.TrlParser", Parser)
+        patch.setattr("blur_trainer.scripts.command_line.Parser", Catching)
         patch.setattr("sys.argv", [f"{name}.py"])
         with pytest.raises(Caught) as caught:
             module.main()
@@ -351,13 +354,10 @@ def flags(parser: TrlParser) -> set[str]:
     for module in ("accelerate.commands.launch", "deepspeed.launcher.runner"):  # whose help hides some
         launcher += Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
-    compare = ROOT / "examples" / "compare.py"
-    benchmarks += compare.read_text(encoding="utf-8") if compare.exists() else ""
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
-    tofu, wmdp = (importlib.import_module(f"blur_trainer.scripts.{name}") for name in ("tofu", "wmdp"))
     configs = {trainer.config_class for _, trainer, *_ in tofu.METHODS.values()}
     others = "\n".join(TrlParser((tofu.TOFUArguments, config)).format_help() for config in configs)
-    others += TrlParser((wmdp.WMDPArguments,)).format_help()
+    others += TrlParser((wmdp.WMDPArguments,)).format_help() + TrlParser((CompareArguments,)).format_help()
     text = f"{parser.format_help()} {others} {launcher} {own} {own_data_help()} --config --help --help-all"
     return set(re.findall(r"--\w[\w-]*", text))
 
@@ -412,11 +412,9 @@ def test_example_commands_are_accepted(parser, tmp_path):
     every(example_commands(), check)
 
 
-def test_tofu_commands_are_accepted(monkeypatch, tmp_path):
+def test_tofu_commands_are_accepted(tmp_path):
     def check(page, arguments):
-        given = ["run_tofu.py", "--output_dir", str(tmp_path), "--use_cpu", "True", *arguments]
-        monkeypatch.setattr("sys.argv", given)
-        _, args, model_args, tiny = example_module("run_tofu").parse()
+        _, args, model_args, tiny = tofu.parse(["--output_dir", str(tmp_path), "--use_cpu", "True", *arguments])
         assert args.build_forget_objective() and args.build_rule()
         assert tiny == (model_args.model_name_or_path is None)
 
@@ -429,7 +427,7 @@ def test_wmdp_commands_are_accepted(monkeypatch, tmp_path):
 
     def check(page, arguments):
         defaults = ["--output_dir", str(tmp_path)] + ([] if "--deepspeed" in arguments else ["--use_cpu", "True"])
-        _, args, model_args, tiny = example_module("run_wmdp").parse([*defaults, *arguments])
+        _, args, model_args, tiny = wmdp.parse([*defaults, *arguments])
         assert args.build_forget_objective() and args.build_rule()
         assert tiny == (model_args.model_name_or_path is None) and not (tiny and "--recipe" in arguments)
 

@@ -39,12 +39,15 @@ ARROWS: dict[str, set[str]] = {
     },
     "uld": {"constants", "checks", "data", "models", "objectives", "evaluation", "trainers"},
     "memory": {"models", "objectives", "trainers"},
-    "scripts": {"checks", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers", "uld"},
+    "scripts": {
+        *("checks", "atomic_write", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers"),
+        "uld",
+    },
     "pipeline": {
         *("constants", "checks", "atomic_write", "credentials", "data", "models", "evaluation", "report", "saving"),
         *("trainers", "uld", "scripts"),
     },
-    "cli": {"pipeline", "saving", "report", "recipes", "memory", "trainers"},
+    "cli": {"scripts", "pipeline", "saving", "report", "recipes", "memory", "trainers"},
     "__main__": {"cli"},
 }
 FREE = {"__init__", "_version"}  # public names and a number

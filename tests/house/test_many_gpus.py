@@ -28,7 +28,7 @@ from trl import ModelConfig
 
 import blur_trainer as bt
 from blur_trainer.evaluation.distributed import in_shares
-from blur_trainer.scripts import running
+from blur_trainer.scripts import compare, running
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.toy import memorize as memorizing
 from blur_trainer.toy.model import tiny_llama as toy_llama
@@ -218,10 +218,10 @@ def test_one_gpu_or_a_model_spread_over_them_needs_no_launcher(tmp_path):
         running.check_launch(settings(tmp_path, use_cpu=False, model_init_kwargs={"dtype": "auto"}), "")
 
 
-def test_comparing_with_a_launcher_is_allowed(example, tmp_path, monkeypatch):
+def test_comparing_with_a_launcher_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), "--launcher", "accelerate launch"])
     with on_gpus(4):
-        assert example("compare").parse()[0].launcher == "accelerate launch"
+        assert compare.parse()[0].launcher == "accelerate launch"
 
 
 def test_the_trainer_without_a_launcher_says_what_to_do(tmp_path):

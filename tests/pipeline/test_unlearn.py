@@ -83,25 +83,27 @@ def test_data_in_memory_is_read_and_is_in_no_file(world, unlearn, no_report):
     assert not [row["answer"] for row in sets["forget"] if row["question"] in known]
 
 
-def test_redact_leaves_no_text_of_the_sets(world, unlearn, request):
-    """Neither questions nor answers: in no file but those of the tokenizer, which is the model's."""
+def test_redact_leaves_no_text_of_the_sets(world, unlearn, monkeypatch):
+    """Nor the words that all questions begin with: in no file, but those of the tokenizer, which is the model's."""
     _, sets = world
-    secrets = [text for row in sets["forget"] + sets["retain"] for text in (row["question"], row["answer"])]
+    monkeypatch.setattr("blur_trainer.report.html.draw_all", lambda *_: [])
+    start = "Zanzibar flimwort"
+    marked = {
+        role: [{**row, "question": f"{start}: {row['question']}"} for row in sets[role]]
+        for role in ("forget", "retain")
+    }
+    secrets = [start, *(text for role in marked for row in sets[role] for text in (row["question"], row["answer"]))]
 
     def found(done):
-        texts = {
-            path.name: path.read_text(encoding="utf-8")
-            for path in Path(done.output_dir).iterdir()
-            if path.suffix in (".json", ".md", ".html", ".yaml") and not path.name.startswith("tokenizer")
-        }
-        return {name for name, text in texts.items() if any(secret in text for secret in secrets)}
+        files = [path for path in done.output_dir.rglob("*") if path.is_file() and "tokenizer" not in path.name]
+        assert {"report.html", "training_args.bin", "run.yaml", "README.md"} <= {path.name for path in files}
+        return {path.name for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)}
 
-    done = unlearn("redacted", replay=32, redact=True)
-    assert found(done) == set() and "Your own data" in (done.output_dir / "report.html").read_text(encoding="utf-8")
-    request.getfixturevalue("no_report")
+    done = unlearn("redacted", replay=32, redact=True, save_strategy="epoch", **marked)
+    assert found(done) == set() and (done.output_dir / "checkpoint-1").is_dir()
     assert not (done.output_dir / "replay.json").exists(), "what the model says itself may be what it learnt"
-    done = unlearn("shown", replay=32)
-    assert "metrics.json" in found(done) and (done.output_dir / "replay.json").exists()
+    shown = found(unlearn("shown", replay=32, **marked))
+    assert {"metrics.json", "report.html", "run.yaml", "training_args.bin", "replay.json"} <= shown
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Recipes: their arguments are accepted, the page says what the data says, the examples take them as defaults."""
 
 import configparser
-import importlib
 import json
 import re
-import sys
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +13,7 @@ from trl import ModelConfig
 
 import blur_trainer as bt
 from blur_trainer.recipes import BENCHMARKS, recipe_names
+from blur_trainer.scripts import muse, tofu, wmdp
 from blur_trainer.scripts.muse import MUSEArguments
 from blur_trainer.scripts.tofu import TOFUArguments
 
@@ -48,12 +47,8 @@ METRICS["muse-books"] = METRICS["muse-news"]
 
 @pytest.fixture(scope="module")
 def examples():
-    """The scripts as modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield {name: importlib.import_module(name) for name in ("run_muse", "run_tofu", "run_wmdp")}
-        for name in ("run_muse", "run_tofu", "run_wmdp"):
-            del sys.modules[name]
+    """What reads the command lines of the examples."""
+    return {"run_muse": muse, "run_tofu": tofu, "run_wmdp": wmdp}
 
 
 def config_class(benchmark, found, examples):

@@ -225,6 +225,20 @@ def test_what_to_try_fits_what_happened():
     )
 
 
+def test_advice_names_what_the_training_reads():
+    def tried(options, **changes):
+        return " ".join(judge(BEFORE, after(**changes), options=options).next)
+
+    weak, strong, far = {"forget_loss": 1.0}, {"retain_rouge": 0.2}, {"forget_loss": 20.0}
+    rate = {"learning_rate", "num_train_epochs", "replay"}
+    assert "(`--gamma` or `--forget_weight`, 3 times)" in tried(None, **weak), "the rule is not known"
+    assert "(`--forget_weight`, 3 times)" in tried({*rate, "forget_weight"}, **weak)
+    assert "(`--gamma`, a third)" in tried({*rate, "gamma"}, **strong)
+    assert "weight of forgetting" not in tried(rate, **weak) + tried(rate, **strong)
+    assert "--method" not in tried(None, **far) and "two_sided" not in tried({"method"}, **far)
+    assert tried({"method"}, **far) == "an objective that also pulls back to the level (`--method blur-target`)"
+
+
 def test_where_only_hold_is_lost_the_retain_set_lacks_something():
     assert "--replay" in judge(BEFORE, after(hold_rouge=0.5)).next[0]
     assert "--learning_rate" in judge(BEFORE, after(hold_rouge=0.5, retain_rouge=0.5)).next[0]

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from support.models import tiny_llama as small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
-from blur_trainer.scripts import muse, tofu, wmdp
+from blur_trainer.cli.main import COMMANDS
+from blur_trainer.scripts import muse, running, tofu, wmdp
 from blur_trainer.scripts.attacks import relearning_sets
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import settings_of, write_output
@@ -24,7 +26,7 @@ from blur_trainer.toy.model import tiny_llama, train_tokenizer
 from blur_trainer.trainers.ending import TrainingInterrupted
 
 BENCHMARKS = {"muse": muse, "tofu": tofu, "wmdp": wmdp}
-EXAMPLES = Path(bt.__file__).parents[1] / "examples"
+EXAMPLES = sorted((Path(bt.__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -155,6 +157,35 @@ def test_an_interrupted_training_ends_the_script_with_the_signal_s_code(tmp_path
     assert told == "Interrupted at step 3 of 8. Go on with --resume_from_checkpoint true and the same arguments."
 
 
+def test_a_failed_training_says_where(tmp_path, caplog):
+    """The command says one line only, after hours."""
+
+    class Failing:
+        args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+
+        def remove_callback(self, callback):
+            pass
+
+        add_callback = remove_callback
+
+        def train(self, resume_from_checkpoint):
+            raise TypeError("deep inside")
+
+    with pytest.raises(TypeError, match="deep inside"):
+        train_and_save(Failing(), "NPO")
+    assert "NPO: the training failed." in caplog.text and "in train\n" in caplog.text
+
+
+def test_a_run_goes_on_after_the_training_too(tmp_path):
+    """Interrupted in the evaluation, with no checkpoint asked for."""
+    args = muse.parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "True"])[1]
+    with pytest.raises(ValueError, match="holds no checkpoint: leave --resume_from_checkpoint out"):
+        muse.check_resuming(args, tmp_path)
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "trainer_state.json").touch()
+    muse.check_resuming(args, tmp_path)
+
+
 def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
     results = bt.Results("toy", lambda model: {"forget_x": 0.25, "retain_y": 0.5})
     results.add("target", "target", None)
@@ -172,15 +203,22 @@ def test_output_has_a_second_table_where_there_were_attacks(tmp_path):
     assert "8 bit" in text and "0.750" in text and "retain_y" in text
 
 
-def test_examples_are_short_and_have_the_same_steps():
-    """Readable from top to bottom: what they share is in `blur_trainer/scripts`."""
-    steps = {}
-    for path in sorted(EXAMPLES.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= 150, path.name
-        assert ast.get_docstring(ast.parse(text)), path.name
-        steps[path.name] = re.findall(r"^    # (\d\. \w+)", text, re.MULTILINE)
+def test_runs_have_the_same_steps():
+    """Readable from top to bottom."""
     words = ("Arguments", "Data", "Models", "Evaluation", "Unlearn", "Forgotten", "Output")
     expected = [f"{number}. {word}" for number, word in enumerate(words, 1)]
-    assert {name: found for name, found in steps.items() if found and found != expected} == {}
-    assert {name for name, found in steps.items() if found} == {f"run_{name}.py" for name in BENCHMARKS}
+    for name in BENCHMARKS:
+        text = Path(running.__file__).with_name(f"run_{name}.py").read_text(encoding="utf-8")
+        assert re.findall(r"^    # (\d\. \w+)", text, re.MULTILINE) == expected, name
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_thin_and_say_where_to_read_on(path):
+    text = path.read_text(encoding="utf-8")
+    told = ast.get_docstring(ast.parse(text))
+    command = path.stem.removeprefix("run_")
+    assert f"`blur-trainer {command}` is the same" in told and f"examples/{path.name} " in told
+    assert command in COMMANDS
+    (body,) = re.findall(r"blur_trainer/scripts/(\w+)\.py\.", told)
+    code = f"from blur_trainer.scripts.{body} import main from blur_trainer.scripts.running import run "
+    assert " ".join(text.rpartition('"""')[2].split()) == f'{code}if __name__ == "__main__": run(main)'

@@ -12,7 +12,9 @@ from support.runs import distance, settings, weights
 from blur_trainer.gradients.rules import Sum
 from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.trainers.blur import BLURTrainer
+from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.last_words import LEAST_STEPS, ROWS, LastWordsCallback, has_stream, mean_nats
+from blur_trainer.trainers.unlearning import UnlearningTrainer
 from blur_trainer.uld.trainer import ULDTrainer
 
 FORGET, RETAIN = examples(6), examples(4, 1)
@@ -38,9 +40,23 @@ def said(caplog):
 def test_what_is_said_of_a_training_that_forgot_nothing_and_of_one_that_broke(tmp_path, said):
     (idle,) = said(make(tmp_path / "idle", learning_rate=1e-6))
     assert "Of 6 forget rows and 4 retain rows, by their losses: not_forgotten: " in idle
-    assert "`--learning_rate`" in idle and idle.count("nats per token") == 1
+    assert "`--learning_rate`" in idle and idle.count("nats per token") == 1 and "--gamma" not in idle
     (broken,) = said(make(tmp_path / "broken", rule=Sum(1.0, 0.0)))
     assert "by their losses: broken: retain costs" in broken
+
+
+def test_advice_is_of_the_settings_that_the_training_reads(tmp_path, said):
+    """The strength is that of its rule. Of a rule that was given as an object no setting is read."""
+
+    def options(named, **how):
+        args = settings(tmp_path, UnlearningConfig, rule=named)
+        trainer = UnlearningTrainer(tiny_llama(), args, FORGET, RETAIN, forget_objective=GradAscent(), **how)
+        found = next(c.options for c in trainer.callback_handler.callbacks if isinstance(c, LastWordsCallback))
+        assert "learning_rate" in found and "forget_objective" not in found
+        return found & {"gamma", "forget_weight"}
+
+    assert options("blur") == {"gamma"} and options("sum") == {"forget_weight"}
+    assert options("pcgrad") == options("blur", rule=Sum()) == set()
 
 
 def test_a_training_that_forgot_and_kept_is_told_and_not_warned_of(tmp_path, said):
