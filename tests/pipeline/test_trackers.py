@@ -120,6 +120,7 @@ def test_wandb_gets_the_end_and_neither_terminal_nor_command_line(ended, tmp_pat
         trackers.send_results(args, NUMBERS, verdict)
         kept = dict(wandb.run.summary)
     assert wandb.run is None, "another run in this process begins its own"
+    wandb.teardown()  # its service has written everything now
     assert kept["after/forget_loss"] == 2.5 and kept["verdict/word"] == "forgotten" and kept["verdict/level"] == 2.4
     assert kept["verdict/sentence"] == verdict.sentence and kept["figures/sets"]["height"] == 2
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
