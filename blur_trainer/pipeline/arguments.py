@@ -100,6 +100,9 @@ class UnlearnArguments(SetArguments):
         default=None,
         metadata={"help": "Where it ends: retrained, unseen, exchanged (an estimate) or nats per token."},
     )
+    optuna: int | None = field(
+        default=None, metadata={"help": "First search learning rate and strength by so many trainings."}
+    )
     thresholds: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "What the verdict tolerates, as JSON, e.g. '{\"hold\": 0.9}'."}
     )
@@ -173,7 +176,7 @@ def going_on(given: Any) -> Any:
 
 def check_arguments(script: UnlearnArguments, lora: bool) -> None:
     """Raises `ValueError` for values out of range and for what goes not together. `lora`: an adapter is trained."""
-    check_fields(script, {"eval_rows": "[1, inf)"}, skipped=SETS)  # sets may be in memory
+    check_fields(script, {"eval_rows": "[1, inf)", "optuna": "[1, inf)"}, skipped=SETS)  # sets may be in memory
     if script.require is not None:
         _check_one_of("require", script.require, VERDICTS)
     if script.merge and script.method == "uld":

@@ -27,6 +27,7 @@ from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
+from blur_trainer.pipeline.trackers import check_trackers, named_trackers
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers.config import UnlearningConfig
@@ -65,6 +66,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
         `ValueError`, `TypeError`, `OSError`: what is wrong, with its remedy.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if "report_to" in given:
+        given["report_to"] = named_trackers(given["report_to"])
     name = check_options(given)
     pinned = _of_as_many(given.pop(DERIVED, None))
     method = METHODS[name]
@@ -94,6 +97,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
     args = made(method.trainer.config_class, {**settings, **given, **replay})
+    check_trackers(args)
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
 
 

@@ -12,14 +12,22 @@ from blur_trainer.pipeline.arguments import DERIVED
 from blur_trainer.pipeline.preparing import Prepared
 
 FILE = "run.yaml"
+#: what a search has tried
+TRIALS = "trials.json"
 _HEAD = """# What this run was told, and under `derived` what followed from the model and the data.
 # The same again, from the same folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
 """
 
 
 def write_run(out: Path, prepared: Prepared) -> Path:
-    """Writes `run.yaml` atomically, without access tokens. Data in memory is named in a comment, with its digest."""
-    options = {name: value for name, value in prepared.options.items() if name != "resume_from_checkpoint"}
+    """
+    Writes `run.yaml` atomically, without access tokens. Data in memory is named in a comment, with its digest.
+
+    Settings that a search has found are among the derived ones, so the same again needs no search.
+    """
+    found = prepared.script.optuna is not None and (out / TRIALS).is_file()
+    left_out = {"resume_from_checkpoint"} | ({"optuna"} if found else set())
+    options = {name: value for name, value in prepared.options.items() if name not in left_out}
     text = _HEAD + _dumped(without_tokens({name: value for name, value in options.items() if _is_plain(value)}))
     text += "".join(f"# {name}: {_kind(value)}\n" for name, value in options.items() if not _is_plain(value))
     text += _dumped({DERIVED: without_tokens(prepared.settings)})

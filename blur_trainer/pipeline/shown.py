@@ -8,6 +8,7 @@ from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import SETS
 from blur_trainer.pipeline.preparing import Prepared
 from blur_trainer.pipeline.training import Trained
+from blur_trainer.trainers.hidden_tokens import without_prompts
 
 #: what the trainer's configuration decides and a default may have given
 _OF_TRAINER = (
@@ -18,7 +19,8 @@ _OF_TRAINER = (
 
 def shown_settings(prepared: Prepared, level: Level, trained: Trained) -> dict[str, Any]:
     """
-    All settings, given, derived and by default, for `metrics.json`. Texts of the sets are not among them.
+    All settings, given, derived and by default, for `metrics.json`. Texts of the sets are not among them. Of a
+    run that is redacted or goes to the Hub, digests and prompts of replay are not, either: `run.yaml` has them.
 
     Args:
         prepared: the options and the sets.
@@ -40,6 +42,10 @@ def shown_settings(prepared: Prepared, level: Level, trained: Trained) -> dict[s
         **(card.get("hyperparameters") or {}),
         "data": {role: f"{reading.said}; digest {reading.digest}" for role, reading in prepared.sets.items()},
     }
+    if prepared.script.redact or final.push_to_hub:
+        # a digest lets one test a guess of the data, and prompts may be the user's texts
+        found["data"] = {role: reading.said for role, reading in prepared.sets.items()}
+        found["replay_kwargs"] = without_prompts(final.replay_kwargs)
     if trained.notes:
         found["notes"] = list(trained.notes)
     return found

@@ -63,7 +63,7 @@ def train(prepared: Prepared, level: Level, load: ModelLoader, out: Path) -> Tra
             if PartialState().is_main_process:
                 model.config.save_pretrained(out)
         return Trained(model, None, None, True, notes)
-    trainer, said = _trainer(prepared, level, load)
+    trainer, said = make_trainer(prepared, level, load, prepared.args)
     start = time.time()
     try:
         train_and_save(trainer, prepared.method.label)
@@ -79,9 +79,18 @@ def train(prepared: Prepared, level: Level, load: ModelLoader, out: Path) -> Tra
     return Trained(model, trainer, time.time() - start, True, (*said, *notes))
 
 
-def _trainer(prepared: Prepared, level: Level, load: ModelLoader) -> tuple[Any, tuple[str, ...]]:
-    """The trainer. It goes without replay if the model says nothing but what is to be forgotten."""
-    method, args = prepared.method, prepared.args
+def make_trainer(
+    prepared: Prepared, level: Level, load: ModelLoader, args: Any, **more: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """
+    The trainer, and what the user must know. It goes without replay if the model says nothing but what is to be
+    forgotten.
+
+    Args:
+        args: as of `prepared`, or changed.
+        more: arguments of the trainer. With `model_init` among them, no model is given beside it.
+    """
+    method = prepared.method
     training: dict[str, Any] = {f"{role}_dataset": prepared.sets[role].dataset for role in ("forget", "retain")}
     if method.leveled and args.forget_level is None:
         args, training = with_level(args, training, level)
@@ -91,11 +100,12 @@ def _trainer(prepared: Prepared, level: Level, load: ModelLoader) -> tuple[Any, 
 
     def made(args: Any) -> Any:
         return method.trainer(
-            str(prepared.model_args.model_name_or_path),
+            None if "model_init" in more else str(prepared.model_args.model_name_or_path),
             args,
             processing_class=prepared.tokenizer,
             peft_config=get_peft_config(prepared.model_args),
             **training,
+            **more,
         )
 
     try:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
 from blur_trainer.pipeline.methods import options_read
 from blur_trainer.pipeline.preparing import Prepared, prepare
+from blur_trainer.pipeline.publishing import publish
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
+from blur_trainer.pipeline.search import Goal, search, searched
 from blur_trainer.pipeline.shown import shown_settings
-from blur_trainer.pipeline.training import MERGED, Trained, train
+from blur_trainer.pipeline.trackers import send_results, tracked
+from blur_trainer.pipeline.training import MERGED, Trained, make_trainer, train
 from blur_trainer.report.results import Results
 from blur_trainer.report.verdict import Verdict, judge, write_verdict
 from blur_trainer.saving.merging import merge_and_save
@@ -97,6 +101,8 @@ def unlearn(model: str, forget: Any, retain: Any, output_dir: str | Path = "unle
 def run(prepared: Prepared) -> Unlearned:
     """All steps after the reading, on every process."""
     script, args = prepared.script, prepared.args
+    if script.optuna is not None:
+        searched(prepared)  # what cannot be searched is refused before a model is loaded
     out = begin_run(args)
 
     def begin() -> None:
@@ -104,7 +110,7 @@ def run(prepared: Prepared) -> Unlearned:
         write_run(out, prepared)
 
     agreed(begin, PartialState().is_main_process)
-    with quiet():
+    with quiet(), tracked(args):
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))
         level = measured_level(prepared, model, load)
@@ -113,7 +119,11 @@ def run(prepared: Prepared) -> Unlearned:
         )
         results = Results("Your own data", evaluation_of(prepared, level), samples=0 if script.redact else 3)
         results.add(BEFORE, "target", model)
+        goal = Goal.of(prepared, level, model) if script.optuna is not None else None
         del model  # the trainer loads its own
+        if goal is not None:
+            prepared = search(prepared, goal, out, partial(make_trainer, prepared, level, load))
+            write_run(out, prepared)
         trained = train(prepared, level, load, out)
         results.add(prepared.method.label, "unlearned", trained.model, trained.seconds)
         if script.retrained:
@@ -128,6 +138,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
     options = options_read(prepared.method, prepared.args)
     verdict = judge(numbers[BEFORE], numbers[label], level, numbers.get(RETRAINED), prepared.thresholds, options)
     results.verdict = verdict
+    named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
+    metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}
     table = ""
     if PartialState().is_main_process:
         write_verdict(out, verdict)
@@ -139,9 +151,9 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
             (out / REPLAY_NAME).unlink(missing_ok=True)  # what the model says itself may be what it learnt
         if script.merge and trained.saved:
             merge_and_save(str(out), str(out / MERGED))
-    named = {"before": BEFORE, "after": label, "retrained": RETRAINED}
-    metrics = {key: dict(numbers[row]) for key, row in named.items() if row in numbers}
-    return Unlearned(verdict, metrics, table, out, trained.notes)
+        send_results(prepared.args, metrics, verdict)
+    notes = publish(prepared, trained, verdict) if prepared.args.push_to_hub else ()
+    return Unlearned(verdict, metrics, table, out, (*trained.notes, *notes))
 
 
 def measured_level(prepared: Prepared, model: PreTrainedModel, load: ModelLoader) -> Level:

@@ -30,6 +30,8 @@ _ADAPTER = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 _ALONE = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *_ADAPTER)
 CARD = "README.md"
 REPORT = ("metrics.json", "report.html")
+#: of a run on one's own data: numbers, and sentences of numbers
+VERDICT = "verdict.json"
 
 
 def model_files(folder: Path, adapters: Iterable[str] = ()) -> list[str]:
@@ -67,6 +69,11 @@ def figures(folder: Path) -> list[str]:
 
     names = [f"figures/{name}.png" for name in NAMES]
     return [name for name in names if (folder / name).is_file()]
+
+
+def verdict(folder: Path) -> list[str]:
+    """The verdict, if there is one."""
+    return [VERDICT] if (folder / VERDICT).is_file() else []
 
 
 def gather(source: Path, names: Iterable[str], into: Path) -> None:

@@ -50,7 +50,7 @@ def _rule_kwargs(args: Any) -> dict[str, Any]:
 
 # method of run_tofu.py or run_wmdp.py -> its strength; of the others the weight of the forget gradient
 _STRENGTHS = {
-    **dict.fromkeys(("blur-target", "blur-npo", "blur-rmu"), Strength("gamma", WEIGHTS)),
+    **dict.fromkeys(("blur", "blur-target", "blur-npo", "blur-rmu"), Strength("gamma", WEIGHTS)),
     # no weight moves these: they have no retain set, or their rule sees directions only
     **dict.fromkeys(("gradascent", "undial", "ce-u", "flat", "ngdiff", "gru"), Strength("learning_rate", RATES)),
     "pdu": Strength("initial", (30.0, 100.0, 300.0, 1000.0), inverse=True),  # the first weight of the retain loss

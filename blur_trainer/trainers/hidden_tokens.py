@@ -1,4 +1,4 @@
-"""Keeps the access tokens of training arguments out of what trackers, logs and files get to see."""
+"""Keeps access tokens, and prompts of replay, out of what trackers, logs and files get to see of training arguments."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,10 @@ else:
 
 
 class HiddenTokens(_Base):
-    """Gives `TrainingArguments` whose `to_dict` and texts hide nested tokens too, as in `model_init_kwargs`."""
+    """Gives `TrainingArguments` whose `to_dict` and texts hide nested tokens too, as in `model_init_kwargs`.
+
+    `to_dict`, which trackers store, also hides the prompts of `replay_kwargs`: they may be the user's texts.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -24,11 +27,22 @@ class HiddenTokens(_Base):
 
     def to_dict(self) -> dict[str, Any]:
         """As of Trainer, which trackers store."""
-        return without_tokens(super().to_dict())
+        given = without_tokens(super().to_dict())
+        return {**given, "replay_kwargs": without_prompts(given["replay_kwargs"])}
 
     def __str__(self) -> str:
         shown = without_tokens(asdict(self))
         return f"{type(self).__name__}(\n" + "".join(f"{name}={shown[name]},\n" for name in sorted(shown)) + ")"
+
+
+def without_prompts(replay_kwargs: Any) -> Any:
+    """The same with the number of prompts in their place."""
+    prompts = (replay_kwargs or {}).get("prompts")
+    return (
+        {**replay_kwargs, "prompts": f"<{len(prompts)} PROMPTS>"}
+        if isinstance(prompts, list | tuple)
+        else replay_kwargs
+    )
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class HubMixin(CardMixin):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `Trainer.push_to_hub`, but uploads only the model, its tokenizer, `README.md` and the figures.
+        """As `Trainer.push_to_hub`, but uploads only the model, its tokenizer, `README.md`, figures and the verdict.
 
         With `push_report=True` also `metrics.json` and `report.html`, which hold texts of the forget set.
 
@@ -84,7 +84,7 @@ class HubMixin(CardMixin):
             self.push_in_progress.wait_until_done()
         source = Path(str(self.args.output_dir))
         report = [name for name in upload.REPORT if self.args.push_report and (source / name).is_file()]
-        folder = self._gather_model(source, [upload.CARD, *upload.figures(source), *report])
+        folder = self._gather_model(source, [upload.CARD, *upload.figures(source), *upload.verdict(source), *report])
         return self._upload(folder, commit_message, not blocking, token=token, revision=revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -65,7 +65,8 @@ class ModelMixin(_Base):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Around a training. A model that an engine has sharded stays with the engine, and so do its flags."""
-        self.freezing.freeze(cast(nn.Module, self.model))
+        if self.model is not None:  # a trial of a search has none yet: `call_model_init` makes it, frozen
+            self.freezing.freeze(cast(nn.Module, self.model))
         try:
             yield
         finally:
