@@ -22,6 +22,8 @@ from support.cases import every
 from trl import TrlParser
 
 import blur_trainer
+from blur_trainer.cli.attack import AttackArguments
+from blur_trainer.cli.evaluate import EvaluateArguments
 from blur_trainer.cli.main import main as blur_trainer_command
 from blur_trainer.cli.options import help_text
 from blur_trainer.models.reference import CurrentModel
@@ -363,8 +365,9 @@ def flags(parser: TrlParser) -> set[str]:
 
 
 def own_data_help() -> str:
-    """The options of `blur-trainer unlearn` with any method."""
-    return "".join(help_text(classes_of(method), "unlearn", "", "") for method in METHODS)
+    """The options of `blur-trainer unlearn` with any method, of `evaluate` and of `attack`."""
+    classes = [classes_of(method) for method in METHODS] + [(EvaluateArguments,), (AttackArguments,)]
+    return "".join(help_text(each, "unlearn", "", "") for each in classes)
 
 
 def test_flags_exist(flags):
