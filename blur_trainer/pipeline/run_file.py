@@ -10,10 +10,12 @@ from blur_trainer.atomic_write import atomic_write
 from blur_trainer.credentials import without_tokens
 from blur_trainer.pipeline.arguments import DERIVED
 from blur_trainer.pipeline.preparing import Prepared
+from blur_trainer.scripts.command_line import read_options
 
 FILE = "run.yaml"
 #: what a search has tried
 TRIALS = "trials.json"
+_LINE = "forget: forget.csv"
 _HEAD = """# What this run was told, and under `derived` what followed from the model and the data.
 # The same again, from the same folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
 """
@@ -39,16 +41,11 @@ def write_run(out: Path, prepared: Prepared) -> Path:
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The options of a YAML file. Raises `ValueError` if it is none."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"`--config {path}` cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`--config {path}` is not YAML: {error}") from error
-    if not isinstance(found, Mapping) or not isinstance(found.get(DERIVED, {}), Mapping):
-        raise ValueError(f"`--config {path}` holds no options: write lines such as `forget: forget.csv`.")
-    return {str(name): value for name, value in found.items()}
+    """The options of a YAML file. Raises `ValueError` if it holds none."""
+    found = read_options(path, _LINE)
+    if not isinstance(found.get(DERIVED, {}), Mapping):
+        raise ValueError(f"`{DERIVED}` in {path} holds no settings: leave it out, or write lines below it.")
+    return found
 
 
 def _dumped(values: Mapping[str, Any]) -> str:

@@ -47,7 +47,6 @@ def parse(
     Raises:
         ValueError, TypeError: there is no such option, a setting is out of its range, or a recipe does not fit. No
             model was made until then.
-        OSError: the file of `--config` cannot be read.
 
     Returns:
         The three dataclasses, and whether models are tiny: no model was named.
@@ -79,7 +78,7 @@ def parse(
 
 
 def checked_words(arguments: Sequence[str] | None) -> list[str]:
-    """The words, `--config FILE` in two. Raises `ValueError` or `OSError` for a file that holds no options."""
+    """The words, `--config FILE` in two. Raises `ValueError` for a file that holds no options."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words:
@@ -91,13 +90,20 @@ def read_config(after: Sequence[str]) -> dict[str, Any]:
     """The options of a YAML file, the first of the words after `--config`. Raises as [`checked_words`]."""
     if not after or "--config" in after:
         raise ValueError("`--config` takes one YAML file, once.")
+    return read_options(after[0], "method: npo")
+
+
+def read_options(path: str | Path, example: str) -> dict[str, Any]:
+    """The lines of a YAML file. Raises `ValueError` if it holds none; `example` is of such a line."""
     try:
-        found = yaml.safe_load(Path(after[0]).read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`--config {path}` cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`--config {after[0]}` is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"`--config {path}` is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
-        raise ValueError(f"`--config {after[0]}` holds no options: write lines such as `method: npo`.")
-    return dict(found)
+        raise ValueError(f"`--config {path}` holds no options: write lines such as `{example}`.")
+    return {str(name): value for name, value in found.items()}
 
 
 def with_config_as_words(words: Sequence[str]) -> list[str]:
