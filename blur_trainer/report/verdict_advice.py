@@ -23,7 +23,11 @@ CAUSES = {
         "check the sets: are the forget and the retain set exchanged?",
         "check the format: the model must read these rows as it learnt them (its chat template, `--qa_template`)",
     ),
-    "unchanged": ("a higher learning rate (`--learning_rate`, 10 times)", "more steps (`--num_train_epochs`)"),
+    "unchanged": (
+        "a higher learning rate (`--learning_rate`, 10 times)",
+        "more steps (`--num_train_epochs`)",
+        "a weight of forgetting above 0 ({strength})",
+    ),
 }
 _MORE_EPOCHS = "more epochs (`--num_train_epochs`, twice as many)"
 _STRONGER = (
