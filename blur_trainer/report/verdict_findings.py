@@ -8,6 +8,8 @@ from typing import Any
 Numbers = Mapping[str, float]
 #: ROUGE before, below which a set's answers say nothing, because the model did not know them
 UNKNOWN = 0.1
+#: an estimated level may be off by this share: of rows that the testbed's target never saw it is 9.5, and they cost 8.1
+ESTIMATE_OFF = 0.25
 _SOURCES = {
     "retrained": "the retrained model's loss",
     "unseen": "the loss of unseen rows",
@@ -153,7 +155,8 @@ def _nothing_to_forget(before: Numbers, after: Numbers, reference: Reference, li
 
 def _unknown(before: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
     """A forget set that the model knew no better before than text that nobody saw. Then training pushes nothing."""
-    if reference.level is None or before["forget_loss"] < (1 - limits.near) * reference.level:
+    off = ESTIMATE_OFF if reference.estimated else limits.near
+    if reference.level is None or before["forget_loss"] < (1 - off) * reference.level:
         return
     said = limits.unlevelled_rouge if reference.rouge is None else reference.rouge + limits.rouge
     if before.get("forget_rouge", 0.0) > said:

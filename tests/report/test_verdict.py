@@ -151,9 +151,8 @@ def test_a_forget_set_that_the_model_never_knew():
     assert found.word == "not_forgotten"
     assert "the model did not know the forget set before (7.9 nats per token, the level is 8.0)" in found.sentence
     assert "exchanged?" in found.next[0]
-    estimate = judge(
-        {"forget_loss": 7.9, "forget_rouge": 0.1}, {"forget_loss": 8.3, "forget_rouge": 0.1}, Level(6.2, "exchanged")
-    )
+    unknown = {"forget_loss": 8.1, "forget_rouge": 0.14}  # the testbed's unseen rows
+    estimate = judge(unknown, {"forget_loss": 10.0, "forget_rouge": 0.08}, Level(9.5, "exchanged"))
     assert estimate.word == "not_forgotten" and "by the estimate the model did not know" in estimate.sentence
     answered = judge({**before, "forget_rouge": 0.9}, GOOD)
     assert answered.word == "forgotten", "its answers show that it was known"
