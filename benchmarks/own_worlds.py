@@ -36,8 +36,10 @@ def reshaped(of: World, architecture: str, width: int, folder: Path) -> World:
     from blur_trainer.toy.memorize import memorize
 
     name = folder / f"{architecture}-{width}"
-    if not (name / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(of.target)
+    if not (name / "model.safetensors").exists():
+        AutoTokenizer.from_pretrained(of.target).save_pretrained(name)
+        AutoConfig.for_model(architecture).save_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)  # of the class that belongs to the architecture
         shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": 6}
         shape |= {"num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
         ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
@@ -48,7 +50,6 @@ def reshaped(of: World, architecture: str, width: int, folder: Path) -> World:
         tokens = tokenize_dataset(texts, tokenizer, role="known", max_length=512)
         rate = 3e-3 * min(1.0, 128 / width)
         memorize(model, tokenizer, tokens, learning_rate=rate).save_pretrained(name)
-        tokenizer.save_pretrained(name)
         print(f"{name.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
     return World(str(name), of.sets, of.facts)
 
