@@ -8,7 +8,8 @@ from trl import ModelConfig
 
 from blur_trainer.cli.options import help_text, named, settings_file
 from blur_trainer.scripts.methods import Method
-from blur_trainer.scripts.running import ended, refusing
+from blur_trainer.scripts.refusing import refusing
+from blur_trainer.scripts.running import ended
 from blur_trainer.trainers.blur import BLURConfig
 
 _MORE = """Every setting of the training and of the model is an option, too. Often wanted:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
+from blur_trainer.scripts.refusing import refusing
+
 
 class Outcome:
     """The exit code: 0; 2 after a refusal, 130 after Ctrl-C."""
@@ -28,11 +30,9 @@ def outcome(command: str) -> Iterator[Outcome]:
     """
     found = Outcome(sys.stdout)
     try:
-        with redirect_stdout(sys.stderr):
+        with refusing(f"blur-trainer {command}") as refused, redirect_stdout(sys.stderr):
             yield found
-    except (ValueError, TypeError, OSError) as error:
-        found.code = 2
-        sys.stderr.write(f"blur-trainer {command}: {error}\n")
+        found.code = refused.code
     except KeyboardInterrupt:
         found.code = 130
         sys.stderr.write(f"\nblur-trainer {command}: interrupted.\n")

@@ -2,8 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig
 
 from blur_trainer.saving.output_dir import check_output_dir
+from blur_trainer.scripts.refusing import refusing
 from blur_trainer.trainers.callbacks import ProgressBarCallback
 from blur_trainer.trainers.ending import TrainingInterrupted
 from blur_trainer.trainers.unlearning import UnlearningTrainer
@@ -96,24 +96,6 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
     trainer.save_state()
     PartialState().wait_for_everyone()  # the main process writes, and all of them may load it next
     return trainer
-
-
-class Refused:
-    """The exit code of a command: 0, or 2 after a refusal."""
-
-    code = 0
-
-
-@contextmanager
-def refusing(command: str) -> Iterator[Refused]:
-    """What is wrong with the user's words or files becomes one line and exit code 2, without a traceback."""
-    refused = Refused()
-    try:
-        yield refused
-    except (ValueError, TypeError, OSError) as error:
-        refused.code = 2
-        logger.debug(command, exc_info=True)
-        sys.stderr.write(f"{command}: {error}\n")
 
 
 def ended(command: str, main: Callable[[], None]) -> int:
