@@ -37,6 +37,7 @@ def replay(
     top_p: float = 1.0,
     ngram: int | None = 5,
     loss_quantile: float | None = 0.95,
+    scrambled: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = 1024,
@@ -71,6 +72,11 @@ def replay(
             Of the sampling. A text that does not end by itself is cut, and trained on without an end.
         ngram (`int`, *optional*, defaults to 5), loss_quantile (`float`, *optional*, defaults to 0.95):
             Of the two filters. `None` switches one off.
+        scrambled (`float`, defaults to 0.0):
+            Where the filters leave fewer than `num` texts, because a model that knows its texts by heart says the same
+            ones again, as many as are missing are sampled from scrambled prompts: those of retain rows (or the first 8
+            tokens of their texts), with this share of the tokens exchanged for random ones of the vocabulary. These
+            prompts are no targets. 0: no such texts.
         seed (`int`), batch_size (`int`):
             Of the draws; texts at a time. The same two give the same texts on any number of processes.
         max_length (`int`, *optional*, defaults to 1024), qa_template (`str`), day (`date`):
@@ -82,12 +88,12 @@ def replay(
 
     Raises:
         `ValueError`: no text is left; there is no start; streams; a kernel of the model has no forward mode, which the
-        second filter needs.
+        second filter needs; `scrambled` without `retain`.
 
     Differs from replay of stored training data: the model's own texts need none.
     """
     check_positive(num=num, batch_size=batch_size)
-    settings = ReplaySettings(prompts, max_new_tokens, temperature, top_p, ngram, loss_quantile)
+    settings = ReplaySettings(prompts, max_new_tokens, temperature, top_p, ngram, loss_quantile, scrambled)
     options = {"max_length": max_length, "qa_template": qa_template, "day": day}
     sets = ReplaySets([forget], [] if retain is None else [retain], tokenizer, options)
     return _as_dataset(replayed(model, tokenizer, sets, num, settings, seed, batch_size))

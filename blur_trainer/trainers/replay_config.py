@@ -18,8 +18,8 @@ class ReplayConfig:
         replay: sample so many texts from the model before unlearning and add those that do not repeat the forget set
             to the retain set, by the name `replay`, see [`replay`]. They are kept in `output_dir`, where a resumed
             training reads them.
-        replay_kwargs: how: `prompts`, `max_new_tokens`, `temperature`, `top_p`, `ngram` and `loss_quantile` of
-            [`replay`], as a dict or JSON.
+        replay_kwargs: how: `prompts`, `max_new_tokens`, `temperature`, `top_p`, `ngram`, `loss_quantile` and
+            `scrambled` of [`replay`], as a dict or JSON.
         retain_set_weights: weights of the retain sets, as a dict or JSON such as `{"replay": 0.5}`; others have 1. The
             names are those of `retain_dataset`, if it is a mapping of sets, else `retain`, and `replay`. The retain
             loss is the weighted mean of all items.
@@ -62,10 +62,11 @@ class ReplaySettings:
     top_p: float = 1.0
     ngram: int | None = 5
     loss_quantile: float | None = 0.95
+    scrambled: float = 0.0
 
     def __post_init__(self) -> None:
         ranges = {"max_new_tokens": "[1, inf)", "temperature": "(0, inf)", "top_p": "(0, 1]", "ngram": "[1, inf)"}
-        check_fields(self, ranges | {"loss_quantile": "(0, 1]"}, owner="replay")
+        check_fields(self, ranges | {"loss_quantile": "(0, 1]", "scrambled": "[0, 1]"}, owner="replay")
         if self.prompts is None or self.prompts == RETAIN_PROMPTS:
             return
         if isinstance(self.prompts, tuple):  # the file of the texts has lists

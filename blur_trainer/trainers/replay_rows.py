@@ -20,12 +20,12 @@ from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.sampling import sample_ids
 from blur_trainer.evaluation.scoring import special_ids
 from blur_trainer.trainers.influence import loss_drops
-from blur_trainer.trainers.replay_config import RETAIN_PROMPTS, ReplaySettings
+from blur_trainer.trainers.replay_config import ReplaySettings
+from blur_trainer.trainers.replay_prompts import Prompt, prompts, scrambled_prompts
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
-_BEGINNING = 8  # tokens of a retain text that a replayed one begins with
 _RETAIN_ROWS = 500  # of these at most the drops are computed
 
 
@@ -84,54 +84,44 @@ def replayed(
     if settings.loss_quantile is not None and sets.examples["forget"] and sets.examples["retain"]:
         one = {role: rows[:1] for role, rows in sets.examples.items()}  # before hours of sampling
         _loss_drops(model, one["forget"], one["retain"], special_ids(model, tokenizer)[1], 1)
-    prompts = _prompts(tokenizer, sets, num, settings.prompts, seed)
-    sampled = sample_ids(
-        *(model, tokenizer, [ids for ids, _ in prompts]),
-        num=1,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        batch_size=batch_size,
-        alone=alone,
-        desc=desc,
-    )
-    rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(prompts, sampled, strict=True)]
     rank, world = (0, 1) if alone else rank_and_world()
-    kept = [_kept(model, tokenizer, rows, sets, settings, batch_size, says=rank == 0)]
-    if world > 1:  # a filter at its limit may differ by rounding
-        dist.broadcast_object_list(kept)
-    return kept[0]
 
+    counts: list[str] = []
 
-def _prompts(
-    tokenizer: PreTrainedTokenizerBase, sets: ReplaySets, num: int, given: Any, seed: int
-) -> list[tuple[list[int], bool]]:
-    """`num` prompts as tokens, and whether they are no targets."""
+    def said(begun: Sequence[Prompt], before: Sequence[Row]) -> list[Row]:
+        """What the model says after the prompts, and no filter drops."""
+        sampled = sample_ids(
+            *(model, tokenizer, [ids for ids, _ in begun]),
+            num=1,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=seed,
+            batch_size=batch_size,
+            alone=alone,
+            desc=desc,
+        )
+        rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(begun, sampled, strict=True)]
+        kept: list[Any] = [*_kept(model, tokenizer, rows, sets, settings, batch_size, before)]
+        if world > 1:  # a filter at its limit may differ by rounding
+            dist.broadcast_object_list(kept)
+        if rank == 0:
+            logger.warning("%s. %d are kept.", kept[1], len(kept[0]))
+        counts.append(kept[1])
+        return kept[0]
+
     start = leading_special_ids(tokenizer)
-    if given == RETAIN_PROMPTS:
-        made = [_beginning(example, len(start)) for example in sets.examples["retain"]]
-        if not made:
-            raise ValueError("replay: `prompts='retain'` needs a retain set: pass `retain`, or a list of prompts.")
-        made = [made[index] for index in np.random.default_rng(seed).permutation(len(made))]
-    elif given is not None:
-        bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]
-        made = [(ids if ids[: len(start)] == start else start + ids, False) for ids in bare]
-    else:
-        if not start and tokenizer.bos_token_id is None:
-            raise ValueError(
-                "replay: the tokenizer puts nothing in front of a text and has no BOS, so it is not known what the "
-                "model starts with: pass `prompts`, beginnings of its training texts such as ['Question:']."
-            )
-        made = [(start or [tokenizer.bos_token_id], False)]
-    return [made[index % len(made)] for index in range(num)]
-
-
-def _beginning(example: Mapping[str, Any], start: int) -> tuple[list[int], bool]:
-    """The prompt of a tokenized row, else its first tokens."""
-    ids, labels = example["input_ids"], example["labels"]
-    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
-    return (ids[:prompt], True) if prompt > start else (ids[: start + _BEGINNING], False)
+    rows = said(prompts(tokenizer, start, sets.examples["retain"], num, settings.prompts, seed), [])
+    if settings.scrambled and len(rows) < num:
+        missing, vocabulary = num - len(rows), min(len(tokenizer), model.config.get_text_config().vocab_size)
+        how = {"share": settings.scrambled, "vocabulary": vocabulary, "seed": seed}
+        rows += said(scrambled_prompts(tokenizer, start, sets.examples["retain"], missing, **how), rows)
+    if not rows:
+        raise NothingToReplay(
+            f"{'; '.join(counts)}: none is left to train on. Sample more (`num`), give other `prompts` or a share of "
+            "`scrambled` tokens, raise `ngram` or `loss_quantile`, or switch a filter off (`None`)."
+        )
+    return rows
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, prompt: list[int], masked: bool, found: list[int]) -> Row:
@@ -148,9 +138,9 @@ def _kept(
     sets: ReplaySets,
     settings: ReplaySettings,
     batch_size: int,
-    says: bool,
-) -> list[Row]:
-    """The rows that no filter drops. `says`: logs what each one drops."""
+    before: Sequence[Row],
+) -> tuple[list[Row], str]:
+    """The rows that no filter drops, and that were not there `before`; how many each filter drops, in words."""
     said = [f"replay: {len(rows)} texts were sampled"]
 
     def keep(good: Sequence[bool], what: str) -> list[Row]:
@@ -158,7 +148,7 @@ def _kept(
         return [row for row, stays in zip(rows, good, strict=True) if stays]
 
     rows = keep([bool(row["text"]) for row in rows], "have no word")
-    first = {row["text"]: index for index, row in reversed(list(enumerate(rows)))}
+    first = {row["text"]: index for index, row in reversed(list(enumerate(rows)))} | {row["text"]: -1 for row in before}
     rows = keep([first[row["text"]] == index for index, row in enumerate(rows)], "are there twice")
     if settings.ngram is not None:
         runs = own_runs(sets.texts["forget"], sets.texts["retain"], settings.ngram)
@@ -168,14 +158,7 @@ def _kept(
         _, pad_id = special_ids(model, tokenizer)
         good = _within_retain(model, rows, sets, settings.loss_quantile, pad_id, batch_size)
         rows = keep(good, "have a loss that falls with the forget set's")
-    if says:
-        logger.warning("%s. %d are kept.", ", ".join(said), len(rows))
-    if not rows:
-        raise NothingToReplay(
-            f"{', '.join(said)}: none is left to train on. Sample more (`num`), give other `prompts`, raise `ngram` or "
-            "`loss_quantile`, or switch a filter off (`None`)."
-        )
-    return rows
+    return rows, ", ".join(said)
 
 
 def _within_retain(

@@ -54,9 +54,9 @@ def sampled(monkeypatch):
 
 
 def says(monkeypatch, texts):
-    """The model says these texts, and ends."""
+    """The model says these texts, of which each prompt gets one, and ends."""
     ids = [[[*TOKENIZER(text, add_special_tokens=False)["input_ids"], 1]] for text in texts]
-    monkeypatch.setattr(replay_rows, "sample_ids", lambda *args, **kwargs: ids)
+    monkeypatch.setattr(replay_rows, "sample_ids", lambda model, tokenizer, prompts, **_: ids[: len(prompts)])
 
 
 # ---- what is sampled ----
@@ -127,6 +127,24 @@ def test_texts_that_say_nothing_new_or_repeat_the_forget_set_are_dropped_and_cou
     says(monkeypatch, texts[1:2])
     with pytest.raises(ValueError, match=r"1 have no word.*none is left to train on. Sample more \(`num`\)"):
         said(num=1)
+
+
+def test_missing_texts_are_said_after_scrambled_prompts(monkeypatch, caplog):
+    whole = said(scrambled=0.5, num=24, ngram=None, loss_quantile=None)
+    plain = said(num=24, ngram=None, loss_quantile=None).to_list()
+    assert whole.to_list()[: len(plain)] == plain and len(plain) < len(whole) <= 24
+    assert len(set(whole["text"])) == len(whole) and f"replay: {24 - len(plain)} texts were sampled" in caplog.text
+    prompts = [TOKENIZER(f"Question: {row['question']}\nAnswer:")["input_ids"] for row in RETAIN]
+    for row in whole.to_list()[len(plain) :]:
+        asked = row["input_ids"][: row["labels"].count(-100)]
+        alike = [sum(map(int.__eq__, asked, prompt)) / len(asked) for prompt in prompts if len(prompt) == len(asked)]
+        assert 0 < max(alike) < 1 and row["labels"][len(asked) :] == row["input_ids"][len(asked) :]
+        assert asked[0] == TOKENIZER.bos_token_id and not set(asked[1:]) & set(TOKENIZER.all_special_ids)
+    assert said(scrambled=0.5, num=24, ngram=None, loss_quantile=None).to_list() == whole.to_list()
+    says(monkeypatch, ["Well."] * 3)
+    assert len(said(scrambled=0.5, num=3, ngram=None, loss_quantile=None)) == 3  # the same words after other prompts
+    with pytest.raises(ValueError, match="`scrambled` needs a retain set"):
+        said(scrambled=0.5, num=3, retain=None)
 
 
 def test_texts_whose_loss_falls_with_the_forget_sets_are_dropped(monkeypatch):
