@@ -99,43 +99,20 @@ def sample_ids(
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, num=num)
     stops = check_stop_strings(stop_strings)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
-    eos_ids, pad_id = special_ids(model, tokenizer)
-    eos_ids = list(dict.fromkeys([*eos_ids, *ends]))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=0,
-        use_cache=True,
-        pad_token_id=pad_id,
-        eos_token_id=eos_ids or None,
-    )
-    synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
+    config = _config(model, tokenizer, max_new_tokens, temperature, top_p, ends)
     batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
     seeds = _seeds(seed, [[prompt_ids[i] for i in indices] for indices in batches])
     seed_of = {indices[0]: own for indices, own in zip(batches, seeds, strict=True)}
-
-    def write(prompts: Prompts, count: int) -> list[list[int]]:
-        """`count` continuations of each prompt, those of the first prompt first."""
-        inputs = prompts.repeated(count)
-        width = inputs["input_ids"].shape[1]
-        output = model.generate(  # type: ignore[operator]
-            **inputs,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
-            synced_gpus=synced,
-        )
-        return [_ended(row, eos_ids) for row in output[:, width:].tolist()]
+    most = batch_size if share_prompts else num
 
     def run(indices: list[int]) -> list[list[list[int]]]:
         rows = [prompt_ids[i] for i in indices]
         with _own_draws(model.device):
             torch.manual_seed(seed_of[indices[0]])
-            prompts = Prompts(model, rows, pad_id, shared)
+            prompts = Prompts(model, rows, config.pad_token_id, shared)
             found: list[list[list[int]]] = [[] for _ in rows]
-            for count in _counts(num, batch_size if share_prompts else num):
-                written = write(prompts, count)
+            for count in (min(most, num - start) for start in range(0, num, most)):
+                written = _continued(model, tokenizer, prompts.repeated(count), config, stops)
                 for index, kept in enumerate(found):
                     kept += written[index * count : (index + 1) * count]
         return found
@@ -146,9 +123,44 @@ def sample_ids(
         return in_shares(model, batches, run, desc, alone=alone)
 
 
-def _counts(num: int, most: int) -> list[int]:
-    """`num` in parts of at most `most`."""
-    return [min(most, num - start) for start in range(0, num, most)]
+def _config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    ends: Sequence[int],
+) -> GenerationConfig:
+    eos_ids, pad_id = special_ids(model, tokenizer)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=0,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=list(dict.fromkeys([*eos_ids, *ends])) or None,
+    )
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    config: GenerationConfig,
+    stops: tuple[str, ...],
+) -> list[list[int]]:
+    """One continuation of each row, without the row."""
+    width = inputs["input_ids"].shape[1]
+    output = model.generate(  # type: ignore[operator]
+        **inputs,
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
+        # sharded: then a process continues until the rows of all processes have ended
+        synced_gpus=is_sharded(model),
+    )
+    return [_ended(row, config.eos_token_id or []) for row in output[:, width:].tolist()]
 
 
 def _ended(ids: list[int], eos_ids: list[int]) -> list[int]:
