@@ -140,7 +140,7 @@ def test_wrong_numbers_are_named():
         ("`k` is 0", lambda: leak_at_k(4, 1, 0)),
         ("5 of 4 samples", lambda: leak_at_k(4, 5, 1)),
         ("0 of 0 samples", lambda: clopper_pearson_upper(0, 0)),
-        ("`alpha` is 1", lambda: clopper_pearson_upper(0, 4, 1)),
+        ("`alpha` is 0:", lambda: clopper_pearson_upper(0, 4, 0)),
         ("`alpha` is 0.6", lambda: dkw_band([0.5], 0.6)),
         ("`scores` is empty", lambda: dkw_band([])),
         ("`leaks` is empty", lambda: mean_rate_upper([], 4)),

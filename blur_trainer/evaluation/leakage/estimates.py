@@ -91,9 +91,9 @@ def dkw_band(scores: Sequence[float], alpha: float = 0.01) -> tuple[np.ndarray, 
     Returns:
         The sorted scores (n,), the lower and the upper side (n,) from each score on to the next one.
 
-    Source: as of [`clopper_pearson_upper`], general case. Its `alpha` is at most .5.
+    Source: as of [`clopper_pearson_upper`], general case.
     """
-    _check_alpha(alpha, most=0.5)
+    _check_alpha(alpha)
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if not len(values):
         raise ValueError("`scores` is empty: draw at least one sample.")
@@ -118,6 +118,6 @@ def _check_counts(n: int, successes: int) -> None:
         raise ValueError(f"{successes!r} of {n!r} samples: it takes at least one sample, and 0 to all of them leak.")
 
 
-def _check_alpha(alpha: float, most: float = 1.0) -> None:
-    if not 0 < alpha < 1 or alpha > most:
-        raise ValueError(f"`alpha` is {alpha!r}: it is a number above 0 and below {most:g}, 1 minus the confidence.")
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha <= 0.5:  # above that Massart's constant does not hold
+        raise ValueError(f"`alpha` is {alpha!r}: it is 1 minus the confidence, above 0 and at most .5.")
