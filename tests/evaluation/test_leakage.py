@@ -1,5 +1,6 @@
 """leak@k of models whose probabilities are known: by heart, never seen, and hidden behind another greedy answer."""
 
+import json
 import math
 from itertools import combinations
 from statistics import fmean
@@ -18,6 +19,9 @@ from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.leakage.estimates import clopper_pearson_upper, mean_rate_upper
 from blur_trainer.evaluation.leakage.leak import LeakEvaluation
 from blur_trainer.evaluation.scoring import token_logps
+from blur_trainer.report.figures import LIGHT
+from blur_trainer.report.figures.leakage import draw_leakage
+from blur_trainer.report.results import Results
 from blur_trainer.trainers.blur import BLURTrainer
 
 KNOWN = [
@@ -65,6 +69,18 @@ def test_a_model_that_knows_its_rows_leaks_and_one_that_never_saw_them_does_not(
     assert {nothing[f"leak@{k}"] for k in (1, 2, 4, 8, 16)} == {0}
     assert nothing["leak_bound"] == pytest.approx(1 - 0.01 ** (1 / 40))  # 20 samples of two questions
     assert evaluation(tokenizer)(build_model(seed=1).eval())["leak@16"] == 0
+
+
+def test_results_show_it_as_a_curve(model, tokenizer, tmp_path):
+    results = Results("own", evaluation(tokenizer))
+    results.add("target", "target", model)
+    results.add("retrained", "retrain", build_model(seed=1).eval())
+    content = results.save(tmp_path, settings={})
+    drawing = draw_leakage(json.loads((tmp_path / "metrics.json").read_text()), LIGHT)
+    assert "Leak@16: target 1.000, retrained 0.000." in drawing.numbers
+    bound = content["rows"][1]["metrics"]["leak_bound"]
+    assert f"Leak@1 at most (99 %): target 1.000, retrained {bound:.3f}." in drawing.numbers
+    assert content["samples"][0]["responses"].keys() == {"target", "retrained"}
 
 
 def test_sampling_brings_back_what_greedy_answers_hide(model, tokenizer):

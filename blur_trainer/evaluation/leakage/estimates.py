@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 def leak_at_k(n: int, c: int, k: int) -> float:
@@ -43,7 +43,7 @@ def clopper_pearson_upper(successes: int, n: int, alpha: float = 0.01) -> float:
     """
     _check_counts(n, successes)
     _check_alpha(alpha)
-    return 1.0 if successes == n else float(stats.beta.ppf(1 - alpha, successes + 1, n - successes))
+    return 1.0 if successes == n else float(special.betaincinv(successes + 1, n - successes, 1 - alpha))
 
 
 def mean_rate_upper(leaks: Sequence[int], n: int, alpha: float = 0.01) -> float:
