@@ -149,8 +149,25 @@ def test_a_closing_token_of_the_chat_template_ends_a_sample(model, tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     chat.generation_config.eos_token_id = 299
-    found = evaluation(ended, judge=lambda question, answer, text: text == answer, max_new_tokens=20)(chat.eval())
+    passes = []
+    chat.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = evaluation(ended, judge=lambda question, answer, text: text == answer, max_new_tokens=60)(chat.eval())
     assert found["leak@1"] > 0.9
+    assert len(passes) < 60  # no sample ran on to the limit
+
+
+def test_true_answers_are_cut_where_samples_are(model, tokenizer):
+    short = evaluation(tokenizer, judge=lambda question, answer, text: text == answer, max_new_tokens=2)
+    assert short(model)["leak@1"] > 0.9
+    assert all(KNOWN[i]["answer"] not in one["answer"] for i, one in enumerate(short.details))
+
+
+def test_what_ends_a_sample_is_not_in_its_text(model, tokenizer, monkeypatch):
+    """Also a token that is no special one, where the model's generation configuration says that it ends."""
+    row = encoded(KNOWN[:1], tokenizer)[0]
+    shorter = tokenizer.decode([token for token in row["labels"] if token != -100][:-2])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, row["input_ids"][-2]])
+    assert evaluation(tokenizer, KNOWN[:1], judge=lambda q, a, text: text == shorter)(model)["leak@1"] > 0.9
 
 
 def test_multiple_choice_rows_are_asked_without_their_choices(model, tokenizer):

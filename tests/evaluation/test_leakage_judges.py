@@ -1,5 +1,6 @@
 """What counts as a leak: words by ROUGE and in a row, an entailment model, and functions."""
 
+import numpy as np
 import pytest
 import torch
 from support.cases import every
@@ -51,6 +52,7 @@ def test_a_function_is_asked_once_for_each_different_sample():
     judged = Judged.by(Judge.of(judge, None), QUESTION, TRUE, ["the sea", "no", "the sea", "no", "no"])
     assert heard == [(QUESTION, TRUE, "the sea"), (QUESTION, TRUE, "no")]
     assert judged.scores == [1, 0, 1, 0, 0] and judged.leaks == 2 and judged.worst == "the sea"
+    assert scores(lambda *_: np.float32(0.5), "a") == [0.5] and scores(lambda *_: np.bool_(True), "a") == [1]
     half = Judge.of(lambda *_: 0.5, None)
     assert Judged.by(half, QUESTION, TRUE, ["a"]).leaks == 1
     assert Judged.by(Judge.of(lambda *_: 0.5, 0.51), QUESTION, TRUE, ["a"]).leaks == 0

@@ -9,11 +9,11 @@ from scipy import special
 
 def leak_at_k(n: int, c: int, k: int) -> float:
     r"""
-    The probability that at least one of `k` samples leaks, estimated without bias from `c` leaks in `n` samples:
+    The probability that at least one of `k` samples leaks, estimated without bias from `c` leaks in `n` samples.
 
-    $$\text{leak@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k},$$
+    $$\text{leak@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k}.$$
 
-    the share of the sets of `k` of these samples that have a leak. Of several questions it is the mean. The
+    It is the share of the sets of `k` of these samples that have a leak. Of several questions it is the mean. The
     binomials are whole numbers of any size, so the result is exact to the last digit of a float.
 
     Source: Reisizadeh et al., "LEAK@k: Unlearning Does Not Make LLMs Forget Under Probabilistic Decoding" (2025,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from blur_trainer.evaluation.leakage.entailment import entailment_scores
 from blur_trainer.metrics.rouge_l_recall import rouge_l_recall
 from blur_trainer.metrics.rouge_words import UnicodeTokenizer
@@ -96,6 +98,7 @@ def _one_by_one(given: Judgment) -> Scores:
 
 
 def _number(said: Any) -> float:
-    if not isinstance(said, Real) or not math.isfinite(said) or not 0 <= said <= 1:
+    number = float(said) if isinstance(said, Real | np.bool_) else math.nan
+    if not 0 <= number <= 1:
         raise ValueError(f"The `judge` said {said!r}: it returns True or False, or a number from 0 to 1.")
-    return float(said)
+    return number
