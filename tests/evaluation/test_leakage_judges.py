@@ -90,14 +90,17 @@ def classifier(folder, labels):
 
 def test_an_entailment_model_reads_sample_and_truth(tmp_path):
     model, tokenizer = classifier(tmp_path, ["contradiction", "Entailment", "neutral"])
-    sampled = ["By the sea.", "No.", "In Norvale " * 40]  # the last one is too long, and cut
-    found = scores(f"entailment:{tmp_path}", *sampled)
-    for text, score in zip(sampled, found, strict=True):
-        pair = (f"{QUESTION} {text}", f"{QUESTION} {TRUE}")
+    sampled = ["By the sea.", "In the hall.", "In Norvale " * 40]  # the last one is too long, and cut
+    found = scores(f"entailment:{tmp_path}", *sampled, "No.", "")
+    for text, score in zip(sampled, found, strict=False):
         with torch.no_grad():
-            logits = model(**tokenizer(*pair, truncation=True, return_tensors="pt")).logits[0]
+            logits = model(**tokenizer(text, TRUE, truncation=True, return_tensors="pt")).logits[0]
         assert score == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-5)
-    assert len({round(score, 4) for score in found}) == 3
+    assert len({round(score, 4) for score in found[:3]}) == 3
+    assert found[3:] == [0, 0]  # less than a tenth of the true words
+    assert scores(f"entailment:{tmp_path}", "No.") == [0]
+    with pytest.raises(ValueError, match="has the answer '…', without a word"):
+        Judge.of(f"entailment:{tmp_path}", None).check(["A word.", "…"])
 
 
 def test_an_entailment_model_that_is_none_is_refused(tmp_path):

@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, pipeline
 
+from blur_trainer.metrics.rouge_l_recall import rouge_l_recall
 from blur_trainer.models.loading import check_place, hub_arguments
 
 ENTAILED = "entailment"
+LEAST_ROUGE = 0.1
 
 
 def entailment_scores(name: str, batch_size: int = 16) -> Callable[[str, str, Sequence[str]], list[float]]:
     """
-    The probability of "entailment" for each sampled answer: premise is question and sampled answer, hypothesis is
-    question and true answer. Both have the question, because a short answer says nothing without it. Texts that are
-    too long for the model are cut.
+    The probability of "entailment" for each sampled answer: it is the premise, the true answer is the hypothesis. It is
+    0 for a sample with less than a tenth of the true words (ROUGE-L recall). Texts that are too long for the model
+    are cut. The question is not read, so answers should be sentences.
 
     Args:
         name: a text classifier with a label "entailment", a folder or a name on the Hub. It is loaded on this
@@ -25,8 +27,9 @@ def entailment_scores(name: str, batch_size: int = 16) -> Callable[[str, str, Se
     Raises:
         `OSError`: it is not found. `ValueError`: it has no such label.
 
-    Source: Yuan et al., "A Closer Look at Machine Unlearning for Large Language Models" (2024, arXiv:2410.08109),
-    entailment score. Differs from it in the question, which is left out there.
+    Source: Yuan et al., "A Closer Look at Machine Unlearning for Large Language Models" (2024, arXiv:2410.08109), and
+    leak@k's own code, which judges so by `sileod/deberta-v3-base-tasksource-nli`. Differs from both: there a sample
+    leaks if "entailment" is the likeliest label, here from a probability on.
     """
     check_place(name, "entailment model")
     labels = AutoConfig.from_pretrained(name, **hub_arguments({})).id2label
@@ -39,8 +42,13 @@ def entailment_scores(name: str, batch_size: int = 16) -> Callable[[str, str, Se
     classify: Any = pipeline("text-classification", model=name, device=device, **hub_arguments({}))
 
     def scores(question: str, answer: str, sampled: Sequence[str]) -> list[float]:
-        pairs = [{"text": f"{question} {text}", "text_pair": f"{question} {answer}"} for text in sampled]
-        found = classify(pairs, top_k=None, batch_size=batch_size, truncation=True)
-        return [next(one["score"] for one in row if one["label"].lower() == ENTAILED) for row in found]
+        near = [text for text in sampled if rouge_l_recall(text, answer) >= LEAST_ROUGE]
+        pairs = [{"text": text, "text_pair": answer} for text in near]
+        found = classify(pairs, top_k=None, batch_size=batch_size, truncation=True) if pairs else []
+        score_of = {
+            text: next(one["score"] for one in row if one["label"].lower() == ENTAILED)
+            for text, row in zip(near, found, strict=True)
+        }
+        return [score_of.get(text, 0.0) for text in sampled]
 
     return scores

@@ -55,7 +55,7 @@ class Judge:
             return cls(scores, THRESHOLDS[given] if threshold is None else threshold, reads_words=True)
         limit = 0.5 if threshold is None else threshold
         if isinstance(given, str) and given.startswith(ENTAILMENT):
-            return cls(entailment_scores(given.removeprefix(ENTAILMENT)), limit)
+            return cls(entailment_scores(given.removeprefix(ENTAILMENT)), limit, reads_words=True)
         if isinstance(given, str) or not callable(given):
             raise (ValueError if isinstance(given, str) else TypeError)(f"`judge` is {given!r}; it is {ACCEPTED}.")
         return cls(_one_by_one(given), limit)
@@ -66,7 +66,7 @@ class Judge:
         if wordless:
             raise ValueError(
                 f"Row {wordless[0]} of the `forget` rows that are measured has the answer {answers[wordless[0]]!r}, "
-                "without a word: this judge compares words, and sees no leak of it. Take the row out, or pass a "
+                "without a word: this judge reads words, and sees no leak of it. Take the row out, or pass a "
                 "function as `judge`."
             )
 

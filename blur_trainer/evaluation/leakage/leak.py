@@ -71,15 +71,15 @@ class LeakEvaluation(Evaluation):
         progress: whether to show progress bars.
 
     Source: of leak@k arXiv:2511.04934, of the bounds arXiv:2410.03523; see
-    [`~blur_trainer.evaluation.leakage.estimates`]. Differs from the first, whose samples an entailment model or a
-    language model judges; the default here needs no other model.
+    [`~blur_trainer.evaluation.leakage.estimates`]. Differs from the first, whose code judges by an entailment model
+    ([`~blur_trainer.evaluation.leakage.entailment.entailment_scores`]); the default here needs no other model.
 
     Example:
 
     ```python
     evaluation = LeakEvaluation(tokenizer, forget)
     evaluation(model)
-    # {"leak@1": 0.02, ..., "leak@128": 0.31, "leak_bound": 0.024}
+    # {"leak@1": 0.02, ..., "leak@128": 0.31, "leak_bound": 0.022}
     evaluation.details[0]
     # {"question": ..., "answer": ..., "samples": 200, "leaks": 3, "leak_bound": 0.049, ...}
     few = LeakEvaluation(tokenizer, forget, samples=8, max_rows=20)  # for a schedule
