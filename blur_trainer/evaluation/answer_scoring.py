@@ -1,20 +1,18 @@
 """Scores many answers to one question and reads the question only once."""
 
-import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.batch_scores import BatchScores, ScoredRow
 from blur_trainer.evaluation.batching import buckets, check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import in_shares, is_sharded
+from blur_trainer.evaluation.prompt_cache import can_share_prompts, read_prompts, rows_of
 from blur_trainer.evaluation.token_scores import AnswerScores, score_row, scored_positions, to_numpy
 from blur_trainer.models.forward import evaluating
 
@@ -91,30 +89,6 @@ def score_variants(
     return [found[index] for index in range(len(rows))]
 
 
-def can_share_prompts(model: PreTrainedModel) -> bool:
-    """
-    Whether a model's cache of a prompt can be repeated and continued row by row.
-
-    It can if the cache holds only keys and values of full attention: a probe of two tokens must return a
-    [`~transformers.Cache`] whose layers are all exactly `DynamicLayer`. Sliding windows (Mistral with one, Gemma2),
-    recurrent states, quantized and static caches have other layers and are refused. So are models whose `forward` takes
-    no position ids, and PEFT's prompt tuning, which counts virtual tokens.
-    """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    if not {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= _arguments(model):
-        return False
-    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        cache = getattr(model(input_ids=probe, use_cache=True), "past_key_values", None)
-    return isinstance(cache, Cache) and len(cache) > 0 and all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _arguments(model: PreTrainedModel) -> set[str]:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters)
-
-
 def _question(index: int, answers: Sequence[dict[str, Any]], share: bool) -> _Question:
     if not answers:
         raise ValueError(f"`questions[{index}]` has no answer to score: give at least one.")
@@ -148,7 +122,8 @@ class _Batch:
         self.answers = [
             (q, number) for q, question in enumerate(questions) for number in range(len(question.input_ids))
         ]
-        self.prompts = self._read_prompts() if questions[0].prefix else None
+        prompts = [question.input_ids[0][: question.prefix] for question in questions]
+        self.prompts = read_prompts(model, prompts, pad_token_id) if questions[0].prefix else None
 
     def scores(self, batch_size: int, passes: int) -> list[list[AnswerScores]]:
         """The scores of each question's answers, in at least `passes` forward passes (some are repeated for that)."""
@@ -162,16 +137,6 @@ class _Batch:
         scores = iter([found[index] for index in range(len(found))])
         return [[next(scores) for _ in question.input_ids] for question in self.questions]
 
-    def _read_prompts(self) -> tuple[Cache, Tensor]:
-        """Reads the prefixes. Returns keys and values, and the attention mask (questions, T)."""
-        prompts = [question.input_ids[0][: question.prefix] for question in self.questions]
-        input_ids, mask = pad(prompts, self.pad_token_id, "left", self.model.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-        if "logits_to_keep" in _arguments(self.model):
-            inputs["logits_to_keep"] = 1  # the logits are not used
-        return self.model(**inputs, use_cache=True).past_key_values, mask
-
     def _run(self, answers: list[tuple[int, int]]) -> list[AnswerScores]:
         """One forward pass over some answers."""
         rows = [(self.questions[q], number) for q, number in answers]
@@ -180,7 +145,7 @@ class _Batch:
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
         if self.prompts is not None:
             owners = torch.tensor([q for q, _ in answers], device=self.model.device)
-            cache = _rows_of(self.prompts[0], owners)
+            cache = rows_of(self.prompts[0], owners)
             before = self.prompts[1][owners]
             inputs |= {
                 "attention_mask": torch.cat([before, mask], dim=-1),
@@ -205,12 +170,3 @@ def _row_by_row(rows: Sequence[ScoredRow]) -> Callable[[Tensor], list[AnswerScor
         return to_numpy([score_row(row, want.columns, want.targets, want.detailed) for row, want in pairs])
 
     return read
-
-
-def _rows_of(cache: Cache, rows: Tensor) -> Cache:
-    """Some rows of a cache as a new one. Nothing else is copied: the deep copy keeps the tensors of the original."""
-    layers: Sequence[Any] = cache.layers  # each a `DynamicLayer`: see `can_share_prompts`
-    kept = {id(tensor): tensor for layer in layers for tensor in (layer.keys, layer.values)}
-    selected = copy.deepcopy(cache, kept)
-    selected.batch_select_indices(rows)
-    return selected

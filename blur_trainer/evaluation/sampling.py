@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from blur_trainer.evaluation.batching import buckets, check_context, check_positive, check_stop_strings, pad
+from blur_trainer.evaluation.batching import buckets, check_context, check_positive, check_stop_strings
 from blur_trainer.evaluation.distributed import gathering_in_generate, in_shares, is_sharded
+from blur_trainer.evaluation.prompt_cache import Prompts, can_share_prompts
 from blur_trainer.evaluation.scoring import decoded, generation_config, special_ids
 from blur_trainer.evaluation.stopping import StopStrings
 from blur_trainer.models.forward import evaluating
@@ -55,6 +56,8 @@ def sample_ids(
     seed: int = 0,
     batch_size: int = 16,
     stop_strings: Sequence[str] | None = None,
+    ends: Sequence[int] = (),
+    share_prompts: bool = False,
     alone: bool = False,
     desc: str | None = None,
 ) -> list[list[list[int]]]:
@@ -79,6 +82,13 @@ def sample_ids(
             Of the draws.
         batch_size (`int`):
             Continuations at a time, at least those of one prompt.
+        ends (`Sequence[int]`):
+            Tokens that end a continuation beside those of the model's generation configuration.
+        share_prompts (`bool`):
+            Reads each prompt once for all its continuations, if the model's cache allows it
+            ([`~blur_trainer.evaluation.prompt_cache.can_share_prompts`]). Then, too, no more than `batch_size`
+            continuations are written at a time. The draws are the same; logits differ by rounding. So the texts are
+            those of `share_prompts=False`, where that holds all continuations of a prompt in one batch.
         alone (`bool`):
             Only this process calls. Otherwise all processes call, and share the prompts.
 
@@ -89,40 +99,68 @@ def sample_ids(
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, num=num)
     stops = check_stop_strings(stop_strings)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
+    config = _config(model, tokenizer, max_new_tokens, temperature, top_p, ends)
+    batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
+    seeds = _seeds(seed, [[prompt_ids[i] for i in indices] for indices in batches])
+    seed_of = {indices[0]: own for indices, own in zip(batches, seeds, strict=True)}
+    most = batch_size if share_prompts else num
+
+    def run(indices: list[int]) -> list[list[list[int]]]:
+        rows = [prompt_ids[i] for i in indices]
+        with _own_draws(model.device):
+            torch.manual_seed(seed_of[indices[0]])
+            prompts = Prompts(model, rows, config.pad_token_id, shared)
+            found: list[list[list[int]]] = [[] for _ in rows]
+            for count in (min(most, num - start) for start in range(0, num, most)):
+                written = _continued(model, tokenizer, prompts.repeated(count), config, stops)
+                for index, kept in enumerate(found):
+                    kept += written[index * count : (index + 1) * count]
+        return found
+
+    with evaluating(model), generation_config(model, config), gathering_in_generate(model):
+        # for all batches alike: with sharded parameters all processes need equally many forward passes
+        shared = share_prompts and min(map(len, prompt_ids), default=0) > 1 and can_share_prompts(model)
+        return in_shares(model, batches, run, desc, alone=alone)
+
+
+def _config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    ends: Sequence[int],
+) -> GenerationConfig:
     eos_ids, pad_id = special_ids(model, tokenizer)
-    config = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=float(temperature),
         top_p=float(top_p),
         top_k=0,
-        num_return_sequences=num,
         use_cache=True,
         pad_token_id=pad_id,
-        eos_token_id=eos_ids or None,
+        eos_token_id=list(dict.fromkeys([*eos_ids, *ends])) or None,
     )
-    synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
-    batches = buckets([len(ids) for ids in prompt_ids], max(1, batch_size // num))
-    seeds = _seeds(seed, [[prompt_ids[i] for i in indices] for indices in batches])
-    seed_of = {indices[0]: own for indices, own in zip(batches, seeds, strict=True)}
 
-    def run(indices: list[int]) -> list[list[list[int]]]:
-        ids, mask = pad([prompt_ids[i] for i in indices], pad_id, "left", model.device)
-        width, device = ids.shape[1], model.device
-        with _own_draws(device):
-            torch.manual_seed(seed_of[indices[0]])
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
-                synced_gpus=synced,
-            )
-        rows = [_ended(row, eos_ids) for row in output[:, width:].tolist()]
-        return [rows[start : start + num] for start in range(0, len(rows), num)]
 
-    with evaluating(model), generation_config(model, config), gathering_in_generate(model):
-        return in_shares(model, batches, run, desc, alone=alone)
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    config: GenerationConfig,
+    stops: tuple[str, ...],
+) -> list[list[int]]:
+    """One continuation of each row, without the row."""
+    width = inputs["input_ids"].shape[1]
+    output = model.generate(  # type: ignore[operator]
+        **inputs,
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
+        # sharded: then a process continues until the rows of all processes have ended
+        synced_gpus=is_sharded(model),
+    )
+    return [_ended(row, config.eos_token_id or []) for row in output[:, width:].tolist()]
 
 
 def _ended(ids: list[int], eos_ids: list[int]) -> list[int]:

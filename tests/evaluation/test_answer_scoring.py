@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from blur_trainer.evaluation import answer_scoring
+from blur_trainer.evaluation import prompt_cache
 from blur_trainer.evaluation.answer_scoring import can_share_prompts, score_variants
 from blur_trainer.evaluation.batch_scores import BatchScores, ScoredRow
 from blur_trainer.evaluation.token_scores import REJECTED, score_row, to_numpy
@@ -319,7 +319,7 @@ def test_rows_of_a_cache_are_copied_and_nothing_else(name):
         cache = model.to(DEVICE)(input_ids=ids.to(DEVICE), use_cache=True).past_key_values
         before = [(layer.keys, layer.values) for layer in cache.layers]
         fake.bytes.clear()
-        selected = answer_scoring._rows_of(cache, rows.to(DEVICE))
+        selected = prompt_cache.rows_of(cache, rows.to(DEVICE))
         copied = sum(fake.bytes.values()) - rows.numel() * rows.element_size()
     assert type(selected) is type(cache)
     assert copied == sum(x.inner.numel() * x.inner.element_size() for pair in before for x in pair)  # three of three

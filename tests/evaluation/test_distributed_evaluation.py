@@ -67,6 +67,7 @@ def test_the_comparison_would_see_a_difference(alone, model):
     assert found["muse"]["privleak_auc"] == found["auc"] and 0 < found["auc"] < 1
     assert len(set(found["texts of 6"])) > 3
     assert found["own"]["forget_rouge"] > 0.05 and found["own"]["forget_loss"] > 0.01
+    assert found["leaks"]["leak@1"] > 0 and len({one["score"] for one in found["leak details"]}) > 1
     assert [len(row) for row in found["logps of 7"]] == [len(row) - 1 for row in worker.ROWS]
 
 

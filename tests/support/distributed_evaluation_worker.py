@@ -24,6 +24,7 @@ from transformers import PrinterCallback
 
 from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.forget import ForgetEvaluation
+from blur_trainer.evaluation.leakage.leak import LeakEvaluation
 from blur_trainer.evaluation.lm_eval import LMEval
 from blur_trainer.evaluation.lm_eval_tasks import write_tasks
 from blur_trainer.evaluation.muse import MUSEEvaluation
@@ -119,6 +120,9 @@ def results(model: torch.nn.Module, folder: str) -> dict[str, Any]:
         tokenizer(), tokenized(TEXTS["forget"]), unseen=unseen, max_new_tokens=8, batch_size=2, progress=False
     )
     found["own"], found["own samples"] = own(model), own.samples(9)
+    few: dict[str, Any] = {"samples": 3, "threshold": 0.2, "max_new_tokens": 6}
+    leaks = LeakEvaluation(tokenizer(), tokenized(TEXTS["forget"]), batch_size=2, progress=False, **few)
+    found["leaks"], found["leak details"] = leaks(model), leaks.details
     found["nats"] = mean_nats(model, tokenized(TEXTS["forget"][:3]))
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):

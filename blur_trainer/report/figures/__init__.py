@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blur_trainer.report.figures.front import draw_front
+from blur_trainer.report.figures.leakage import draw_leakage, without_curve
 from blur_trainer.report.figures.plane import draw_plane
 from blur_trainer.report.figures.results import draw_bars, draw_stages
 from blur_trainer.report.figures.robustness import draw_relearning
@@ -13,7 +14,7 @@ from blur_trainer.report.figures.training import draw_gradients, draw_losses
 
 __all__ = ["DARK", "LIGHT", "NAMES", "Drawing", "Theme", "draw_all", "over_runs", "row_colors"]
 
-NAMES = ("front", "sets", "before_after", "plane", "stages", "losses", "gradients", "relearning")
+NAMES = ("front", "sets", "before_after", "plane", "leakage", "stages", "losses", "gradients", "relearning")
 
 
 def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
@@ -24,8 +25,9 @@ def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], t
     if front := draw_front(metrics, theme):
         return [front]
     drawings = [
-        draw_sets(metrics, theme) or draw_bars(metrics, theme),
+        draw_sets(metrics, theme) or draw_bars(without_curve(metrics), theme),
         draw_plane(history, metrics, theme),
+        draw_leakage(metrics, theme),
         draw_stages(metrics, theme),
         draw_losses(history, theme),
         draw_gradients(history, theme),
