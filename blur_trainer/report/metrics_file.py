@@ -27,6 +27,10 @@ def check_files(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     _check(robustness, {"attacks": "name", "relearning": "points"})
     for curve in robustness.get("relearning") or []:
         _check(curve, {"points": "steps"})
+    inside = _object(metrics, "inside")
+    _check(_object(inside, "probes"), {"models": "forget_loss"})
+    _check(inside, {"choices": "accuracy"})
+    _object(inside, "depth")
     footing = _object(metrics, "footing")
     _check(footing, {"readings": "rows", "points": "method"})
     for reading in footing.get("readings") or []:
