@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -14,9 +14,11 @@ from blur_trainer._version import __version__
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.credentials import without_tokens
 from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
-from blur_trainer.evaluation.inside.choices import ChoiceProbes
-from blur_trainer.evaluation.inside.patching import UnlearningDepth
-from blur_trainer.evaluation.inside.probes import LayerProbes
+
+if TYPE_CHECKING:
+    from blur_trainer.evaluation.inside.choices import ChoiceProbes
+    from blur_trainer.evaluation.inside.patching import UnlearningDepth
+    from blur_trainer.evaluation.inside.probes import LayerProbes
 
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl")
@@ -89,9 +91,9 @@ class Results:
     def add_inside(
         self,
         *,
-        probes: LayerProbes | None = None,
-        depth: UnlearningDepth | None = None,
-        choices: Mapping[str, ChoiceProbes] | None = None,
+        probes: "LayerProbes | None" = None,
+        depth: "UnlearningDepth | None" = None,
+        choices: "Mapping[str, ChoiceProbes] | None" = None,
     ) -> None:
         """
         What was found inside the models, layer by layer.

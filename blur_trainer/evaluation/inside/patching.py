@@ -129,8 +129,9 @@ def check_shapes(models: Mapping[str, PreTrainedModel]) -> None:
     """Raises, by name, unless states of one model fit into the layers of the others."""
     shapes = {}
     for name, model in models.items():
+        layers = check_inside(model, name)
         vocabulary = causal_lm(model).config.get_text_config(decoder=True).vocab_size
-        shapes[name] = {"layers": check_inside(model, name), "width": hidden_size(model), "vocabulary": vocabulary}
+        shapes[name] = {"layers": layers, "width": hidden_size(model), "vocabulary": vocabulary}
     first, *others = shapes
     for other in others:
         if shapes[other] != shapes[first]:

@@ -91,7 +91,7 @@ def probe_layers(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Decodes the answers.
         train, forget (`Dataset` or `Sequence[dict]`):
-            `{"input_ids", "labels"}`, as [`tokenize_dataset`] makes them: pairs of the retain set, and of the forget set.
+            `{"input_ids", "labels"}`, as [`tokenize_dataset`] makes them: pairs of the retain and of the forget set.
         retrained ([`~transformers.PreTrainedModel`], *optional*):
             A model that never saw the forget set. Its probes say what one can guess.
         target ([`~transformers.PreTrainedModel`], *optional*):

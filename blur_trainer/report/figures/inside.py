@@ -103,8 +103,8 @@ def _caption(inside: Mapping[str, Any]) -> str:
         score = depth["score"]
         shown = f"{score:.2f}" if math.isfinite(score) else "undefined"
         sentences.append(
-            f"Unlearning Depth Score {shown}: 0 if the unlearned model's states cost the answer nothing, 1 if they cost "
-            "it what the retrained model's do."
+            f"Unlearning Depth Score {shown}: 0 if the unlearned model's states cost the target's answer nothing, 1 if "
+            "they cost it as much as the retrained model's."
         )
     if inside.get("choices"):
         sentences.append("Accuracy above the retrained model's, or above chance: the layer has the right choice.")
