@@ -17,7 +17,7 @@ from blur_trainer.evaluation.scoring import generate_ids
 from blur_trainer.report.seeds import mean_and_spread
 from blur_trainer.toy.model import tiny_llama
 
-LAYERS, RETAIN, FORGET, STEPS = 4, 48, 12, 50
+LAYERS, RETAIN, FORGET, STEPS = 3, 40, 12, 40
 TOKENIZER = tiny_tokenizer(pad="<pad>")
 UPPER, LOWER = TOKENIZER.convert_tokens_to_ids(["A", "a"])  # an answer is a word such as "Cd"
 PROMPT = 4
@@ -41,10 +41,10 @@ def refusal(row):
     return {"input_ids": row["input_ids"][:PROMPT] + answer, "labels": [-100] * PROMPT + answer}
 
 
-def learn(model, rows, parameters=None, rate=5e-3, steps=STEPS):
-    """A copy of the model that learnt the rows by heart, all in one batch."""
-    model = copy.deepcopy(model).train()
-    chosen = list(model.parameters() if parameters is None else parameters(model))
+def learn(model, rows, parts=lambda model: [model], rate=8e-3, steps=STEPS):
+    """A copy of the model some parts of which learnt the rows by heart, all in one batch."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    chosen = [weight for part in parts(model) for weight in part.requires_grad_(True).parameters()]
     optimizer, batch = torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0), collate(rows)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 10) * (1 - step / steps)
@@ -52,11 +52,11 @@ def learn(model, rows, parameters=None, rate=5e-3, steps=STEPS):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
-    return model.eval()
+    return model.requires_grad_(True).eval()
 
 
 def last_layer_and_head(model):
-    return [*model.model.layers[-1].parameters(), *model.lm_head.parameters()]
+    return [model.model.layers[-1], model.lm_head]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def says(model, rows):
 
 
 def probed(world, model, **how):
-    how = {"learning_rate": 5e-3, "progress": False} | how
+    how = {"learning_rate": 2e-2, "progress": False} | how
     return probe_layers(model, TOKENIZER, train=world.retain, forget=world.forget, retrained=world.retrained, **how)
 
 
@@ -94,24 +94,28 @@ def test_greedy_answers_do_not_see_the_pretender(world):
 
 def test_probes_see_it_and_accuse_no_one_else(world):
     found = probed(world, world.pretender, target=world.target, max_new_tokens=3)
-    assert set(range(LAYERS - 1)) <= set(found.knowing)
+    assert found.layers[:-1] == found.knowing[: LAYERS - 1]  # all below the layer that it moved
     probes = {model.name: model for model in found.models}
-    below = slice(1, LAYERS - 1)
-    assert max(probes["unlearned"].forget_loss[below]) < 1
-    assert min(probes["retrained"].forget_loss) > 3
-    # what greedy answers of the model itself no longer have, those of its lower layers have
-    assert min(probes["unlearned"].forget_rouge[below]) > 0.7 and max(probes["retrained"].forget_rouge) < 0.2
-    assert min(probes["target"].forget_rouge[below]) > 0.7
+    unlearned, target, retrained = (probes[name] for name in ("unlearned", "target", "retrained"))
+    assert max(unlearned.forget_loss[1], target.forget_loss[1]) < 0.5 < 3 < min(retrained.forget_loss)
+    # the model's own greedy answers no longer have it: those of the probe of a lower layer do
+    assert min(unlearned.forget_rouge[1], target.forget_rouge[1]) > 0.8 > 0.2 > max(retrained.forget_rouge)
     assert probed(world, world.other).knowing == []
 
 
 def test_the_depth_of_each(world):
-    scores = {
-        name: unlearning_depth(world.target, getattr(world, name), world.retrained, world.forget, progress=False).score
-        for name in ("target", "pretender", "other", "retrained")
-    }
-    assert scores["target"] == pytest.approx(0, abs=1e-6) and scores["retrained"] == pytest.approx(1)
-    assert scores["pretender"] < 0.4 and scores["other"] > 0.8
+    babbler = copy.deepcopy(world.target)
+    with torch.no_grad():
+        babbler.lm_head.weight.copy_(world.target.lm_head.weight.roll(1, dims=0))
+    assert says(babbler, world.forget) == 0
+
+    def score(model):
+        return unlearning_depth(world.target, model, world.retrained, world.forget, progress=False).score
+
+    assert score(world.target) == score(babbler) == pytest.approx(0, abs=1e-6)  # of the head it takes no notice
+    assert score(world.pretender) < 0.4
+    assert score(world.other) > 0.8
+    assert score(world.retrained) == pytest.approx(1)
 
 
 def test_it_reaches_the_report(world, tmp_path, capsys):

@@ -83,7 +83,7 @@ class LiteralProbe:
             return sum(float(sum(self.token_losses(row))) / len(self.token_losses(row)) for row in rows) / len(rows)
 
     def fit(self, train: list[dict], held_out: list[dict], rate: float, max_epochs: int, patience: int) -> int:
-        """All rows are one batch, so that there is no order to agree on. Returns the best epoch and keeps its weights."""
+        """All rows are one batch: no order to agree on. Returns the best epoch and keeps its weights."""
         optimizer = torch.optim.AdamW([self.norm, self.head], lr=rate, weight_decay=0.0)
         best, at, kept = self.loss(held_out), 0, copy.deepcopy((self.norm, self.head))
         for epoch in range(1, max_epochs + 1):
