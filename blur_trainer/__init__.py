@@ -15,6 +15,8 @@ _HOMES = {
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
     "evaluation.base": ["Evaluation"],
     "evaluation.forget": ["ForgetEvaluation"],
+    "evaluation.inside.patching": ["unlearning_depth"],
+    "evaluation.inside.probes": ["probe_layers"],
     "evaluation.level": ["Level"],
     "evaluation.lm_eval": ["LMEval"],
     "evaluation.muse": ["MUSEEvaluation"],
@@ -74,6 +76,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
     from blur_trainer.evaluation.base import Evaluation
     from blur_trainer.evaluation.forget import ForgetEvaluation
+    from blur_trainer.evaluation.inside.patching import unlearning_depth
+    from blur_trainer.evaluation.inside.probes import probe_layers
     from blur_trainer.evaluation.level import Level
     from blur_trainer.evaluation.lm_eval import LMEval
     from blur_trainer.evaluation.muse import MUSEEvaluation

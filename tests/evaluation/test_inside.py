@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.decoders import CONFIGS, LAYERS
-from support.literal_inside import LiteralProbe, depth, drop
+from support.literal_inside import LiteralProbe, drop, score
 from support.models import VOCAB, examples, tiny_llama
 from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import tiny_tokenizer
@@ -214,21 +214,20 @@ def test_a_bfloat16_model_has_float32_probes():
 # ---- patching ----
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_patching_equals_the_literal_form(batch_size):
+def test_patching_equals_the_literal_form():
     target, unlearned, retrained = (tiny_llama(seed, layers=3) for seed in range(3))
     unlearned.load_state_dict(target.state_dict())
     with torch.no_grad():
         unlearned.model.layers[1].mlp.down_proj.weight.mul_(2.5)  # knows below, not above
-    found = unlearning_depth(target, unlearned, retrained, FORGET, batch_size=batch_size, progress=False)
     rows = scored(FORGET)
-    for layer in range(3):
-        for source, drops in ((unlearned, found.unlearned), (retrained, found.retrained)):
-            expected = np.mean([drop(target, source, *row, layer) for row in rows])
-            assert drops[layer] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    expected = depth(target, unlearned, retrained, rows, 0.05)
-    assert found.scores == pytest.approx(expected, rel=1e-4)
-    assert found.score == pytest.approx(np.mean([score for score in expected if score is not None]), rel=1e-4)
+    s1, s2 = ([[drop(target, m, *row, layer) for layer in range(3)] for row in rows] for m in (retrained, unlearned))
+    expected = [score(*pair, 0.05) for pair in zip(s1, s2, strict=True)]
+    for batch_size in (1, 4):
+        found = unlearning_depth(target, unlearned, retrained, FORGET, batch_size=batch_size, progress=False)
+        assert found.retrained == pytest.approx(np.mean(s1, axis=0), rel=1e-4, abs=1e-5)
+        assert found.unlearned == pytest.approx(np.mean(s2, axis=0), rel=1e-4, abs=1e-5)
+        assert found.scores == pytest.approx(expected, rel=1e-4)
+        assert found.score == pytest.approx(np.mean([one for one in expected if one is not None]), rel=1e-4)
     assert found.unlearned[0] == pytest.approx(0, abs=1e-5) and 0 < found.score < 1
 
 

@@ -42,21 +42,14 @@ def drop(target, source, ids: list[int], scored: list[int], layer: int) -> float
     return lost / len(scored)
 
 
-def depth(
-    target, unlearned, retrained, rows: list[tuple[list[int], list[int]]], threshold: float
-) -> list[float | None]:
-    """UDS of each row of token ids and scored positions."""
-    scores = []
-    for ids, scored in rows:
-        above = below = 0.0
-        for layer in range(len(target.model.layers)):
-            s1 = drop(target, retrained, ids, scored, layer)
-            s2 = drop(target, unlearned, ids, scored, layer)
-            if s1 > threshold:
-                above += s1 * min(max(s2 / s1, 0.0), 1.0)
-                below += s1
-        scores.append(above / below if below else None)
-    return scores
+def score(retrained: list[float], unlearned: list[float], threshold: float) -> float | None:
+    """UDS of one row, from its drops layer by layer."""
+    above = below = 0.0
+    for s1, s2 in zip(retrained, unlearned, strict=True):
+        if s1 > threshold:
+            above += s1 * min(max(s2 / s1, 0.0), 1.0)
+            below += s1
+    return above / below if below else None
 
 
 class LiteralProbe:

@@ -75,16 +75,19 @@ def _draw(ax: Axes, panel: Panel, theme: Theme) -> None:
     colors = LinearSegmentedColormap.from_list("inside", [theme.grid, theme.retain])
     finite = [number for row in panel.numbers for number in row if math.isfinite(number)]
     low, high = min([0.0, *finite]), max([1e-9, *finite])
-    ax.imshow(panel.numbers, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    image = ax.imshow(panel.numbers, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     ax.grid(visible=False)
     ax.set_yticks(range(len(panel.models)), [plain(name, 20) for name in panel.models])
     if len(panel.layers) <= MOST_LAYERS:
         ax.set_xticks(range(len(panel.layers)), [str(layer) for layer in panel.layers])
         for row, numbers in enumerate(panel.numbers):
             for column, number in enumerate(numbers):
-                ink = theme.paper if number > (low + high) / 2 else theme.ink
+                ink = theme.paper if number > 0.4 * low + 0.6 * high else theme.ink
                 ax.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=8.5, color=ink)
     else:
+        scale = ax.figure.colorbar(image, ax=ax, pad=0.01)
+        scale.outline.set_visible(False)
+        scale.ax.tick_params(colors=theme.ink, labelsize=8.5, length=0)
         ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         ax.xaxis.set_major_formatter(lambda x, _: str(panel.layers[int(x)]) if 0 <= x < len(panel.layers) else "")
     ax.set_xlabel("layer")
