@@ -36,7 +36,8 @@ class Answers:
 
     def logps(self, run: Run) -> tuple[Tensor, Tensor]:
         """Log-probabilities of all tokens by a function from states to logits, and whether each is the likeliest."""
-        logits, tokens = run(torch.cat(list(self.states)).float()).float(), torch.cat(list(self.tokens))
+        logits = run(torch.cat(list(self.states)).float()).float()
+        tokens = torch.cat(list(self.tokens)).to(logits.device)
         return label_logps(logits, tokens), logits.argmax(-1) == tokens
 
 
@@ -81,9 +82,9 @@ def read(run: Run, answers: Answers, batch_size: int) -> np.ndarray:
     for batch in answers.batches(batch_size):
         logps, right = batch.logps(run)
         lengths = [len(tokens) for tokens in batch.tokens]
-        losses += [-part.mean().item() for part in logps.double().split(lengths)]
-        hits += [part.mean().item() for part in right.double().split(lengths)]
-    return np.array([losses, hits])
+        losses += [-part.mean() for part in logps.double().split(lengths)]
+        hits += [part.mean() for part in right.double().split(lengths)]
+    return torch.stack([*losses, *hits]).view(2, -1).cpu().numpy()
 
 
 def _mean_loss(run: Run, answers: Answers, batch_size: int) -> float:

@@ -185,18 +185,25 @@ class _Batch:
             source(**self._inputs(source))
         lost = []
         for layer in layers:
-            states = outputs.pop(layer)[self.places].to(self.whole.device)
+            states = at(outputs.pop(layer), self.places)
             with patched(find_layers(self.target)[2][layer], self.places, states):
                 logps = self._logps(self.target(**self._inputs(self.target)).logits)
-            lost.append([part.mean().item() for part in (self.whole - logps).split(self.lengths)])
-        return np.array(lost).T
+            lost.append(torch.stack([part.mean() for part in (self.whole - logps).split(self.lengths)]))
+        return torch.stack(lost, dim=1).cpu().numpy()
 
     def _inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         ids, mask = pad(self.rows, 0, "right", model.device)
         return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
     def _logps(self, logits: Tensor) -> Tensor:
-        return rejected(label_logps(logits[self.places].float(), self.tokens)).double()
+        chosen = at(logits, self.places).float()
+        return rejected(label_logps(chosen, self.tokens.to(chosen.device))).double()
+
+
+def at(values: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """The entries `(N, ...)` of `(B, T, ...)` at some (row, position), whichever devices the two are on."""
+    row, position = (index.to(values.device) for index in places)
+    return values[row, position]
 
 
 @contextmanager
@@ -205,7 +212,7 @@ def patched(layer: nn.Module, places: tuple[Tensor, Tensor], states: Tensor) -> 
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         old = output[0] if isinstance(output, tuple) else output
-        new = old.index_put(places, states.to(old))
+        new = old.index_put(tuple(index.to(old.device) for index in places), states.to(old))
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     handle = layer.register_forward_hook(replace)
