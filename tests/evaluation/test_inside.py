@@ -14,7 +14,7 @@ from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from blur_trainer.evaluation.inside import patching
+from blur_trainer.evaluation.inside import patching, probes
 from blur_trainer.evaluation.inside.choices import probe_choices
 from blur_trainer.evaluation.inside.patching import unlearning_depth
 from blur_trainer.evaluation.inside.probes import probe_layers
@@ -109,30 +109,40 @@ def test_probes_equal_the_literal_form(tie):
     )  # fmt: skip
     order = torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(0)).tolist()
     held_out, train = ([TRAIN[i] for i in sorted(part)] for part in (order[:2], order[2:]))
-    (probes,) = found.models
-    assert (found.layers, probes.kind, found.knowing) == ([0, 1], "unlearned", None)
+    (one,) = found.models
+    assert (found.layers, one.kind, found.knowing) == ([0, 1], "unlearned", None)
     for layer in range(2):
         literal = LiteralProbe(model, layer)
-        assert probes.epochs[layer] == literal.fit(train, held_out, rate, 6, 2)
-        assert probes.held_out_loss[layer] == pytest.approx(literal.loss(held_out), rel=1e-4)
-        assert probes.forget_loss[layer] == pytest.approx(literal.loss(FORGET), rel=1e-4)
-    assert max(probes.epochs) > 0
+        assert one.epochs[layer] == literal.fit(train, held_out, rate, 6, 2)
+        assert one.held_out_loss[layer] == pytest.approx(literal.loss(held_out), rel=1e-4)
+        assert one.forget_loss[layer] == pytest.approx(literal.loss(FORGET), rel=1e-4)
+    assert max(one.epochs) > 0
 
 
 def test_an_untrained_probe_of_the_last_layer_is_the_model():
     """A rate of nothing: what the model itself says, its share of likeliest tokens, its greedy answers."""
     model, tokenizer = tiny_llama(), tiny_tokenizer(pad="<pad>")
     how = {"learning_rate": 1e-30, "max_epochs": 1, "progress": False}
-    (probes,) = probe_layers(model, tokenizer, train=TRAIN, forget=FORGET, layers=[1], **how).models
+    (one,) = probe_layers(model, tokenizer, train=TRAIN, forget=FORGET, layers=[1], **how).models
     losses, hits = [], []
     for ids, positions in scored(FORGET):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0]
         losses.append(-np.mean([float(logits[t - 1].log_softmax(-1)[ids[t]]) for t in positions]))
         hits.append(np.mean([int(logits[t - 1].argmax()) == ids[t] for t in positions]))
-    assert probes.forget_loss == pytest.approx([np.mean(losses)], rel=1e-5)
-    assert probes.forget_accuracy == pytest.approx([np.mean(hits)])
-    assert probes.forget_rouge is None
+    assert one.forget_loss == pytest.approx([np.mean(losses)], rel=1e-5)
+    assert one.forget_accuracy == pytest.approx([np.mean(hits)])
+    assert one.forget_rouge is None
+
+
+def test_what_a_layer_must_show_to_know():
+    """Four layers, four pairs: loss and hits; the loss alone; both, but of one pair in four; both, but too little."""
+    gains = [[[2, 2.5, 2, 2.5], [0.5] * 4], [[2] * 4, [0] * 4], [[8, 0, 0, 0], [1, 0, 0, 0]], [[0.1] * 4, [0.5] * 4]]
+    rows = {"retrained": np.zeros((4, 2, 4)), "unlearned": np.array(gains, dtype=float) * np.array([[-1], [1]])}
+    found = probes._compare(rows, [3, 5, 7, 9], 0.1)
+    assert found["knowing"] == [3]
+    assert found["gaps"] == pytest.approx([2.25, 2, 2, 0.1])
+    assert found["errors"][0] == pytest.approx(np.std([2, 2.5, 2, 2.5], ddof=1) / 2)
 
 
 class Broken(RuntimeError):
@@ -205,9 +215,9 @@ def test_an_adapter_counts():
 def test_a_bfloat16_model_has_float32_probes():
     model = tiny_llama().to(torch.bfloat16)
     how = {"train": TRAIN, "forget": FORGET, "learning_rate": 1e-3, "max_epochs": 20, "progress": False}
-    (probes,) = probe_layers(model, TOKENIZER, **how, max_new_tokens=2).models
+    (one,) = probe_layers(model, TOKENIZER, **how, max_new_tokens=2).models
     (exact,) = probe_layers(tiny_llama(), TOKENIZER, **how).models
-    assert probes.forget_loss == pytest.approx(exact.forget_loss, rel=0.02)
+    assert one.forget_loss == pytest.approx(exact.forget_loss, rel=0.02)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
@@ -318,6 +328,8 @@ WRONG = [
     ({"held_out": 1.0}, ValueError, "`held_out` is 1.0"),
     ({"tolerance": -1}, ValueError, "`tolerance` is -1"),
     ({"patience": 0}, ValueError, "patience"),
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+    ({"max_new_tokens": 64}, ValueError, r"`forget prompts\[0\]` has .* lower `max_new_tokens`"),
     ({"retrained": tiny_llama(layers=3)}, ValueError, r"other numbers of layers.*'retrained': 3"),
     ({"model": torch.nn.Sequential(tiny_llama())}, TypeError, r"`model` is a `Sequential`.*unwrap_model"),
     ({"target": torch.nn.Linear(1, 1)}, TypeError, "`target` is a `Linear`"),

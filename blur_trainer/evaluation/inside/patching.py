@@ -119,7 +119,7 @@ def unlearning_depth(
     batches = buckets([len(ids) for ids, _ in rows], batch_size)
     with evaluating(target), evaluating(unlearned), evaluating(retrained):
         drops = np.stack(in_shares(target, batches, run, "Patching" if progress else None, alone=True))
-    scores = [_score(*row, threshold) for row in drops]
+    scores = [_score(s1, s2, threshold) for s1, s2 in drops]
     known = [score for score in scores if score is not None]
     s1, s2 = drops.mean(0).tolist()
     return UnlearningDepth(float(np.mean(known)) if known else float("nan"), chosen, s2, s1, scores, threshold)

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blur_trainer.evaluation.batching import check_positive
+from blur_trainer.evaluation.batching import check_context, check_positive
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.inside.fitting import Answers, Fit, fit_probe, read
 from blur_trainer.evaluation.inside.states import Row, check_inside, check_layers, check_rows, layer_states
@@ -134,6 +134,10 @@ def probe_layers(
     chosen = check_layers(model, layers, "probe_layers")
     for one in models.values():
         pairs = check_rows(one, train, "train", least=2), check_rows(one, forget, "forget", least=2)
+        if max_new_tokens is not None:
+            check_positive(max_new_tokens=max_new_tokens)
+            lengths = [len(ids) for ids in _prompts(pairs[1])]
+            check_context(one, lengths, what="forget prompt", max_new_tokens=max_new_tokens)
     how = Fit(learning_rate, max_epochs, patience, batch_size, seed)
     found, rows = [], {}
     hidden = not progress or rank_and_world()[0] > 0
@@ -177,7 +181,9 @@ class _Prober:
                 rows = read(run, forget, size)
         losses, hits = rows.mean(1).tolist()
         found = {"rows": rows, "forget_loss": losses, "forget_accuracy": hits, "held_out_loss": loss, "epochs": epochs}
-        return found if self.max_new_tokens is None else found | {"forget_rouge": self._rouge(layer, weights)}
+        if self.max_new_tokens is None:
+            return found
+        return found | {"forget_rouge": self._rouge(layer, weights, self.max_new_tokens)}
 
     def _answers(self, rows: list[Row], layer: int) -> Answers:
         places = [scored_positions(labels) for _, labels in rows]
@@ -186,18 +192,20 @@ class _Prober:
         tokens = [[ids[t] for t in positions] for (ids, _), positions in zip(rows, places, strict=True)]
         return Answers([row[0] for row in states], [torch.tensor(row, device=self.model.device) for row in tokens])
 
-    def _rouge(self, layer: int, weights: dict[Place, nn.Parameter]) -> float:
+    def _rouge(self, layer: int, weights: dict[Place, nn.Parameter], new_tokens: int) -> float:
         # Here and not above: `evaluate` takes seconds to import, and only decoding needs it.
         from blur_trainer.metrics.rouge_l_recall import rouge_l_recall
 
-        starts = [scored_positions(labels)[0] for _, labels in self.forget]
-        prompts = [ids[:start] for (ids, _), start in zip(self.forget, starts, strict=True)]
-        size = {"max_new_tokens": self.max_new_tokens, "batch_size": self.how.batch_size}
+        prompts, size = _prompts(self.forget), self.how.batch_size
         with self.top.behind(layer, weights):
-            written = generate_ids(self.model, self.tokenizer, prompts, **size)
+            written = generate_ids(self.model, self.tokenizer, prompts, max_new_tokens=new_tokens, batch_size=size)
         true = [[ids[t] for t in scored_positions(labels)] for ids, labels in self.forget]
         texts = [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (written, true)]
         return float(np.mean([rouge_l_recall(*pair) for pair in zip(*texts, strict=True)]))
+
+
+def _prompts(rows: list[Row]) -> list[list[int]]:
+    return [ids[: scored_positions(labels)[0]] for ids, labels in rows]
 
 
 def _compare(rows: dict[str, np.ndarray], layers: list[int], tolerance: float) -> dict[str, Any]:
