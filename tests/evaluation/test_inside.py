@@ -14,7 +14,7 @@ from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from blur_trainer.evaluation.inside import patching, probes
+from blur_trainer.evaluation.inside import fitting, patching, probes
 from blur_trainer.evaluation.inside.choices import probe_choices
 from blur_trainer.evaluation.inside.patching import unlearning_depth
 from blur_trainer.evaluation.inside.probes import probe_layers
@@ -135,9 +135,31 @@ def test_an_untrained_probe_of_the_last_layer_is_the_model():
     assert one.forget_rouge is None
 
 
+def test_training_ends_when_the_held_out_loss_does_not_fall(monkeypatch):
+    """A rate that makes all worse: the loss before, and as many more as patience has; then the model's own weights."""
+    measured, plain = [], fitting._mean_loss
+    monkeypatch.setattr(fitting, "_mean_loss", lambda *args: measured.append(plain(*args)) or measured[-1])
+    how = {"train": TRAIN, "forget": FORGET, "layers": [1], "progress": False}
+    (one,) = probe_layers(tiny_llama(), TOKENIZER, **how, learning_rate=1.0, patience=2, max_epochs=9).models
+    assert (one.epochs, len(measured)) == ([0], 3) and one.held_out_loss == measured[:1] < measured[1:]
+
+
+def test_a_probe_writes_behind_its_layer(monkeypatch):
+    depths, model = [], tiny_llama(layers=3)
+
+    def write(generator, tokenizer, prompts, **how):
+        depths.append(len(generator.model.layers))
+        return [[5] * how["max_new_tokens"] for _ in prompts]
+
+    monkeypatch.setattr(probes, "generate_ids", write)
+    how = {"learning_rate": 1e-3, "max_epochs": 1, "max_new_tokens": 2, "progress": False}
+    probe_layers(model, TOKENIZER, train=TRAIN, forget=FORGET, layers=[2, 0], **how)
+    assert depths == [1, 3] and len(model.model.layers) == 3
+
+
 def test_what_a_layer_must_show_to_know():
-    """Four layers, four pairs: loss and hits; the loss alone; both, but of one pair in four; both, but too little."""
-    gains = [[[2, 2.5, 2, 2.5], [0.5] * 4], [[2] * 4, [0] * 4], [[8, 0, 0, 0], [1, 0, 0, 0]], [[0.1] * 4, [0.5] * 4]]
+    """Four layers, four pairs: loss and hits; the loss alone; a loss of one pair only; a loss that falls too little."""
+    gains = [[[2, 2.5, 2, 2.5], [0.5] * 4], [[2] * 4, [0] * 4], [[8, 0, 0, 0], [0.5] * 4], [[0.1] * 4, [0.5] * 4]]
     rows = {"retrained": np.zeros((4, 2, 4)), "unlearned": np.array(gains, dtype=float) * np.array([[-1], [1]])}
     found = probes._compare(rows, [3, 5, 7, 9], 0.1)
     assert found["knowing"] == [3]

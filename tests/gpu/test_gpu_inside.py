@@ -20,8 +20,9 @@ def test_probes_and_patching_find_the_same():
     placed = [(target, unlearned, retrained), moved, (moved[0], unlearned, moved[2])]  # the last ones on two devices
     depths = [unlearning_depth(*models, forget, batch_size=4, progress=False) for models in placed]
     for found in depths[1:]:
-        assert found.scores == pytest.approx(depths[0].scores, rel=1e-3)
-        assert found.retrained == pytest.approx(depths[0].retrained, rel=1e-3)
+        assert found.score == pytest.approx(depths[0].score, rel=1e-2)
+        assert found.retrained == pytest.approx(depths[0].retrained, abs=1e-3)
+        assert found.unlearned == pytest.approx(depths[0].unlearned, abs=1e-3)
     how = {"train": examples(20, seed=3), "forget": forget, "learning_rate": 1e-2, "max_epochs": 3, "progress": False}
     first, second = (probe_layers(model, tiny_tokenizer(), **how) for model in (target, moved[0]))
     assert second.models[0].forget_loss == pytest.approx(first.models[0].forget_loss, rel=1e-3)
