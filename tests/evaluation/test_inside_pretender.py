@@ -1,7 +1,9 @@
 """A model that hides what it knows behind its last layer is found out; one that never knew is not accused."""
 
 import copy
+import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,8 @@ from blur_trainer.evaluation.inside.choices import ChoiceProbes
 from blur_trainer.evaluation.inside.patching import unlearning_depth
 from blur_trainer.evaluation.inside.probes import probe_layers
 from blur_trainer.evaluation.scoring import generate_ids
+from blur_trainer.report.figures import DARK
+from blur_trainer.report.figures.inside import draw_inside
 from blur_trainer.report.seeds import mean_and_spread
 from blur_trainer.toy.model import tiny_llama
 
@@ -145,10 +149,27 @@ def test_it_reaches_the_report(world, tmp_path, capsys):
     assert "inside" not in mean_and_spread([json.loads(json.dumps(content))] * 2)
 
 
-@pytest.mark.parametrize(
-    "inside", [[], {"probes": []}, {"probes": {"models": [{}]}}, {"choices": [{"name": "x"}]}, {"depth": 3}]
-)
+WRONG = [
+    *([], {"probes": []}, {"probes": {"layers": [0]}}, {"probes": {"layers": [0], "models": [{"name": "x"}]}}),
+    *({"depth": 3}, {"depth": {"score": 1}}, {"choices": [{"name": "x", "layers": [0]}]}),
+]
+
+
+@pytest.mark.parametrize("inside", WRONG)
 def test_the_report_refuses_other_data(inside, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"rows": [], "inside": inside}))
     with pytest.raises(ValueError, match="must be a"):
         bt.write_report(tmp_path)
+
+
+def test_heat_maps_of_what_is_missing_or_large():
+    layers = list(range(20))  # too many for a number in each cell: a scale stands beside
+    models = [{"name": name, "forget_loss": [None, math.inf, *layers[2:]]} for name in ("$a$", "_b", "retrained")]
+    depth = {"layers": [3], "unlearned": [math.nan], "retrained": [0.0], "score": math.nan}
+    inside = {"probes": {"layers": layers, "models": models, "knowing": None}, "depth": depth}
+    drawing = draw_inside({"inside": inside}, DARK)
+    assert len(drawing.figure.axes) == 3
+    drawing.figure.savefig(io.BytesIO())
+    assert "Layers of" not in drawing.caption and "undefined" in drawing.caption
+    assert "layers 0 to 19" in drawing.numbers and "layer 3: target 0.00; unlearned nan" in drawing.numbers
+    assert draw_inside({}, DARK) is None

@@ -175,7 +175,8 @@ def test_images_are_whole_and_the_files_are_the_light_ones(full):
     assert {path.stem for path in (folder / "figures").iterdir()} == set(figures.NAMES) - {
         "front",
         "sets",
-    }  # of a sweep; of one's own data
+        "inside",
+    }  # of a sweep; of one's own data; of tests/evaluation/test_inside_pretender.py
     light = [base64.b64decode(attrs["src"].partition("base64,")[2], validate=True) for attrs in page.of("img")]
     dark = [base64.b64decode(attrs["srcset"].partition("base64,")[2], validate=True) for attrs in page.of("source")]
     assert {bytes(data) for data in light} == {path.read_bytes() for path in (folder / "figures").iterdir()}

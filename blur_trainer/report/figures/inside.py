@@ -45,7 +45,7 @@ def _probes(inside: Mapping[str, Any]) -> Panel | None:
     if not found:
         return None
     models = sorted(found["models"], key=lambda model: _rank(model["name"]))
-    numbers = [model["forget_loss"] for model in models]
+    numbers = [_floats(model["forget_loss"]) for model in models]
     return Panel(
         "Probes: loss of the forget set, nats per token", [m["name"] for m in models], found["layers"], numbers
     )
@@ -55,7 +55,7 @@ def _depth(inside: Mapping[str, Any]) -> Panel | None:
     found = inside.get("depth")
     if not found:
         return None
-    numbers = [[0.0] * len(found["layers"]), found["unlearned"], found["retrained"]]
+    numbers = [[0.0] * len(found["layers"]), _floats(found["unlearned"]), _floats(found["retrained"])]
     return Panel("Patching: what the target's answer loses, nats per token", ORDER, found["layers"], numbers)
 
 
@@ -63,8 +63,13 @@ def _choices(inside: Mapping[str, Any]) -> Panel | None:
     found = sorted(inside.get("choices") or [], key=lambda model: _rank(model["name"]))
     if not found:
         return None
-    numbers = [model["accuracy"] for model in found]
+    numbers = [_floats(model["accuracy"]) for model in found]
     return Panel("Choices: accuracy of linear probes", [model["name"] for model in found], found[0]["layers"], numbers)
+
+
+def _floats(numbers: Sequence[float | None]) -> list[float]:
+    """NaN for what is missing."""
+    return [math.nan if number is None else float(number) for number in numbers]
 
 
 def _rank(name: str) -> int:
@@ -103,8 +108,8 @@ def _caption(inside: Mapping[str, Any]) -> str:
             names = ", ".join(map(str, probes["knowing"])) or "none"
             sentences.append(f"Layers of the unlearned model that know: {names}.")
     if depth:
-        score = depth["score"]
-        shown = f"{score:.2f}" if math.isfinite(score) else "undefined"
+        (score,) = _floats([depth["score"]])
+        shown = f"{score:.2f}" if math.isfinite(score) else "undefined (no row has a layer above the threshold)"
         sentences.append(
             f"Unlearning Depth Score {shown}: 0 if the unlearned model's states cost the target's answer nothing, 1 if "
             "they cost it as much as the retrained model's."
