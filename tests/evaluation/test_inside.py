@@ -12,7 +12,14 @@ from support.literal_inside import LiteralProbe, drop, score
 from support.models import VOCAB, examples, tiny_llama
 from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+)
 
 from blur_trainer.evaluation.inside import fitting, patching, probes
 from blur_trainer.evaluation.inside.choices import probe_choices
@@ -364,6 +371,21 @@ def test_probes_refuse_before_they_train(wrong, kind, message, monkeypatch):
     monkeypatch.setattr("blur_trainer.evaluation.inside.probes.fit_probe", pytest.fail)
     with pytest.raises(kind, match=message):
         probe_layers(**({"model": tiny_llama(), "tokenizer": TOKENIZER, "train": TRAIN, "forget": FORGET} | wrong))
+
+
+def test_layers_of_4_bits_are_read_and_a_head_of_4_bits_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4 bits need bitsandbytes: pip install blur_trainer[quantization]")
+    tiny_llama().save_pretrained(tmp_path)
+    how = {"train": TRAIN, "forget": FORGET, "max_epochs": 1, "progress": False}
+    for skipped in (None, ["nothing"]):
+        bits = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+        model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=bits)
+        if skipped is None:
+            assert len(probe_layers(model, TOKENIZER, **how, max_new_tokens=2).models[0].forget_rouge) == 2
+            assert unlearning_depth(tiny_llama(), model, tiny_llama(1), FORGET, progress=False).unlearned != [0, 0]
+        else:
+            with pytest.raises(ValueError, match="head is stored in few bits"):
+                probe_layers(model, TOKENIZER, **how)
 
 
 def test_models_of_another_shape_are_refused_by_name():

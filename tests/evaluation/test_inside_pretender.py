@@ -124,7 +124,6 @@ def test_the_depth_of_each(world):
 
 def test_it_reaches_the_report(world, tmp_path, capsys):
     results = bt.Results("Own", lambda model: {"forget_said": says(model, world.forget)})
-    results.add("pretender", "unlearned", world.pretender)
     how = {"layers": [1, 2], "max_epochs": 2, "progress": True}
     probes = probed(world, world.pretender, target=world.target, **how)
     depth = unlearning_depth(world.target, world.pretender, world.retrained, world.forget[:3], layers=[1, 2])

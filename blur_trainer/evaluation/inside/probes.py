@@ -121,8 +121,8 @@ def probe_layers(
 
     Raises:
         `TypeError`: a model is wrapped, or has no layers that can be told apart.
-        `ValueError`: weights are sharded, offloaded or of few bits; too few pairs; a pair without an answer or too
-        long; no such layer; a model has another number of layers; wrong numbers.
+        `ValueError`: weights are sharded or offloaded; the head is of few bits; too few pairs; a pair without an answer
+        or too long; no such layer; a model has another number of layers; wrong numbers. All before any training.
     """
     check_positive(max_epochs=max_epochs, patience=patience, batch_size=batch_size)
     _check_numbers(learning_rate, held_out, tolerance)
@@ -132,18 +132,19 @@ def probe_layers(
     if len(set(counts.values())) > 1:
         raise ValueError(f"The models have other numbers of layers ({counts}): compare models of one shape.")
     chosen = check_layers(model, layers, "probe_layers")
-    for one in models.values():
+    how = Fit(learning_rate, max_epochs, patience, batch_size, seed)
+    probers = {}
+    for name, one in models.items():
         pairs = check_rows(one, train, "train", least=2), check_rows(one, forget, "forget", least=2)
         if max_new_tokens is not None:
             check_positive(max_new_tokens=max_new_tokens)
             lengths = [len(ids) for ids in _prompts(pairs[1])]
             check_context(one, lengths, what="forget prompt", max_new_tokens=max_new_tokens)
-    how = Fit(learning_rate, max_epochs, patience, batch_size, seed)
+        probers[name] = _Prober(one, tokenizer, *pairs, how, held_out, max_new_tokens)
     found, rows = [], {}
     hidden = not progress or rank_and_world()[0] > 0
     with tqdm(desc="Probes", total=len(models) * len(chosen), disable=hidden) as bar:
-        for name, one in models.items():
-            prober = _Prober(one, tokenizer, *pairs, how, held_out, max_new_tokens)
+        for name, prober in probers.items():
             lines = []
             for layer in chosen:
                 bar.set_description(f"Probes: {name}, layer {layer}")

@@ -30,6 +30,9 @@ class Top:
 
     Attributes:
         weights (`dict`): place -> weight, of each module that runs after the last layer. They are the model's own.
+
+    Raises:
+        `ValueError`: such a weight is stored in few bits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -57,7 +60,13 @@ class Top:
         finally:
             for handle in handles:
                 handle.remove()
-        return {(part, name): weight for part in used for name, weight in part.named_parameters(recurse=False)}
+        found = {(part, name): weight for part in used for name, weight in part.named_parameters(recurse=False)}
+        if not all(weight.is_floating_point() for weight in found.values()):
+            raise ValueError(
+                "The head is stored in few bits, so no copy of it can be trained: leave it out of the quantization "
+                "(`llm_int8_skip_modules`), as is the default."
+            )
+        return found
 
     def copies(self) -> dict[Place, nn.Parameter]:
         """The weights as new float32 parameters."""
