@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.decoders import CONFIGS, LAYERS
 from support.literal_inside import LiteralProbe, drop, score
 from support.models import VOCAB, examples, tiny_llama
@@ -31,6 +31,9 @@ from blur_trainer.evaluation.scoring import generate_ids
 from blur_trainer.evaluation.token_scores import scored_positions
 from blur_trainer.models.forward import evaluating
 from blur_trainer.models.layers import find_layers
+from blur_trainer.models.logit_difference import LogitDifferenceModel
+from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
+from blur_trainer.models.truncation import lora_assistant
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -400,6 +403,11 @@ def test_models_of_another_shape_are_refused_by_name():
     check("`unlearned` is a `Linear`", unlearned=torch.nn.Linear(1, 1))
     with torch.device("meta"):
         check("weights of `target` are offloaded", target=tiny_llama())
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    pair = LogitDifferenceModel(LogitDifferenceConfig(weight=-0.5), tiny_llama(), lora_assistant(tiny_llama(), 1, lora))
+    check("`unlearned` is two models.*`unlearned.target`", unlearned=pair)
+    prompted = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    check("adapter of `retrained` puts virtual tokens", retrained=prompted)
     sharded = tiny_llama()
     sharded.lm_head.weight.ds_id = 0
     check("weights of `retrained` are sharded", retrained=sharded)

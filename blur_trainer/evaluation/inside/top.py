@@ -60,7 +60,9 @@ class Top:
         finally:
             for handle in handles:
                 handle.remove()
-        found = {(part, name): weight for part in used for name, weight in part.named_parameters(recurse=False)}
+        found: dict[Place, Tensor] = {
+            (part, name): weight for part in used for name, weight in part.named_parameters(recurse=False)
+        }
         if not all(weight.is_floating_point() for weight in found.values()):
             raise ValueError(
                 "The head is stored in few bits, so no copy of it can be trained: leave it out of the quantization "
