@@ -274,8 +274,8 @@ def test_patching_equals_the_literal_form():
     assert found.unlearned[0] == pytest.approx(0, abs=1e-5) and 0 < found.score < 1
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_the_ends_of_the_scale_in_every_decoder(name):
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "falcon"])
+def test_the_ends_of_the_scale(name):
     """The target's own states cost nothing, the retrained model's cost all, so do those of a model like it."""
     target, other = decoder(name), decoder(name)
     with torch.no_grad():
@@ -376,6 +376,7 @@ def test_probes_refuse_before_they_train(wrong, kind, message, monkeypatch):
         probe_layers(**({"model": tiny_llama(), "tokenizer": TOKENIZER, "train": TRAIN, "forget": FORGET} | wrong))
 
 
+@pytest.mark.full
 def test_layers_of_4_bits_are_read_and_a_head_of_4_bits_is_refused(tmp_path):
     pytest.importorskip("bitsandbytes", reason="4 bits need bitsandbytes: pip install blur_trainer[quantization]")
     tiny_llama().save_pretrained(tmp_path)
