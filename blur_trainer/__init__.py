@@ -15,6 +15,8 @@ _HOMES = {
     "data.wmdp": ["load_wmdp", "load_wmdp_questions"],
     "evaluation.base": ["Evaluation"],
     "evaluation.forget": ["ForgetEvaluation"],
+    "evaluation.inside.patching": ["unlearning_depth"],
+    "evaluation.inside.probes": ["probe_layers"],
     "evaluation.leakage.estimates": ["leak_at_k"],
     "evaluation.leakage.leak": ["LeakEvaluation"],
     "evaluation.level": ["Level"],
@@ -76,6 +78,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.data.wmdp import load_wmdp, load_wmdp_questions
     from blur_trainer.evaluation.base import Evaluation
     from blur_trainer.evaluation.forget import ForgetEvaluation
+    from blur_trainer.evaluation.inside.patching import unlearning_depth
+    from blur_trainer.evaluation.inside.probes import probe_layers
     from blur_trainer.evaluation.leakage.estimates import leak_at_k
     from blur_trainer.evaluation.leakage.leak import LeakEvaluation
     from blur_trainer.evaluation.level import Level

@@ -47,6 +47,7 @@ TASKS = {
         "Level",
     ],
     "Attack": ["robustness", "relearn", "quantized", "prefixed", "LeakEvaluation", "leak_at_k"],
+    "Look inside": ["probe_layers", "unlearning_depth"],
     "Show": [
         *("Results", "format_table", "write_report", "mean_and_spread"),
         *("ProgressBarCallback", "ReportCallback"),

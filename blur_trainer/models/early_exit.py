@@ -49,7 +49,7 @@ def ending_at(model: nn.Module, layer: int) -> Iterator[None]:
         plain(*args, **kwargs)
         return tap.take()
 
-    setattr(owner, name, _Lower(layers, layer, tap))
+    setattr(owner, name, LowerLayers(layers, layer, tap))
     lm.forward = forward
     try:
         yield
@@ -83,10 +83,11 @@ class _Tap:
         return output
 
 
-class _Lower(nn.ModuleList):
-    """A list of layers that iterates only over the first ones. All stay registered, so engines find every layer."""
+class LowerLayers(nn.ModuleList):
+    """A list of layers that iterates over the first `last` ones and then `tap`. All stay registered, so engines find
+    every layer."""
 
-    def __init__(self, layers: nn.ModuleList, last: int, tap: _Tap):
+    def __init__(self, layers: nn.ModuleList, last: int, tap: Any):
         super().__init__()
         for name, layer in layers.named_children():
             self.add_module(name, layer)

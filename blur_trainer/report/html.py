@@ -39,8 +39,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     Args:
         output_dir: folder with `trainer_state.json` (the `TrainerState` of transformers) and `metrics.json` (columns,
-            rows, settings and, if present, plane, stages, robustness, samples and verdict). One of the two may be
-            absent.
+            rows, settings and, if present, plane, stages, robustness, inside, samples and verdict). One of the two may
+            be absent.
 
     Returns:
         The path of `report.html`. If writing fails, the previous file stays.

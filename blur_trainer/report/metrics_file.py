@@ -27,6 +27,7 @@ def check_files(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     _check(robustness, {"attacks": "name", "relearning": "points"})
     for curve in robustness.get("relearning") or []:
         _check(curve, {"points": "steps"})
+    _check_inside(_object(metrics, "inside"))
     footing = _object(metrics, "footing")
     _check(footing, {"readings": "rows", "points": "method"})
     for reading in footing.get("readings") or []:
@@ -35,6 +36,18 @@ def check_files(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     if metrics.get("verdict") is not None and any(not isinstance(verdict.get(k), str) for k in ("word", "sentence")):
         raise ValueError(f'"verdict" must have the texts "word" and "sentence", but got {str(verdict)[:80]}.')
     _check(verdict, {"findings": "text"})
+
+
+def _check_inside(inside: Mapping[str, Any]) -> None:
+    parts = {"probes": ["layers", "models"], "depth": ["layers", "unlearned", "retrained", "score"]}
+    for name, keys in parts.items():
+        found = _object(inside, name)
+        if found and not found.keys() >= set(keys):
+            raise ValueError(f'"{name}" must be a JSON object with {keys}, but got {str(found)[:80]}.')
+    for key in ("name", "forget_loss"):
+        _check(_object(inside, "probes"), {"models": key})
+    for key in ("name", "layers", "accuracy"):
+        _check(inside, {"choices": key})
 
 
 def _object(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:

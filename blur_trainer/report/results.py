@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -14,6 +14,11 @@ from blur_trainer._version import __version__
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.credentials import without_tokens
 from blur_trainer.evaluation.base import Column, Evaluation, Measure, as_evaluation
+
+if TYPE_CHECKING:
+    from blur_trainer.evaluation.inside.choices import ChoiceProbes
+    from blur_trainer.evaluation.inside.patching import UnlearningDepth
+    from blur_trainer.evaluation.inside.probes import LayerProbes
 
 Kind = Literal["target", "unlearned", "baseline", "retrain"]
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl")
@@ -52,6 +57,7 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.robustness: dict[str, Any] = {}
+        self.inside: dict[str, Any] = {}
         #: of a run on one's own data: a `Verdict`
         self.verdict: Any = None
         self._num_samples = samples
@@ -82,6 +88,27 @@ class Results:
         """What [`~blur_trainer.evaluation.robustness.battery.robustness`] found of the unlearned model."""
         self.robustness = dict(found)
 
+    def add_inside(
+        self,
+        *,
+        probes: "LayerProbes | None" = None,
+        depth: "UnlearningDepth | None" = None,
+        choices: "Mapping[str, ChoiceProbes] | None" = None,
+    ) -> None:
+        """
+        What was found inside the models, layer by layer.
+
+        Args:
+            probes: of [`~blur_trainer.evaluation.inside.probes.probe_layers`].
+            depth: of [`~blur_trainer.evaluation.inside.patching.unlearning_depth`].
+            choices: name of a model -> what [`~blur_trainer.evaluation.inside.choices.probe_choices`] found in it.
+        """
+        for name, found in {"probes": probes, "depth": depth}.items():
+            if found is not None:
+                self.inside[name] = asdict(found)
+        if choices:
+            self.inside["choices"] = [{"name": name, **asdict(found)} for name, found in choices.items()]
+
     def save(self, output_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         """Writes `metrics.json` atomically, without access tokens in `settings`, and returns its content."""
         content: dict[str, Any] = {
@@ -96,6 +123,8 @@ class Results:
             content["stages"] = self.stages
         if self.robustness:
             content["robustness"] = self.robustness
+        if self.inside:
+            content["inside"] = self.inside
         if self.verdict is not None:
             content["verdict"] = asdict(self.verdict)
         path = Path(output_dir) / "metrics.json"

@@ -37,7 +37,7 @@ def mean_and_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `dict` with the benchmark, columns, plane and samples of the first run; `rows`, and `stages` where there are,
         with the means, `"spread": {metric: s}` and `"runs": n`; and `settings`, where one that differs between the runs
-        is the list of its values. Without `robustness`, which is of one run's model.
+        is the list of its values. Without `robustness` and `inside`, which are of one run's model.
 
     Raises:
         ValueError: if there is no run, or a run has another benchmark, other columns, other rows, a row twice, or lacks
@@ -67,6 +67,7 @@ def mean_and_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(first)
     content = {**first, "rows": _merge_all(runs, "rows"), "settings": _merge_settings(runs)}
     content.pop("robustness", None)
+    content.pop("inside", None)
     if any(run.get("stages") for run in runs):
         content["stages"] = _merge_all(runs, "stages")
     return content

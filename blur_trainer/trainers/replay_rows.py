@@ -85,23 +85,12 @@ def replayed(
         one = {role: rows[:1] for role, rows in sets.examples.items()}  # before hours of sampling
         _loss_drops(model, one["forget"], one["retain"], special_ids(model, tokenizer)[1], 1)
     rank, world = (0, 1) if alone else rank_and_world()
-
+    how = {"seed": seed, "batch_size": batch_size, "alone": alone, "desc": desc}
     counts: list[str] = []
 
     def said(begun: Sequence[Prompt], before: Sequence[Row]) -> list[Row]:
         """What the model says after the prompts, and no filter drops."""
-        sampled = sample_ids(
-            *(model, tokenizer, [ids for ids, _ in begun]),
-            num=1,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
-            batch_size=batch_size,
-            alone=alone,
-            desc=desc,
-        )
-        rows = [_row(tokenizer, ids, masked, found) for (ids, masked), (found,) in zip(begun, sampled, strict=True)]
+        rows = _sampled(model, tokenizer, begun, settings, **how)
         kept: list[Any] = [*_kept(model, tokenizer, rows, sets, settings, batch_size, before)]
         if world > 1:  # a filter at its limit may differ by rounding
             dist.broadcast_object_list(kept)
@@ -114,14 +103,29 @@ def replayed(
     rows = said(prompts(tokenizer, start, sets.examples["retain"], num, settings.prompts, seed), [])
     if settings.scrambled and len(rows) < num:
         missing, vocabulary = num - len(rows), min(len(tokenizer), model.config.get_text_config().vocab_size)
-        how = {"share": settings.scrambled, "vocabulary": vocabulary, "seed": seed}
-        rows += said(scrambled_prompts(tokenizer, start, sets.examples["retain"], missing, **how), rows)
+        mixed = {"share": settings.scrambled, "vocabulary": vocabulary, "seed": seed}
+        rows += said(scrambled_prompts(tokenizer, start, sets.examples["retain"], missing, **mixed), rows)
     if not rows:
         raise NothingToReplay(
             f"{'; '.join(counts)}: none is left to train on. Sample more (`num`), give other `prompts` or a share of "
             "`scrambled` tokens, raise `ngram` or `loss_quantile`, or switch a filter off (`None`)."
         )
     return rows
+
+
+def _sampled(
+    model: Any, tokenizer: PreTrainedTokenizerBase, begun: Sequence[Prompt], settings: ReplaySettings, **how: Any
+) -> list[Row]:
+    """One text for each prompt. `how`: as of [`~blur_trainer.evaluation.sampling.sample_ids`]."""
+    found = sample_ids(
+        *(model, tokenizer, [ids for ids, _ in begun]),
+        num=1,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        **how,
+    )
+    return [_row(tokenizer, ids, masked, said) for (ids, masked), (said,) in zip(begun, found, strict=True)]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, prompt: list[int], masked: bool, found: list[int]) -> Row:

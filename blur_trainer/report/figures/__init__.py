@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blur_trainer.report.figures.front import draw_front
+from blur_trainer.report.figures.inside import draw_inside
 from blur_trainer.report.figures.leakage import draw_leakage, without_curve
 from blur_trainer.report.figures.plane import draw_plane
 from blur_trainer.report.figures.results import draw_bars, draw_stages
@@ -14,13 +15,16 @@ from blur_trainer.report.figures.training import draw_gradients, draw_losses
 
 __all__ = ["DARK", "LIGHT", "NAMES", "Drawing", "Theme", "draw_all", "over_runs", "row_colors"]
 
-NAMES = ("front", "sets", "before_after", "plane", "leakage", "stages", "losses", "gradients", "relearning")
+NAMES = (
+    *("front", "sets", "before_after", "plane", "leakage", "stages", "losses", "gradients", "relearning"),
+    "inside",
+)
 
 
 def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], theme: Theme) -> list[Drawing]:
     """
-    Draws every figure that the data allow: first results, then training, then robustness. Of a sweep its fronts, and of
-    a run on one's own data the sets instead of the many bars.
+    Draws every figure that the data allow: first results, then training, robustness and what is inside. Of a sweep its
+    fronts, and of a run on one's own data the sets instead of the many bars.
     """
     if front := draw_front(metrics, theme):
         return [front]
@@ -32,5 +36,6 @@ def draw_all(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], t
         draw_losses(history, theme),
         draw_gradients(history, theme),
         draw_relearning(metrics, theme),
+        draw_inside(metrics, theme),
     ]
     return [drawing for drawing in drawings if drawing is not None]
