@@ -45,7 +45,7 @@ def options_read(method: Method, args: Any) -> set[str]:
 
 DEFAULT = "blur"
 METHODS: dict[str, Method] = {
-    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.1}, layered=True),
+    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.3}, layered=True),
     "rmu": Method("RMU", UnlearningTrainer, _RMU, layered=True),
     "blur-target": Method("BLUR-Target", BLURTrainer, _TARGET | {"gamma": 0.1}),
     "blur-npo": Method("BLUR-NPO", BLURTrainer, {"forget_objective": "npo", "gamma": 0.3}),
