@@ -24,7 +24,8 @@ _STEPS, _EPOCHS = 200, (3, 40)
 _BATCH = 8
 #: texts to replay: so many per retain row, within bounds; of at most so many tokens
 _REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
-#: of the prompts that fill up what the model repeats: the share of tokens exchanged for random ones
+#: of the prompts that fill up what the model repeats: the share of tokens exchanged for random ones. Only where
+#: activations are held in place: as targets of a likelihood, answers to no question cost the retain set
 _SCRAMBLED = 0.5
 _DEPTH = 0.25  # RMU's layer, as a share of the model's
 
@@ -88,7 +89,7 @@ def derived(
         "replay": int(min(max(_REPLAY * len(retain), _REPLAYED[0]), _REPLAYED[1])),
         "replay_kwargs": {
             "max_new_tokens": min(max(8, lengths[int(0.95 * (len(lengths) - 1))]), _REPLAY_TOKENS),
-            "scrambled": _SCRAMBLED,
+            **({"scrambled": _SCRAMBLED} if chosen.layered else {}),
             **({} if start is None else {"prompts": start}),
         },
     }
