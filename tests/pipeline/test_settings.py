@@ -121,6 +121,8 @@ def test_they_are_settings_of_the_method(method, tmp_path):
     args = METHODS[method].trainer.config_class(output_dir=str(tmp_path), use_cpu=True, **found)
     assert {name: getattr(args, name) for name in METHODS[method].settings} == METHODS[method].settings
     assert args.logging_first_step and args.save_strategy == "no"
+    held = args.retain_objective == "activation_match"
+    assert found["replay_kwargs"].get("scrambled", 0) == (0.5 if held else 0), "targets of a likelihood are no noise"
 
 
 def starts(prompts, template=False, public=None, **how):
