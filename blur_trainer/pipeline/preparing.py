@@ -31,6 +31,7 @@ from blur_trainer.pipeline.trackers import check_trackers, named_trackers
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.effect import settings_read
 
 #: TRL's default is float32; the trainer chooses by device and by what is trained
 NO_DTYPE: dict[str, Any] = {"dtype": None}
@@ -97,8 +98,16 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     settings = _not_given(pinned, given)
     replay = {"replay": None} if given.get("replay") == 0 else {}  # how a command line says "none"
     args = made(method.trainer.config_class, {**settings, **given, **replay})
+    _check_read(method, args, given)
     check_trackers(args)
     return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
+
+
+def _check_read(method: Method, args: Any, given: Mapping[str, Any]) -> None:
+    """Raises for a weight of another rule. Its default is refused, too: the trainer cannot know that it was given."""
+    read = settings_read(args)
+    if unread := sorted(each.name for each in fields(args) if each.name in given and each.name not in read):
+        raise ValueError(f"{method.label} combines by {args.build_rule()}, which does not read {unread}: leave it out.")
 
 
 def _processes() -> dict[str, int]:

@@ -167,6 +167,7 @@ def test_an_adapter_leaves_a_base_that_knows_and_merge_writes_the_whole(unlearn,
     [
         ({"merge": True}, "`merge` is for LoRA"),
         ({"merge": True, "method": "uld"}, "`merge` is for LoRA. ULD"),
+        ({"method": "npo", "gamma": 1.0}, r"NPO combines by Sum.*does not read \['gamma'\]: leave it out"),
         ({"gama": 1}, "`gama` is no option of unlearn with the method blur. Did you mean `gamma`"),
         ({"num_assistant_layers": 1}, "It is one of uld"),
         ({"method": "foo"}, "`method` is 'foo': choose among blur"),
