@@ -14,8 +14,8 @@ from blur_trainer.pipeline.certificate import NAME, check_certificate, read_cert
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets
 from blur_trainer.report.html import write_report
 
-_USAGE = """blur-trainer audit MODEL --forget FILE --output_dir FOLDER [--retrained MODEL] [--unseen FILE]
-                          [--retain FILE] [--budget minutes] [--config YAML] [OPTION ...]
+_USAGE = """blur-trainer audit MODEL --forget FILE --output_dir FOLDER [--retrained MODEL]
+                          [--unseen FILE] [--retain FILE] [--budget minutes] [OPTION ...]
        blur-trainer audit MODEL --check FOLDER/audit.json [--forget FILE] [OPTION ...]"""
 
 
@@ -76,7 +76,8 @@ def _audited(done: Outcome, own: AuditArguments, given: dict[str, Any]) -> bool:
         sys.stderr.write(f"{role}: {reading.said}\n")
     found = audit(sets, own.output_dir, own.budget, own.seed)
     done.say(f"\n{found_table(found.certificate)}\n")
-    done.say("Left out:\n" + "".join(f"  {what}\n" for what in found.certificate["left_out"]))
+    unjudged = [f"{one['name']} is not judged: {one['why']}" for one in found.certificate["attacks"] if "why" in one]
+    done.say("Left out:\n" + "".join(f"  {what}\n" for what in [*unjudged, *found.certificate["left_out"]]))
     done.say(found.sentence)
     found.results.save(own.output_dir, {**asdict(sets.script), **sets.said(), "audit": found.sentence})
     done.say(f"Report: {write_report(own.output_dir)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from blur_trainer.checks import check_value
@@ -81,6 +82,8 @@ def audit(
     """
     limits = budget_of(budget)
     check_value("seed", seed, (int,), "[0, 4294967295]")
+    if PartialState().num_processes > 1:
+        raise ValueError("An audit runs with one process: start it without a launcher.")
     given = sets if isinstance(sets, Sets) else Sets(sets)
     check_sizes(given)
     control = control_of(given)
@@ -128,6 +131,14 @@ def _world(sets: Sets, budget: Budget, seed: int, control: str) -> tuple[World, 
     return World(reader, budget, seed, reader.side("unlearned", model, part, rest), other, before, beside), others
 
 
+def _tried(attack: Attack, world: World) -> dict[str, Any]:
+    """What the attack found. One that this model or these rows do not allow is not judged, and says why."""
+    try:
+        return attack.run(world)
+    except (ValueError, FloatingPointError) as error:
+        return {"numbers": {}, "control": {}, "compared": {}, "recovered": None, "why": str(error)}
+
+
 def _run(attacks: Sequence[Attack], world: World, certificate: Certificate) -> None:
     done = certificate.attacks
     left = [one for one in attacks if one.name not in done]
@@ -141,7 +152,7 @@ def _run(attacks: Sequence[Attack], world: World, certificate: Certificate) -> N
         for attack in left:
             bar.set_description(f"Attack: {attack.name}")
             begin = time.perf_counter()
-            found = attack.run(world)
+            found = _tried(attack, world)
             spent = round(time.perf_counter() - begin, 1)
             what = {"name": attack.name, "kind": attack.kind, "settings": attack.settings, "cost": attack.cost}
             certificate.add({**what, **found, "seconds": spent})

@@ -145,7 +145,7 @@ def _relearning(world: World, text: str, rate: float, once: dict[str, int]) -> A
     settings = {"text": text, "learning_rate": rate, "steps": steps, "batch_size": _RELEARNED}
     cost = once | {"train": steps * _sides(world)}
     read = partial(_relearned, world, text, rate)
-    return Attack(f"relearned {text}, rate {rate:g}", "relearning", settings, cost, partial(against_control, read))
+    return Attack(f"relearned {text} at {rate:g}", "relearning", settings, cost, partial(against_control, read))
 
 
 def _plain(reader: Reader, side: Side) -> dict[str, list[float]]:

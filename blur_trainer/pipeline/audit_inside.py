@@ -9,6 +9,7 @@ import numpy as np
 from blur_trainer.evaluation.inside.patching import unlearning_depth
 from blur_trainer.evaluation.inside.probes import probe_layers
 from blur_trainer.models.layers import find_layers
+from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.pipeline.audit_attacks import Attack, World
 from blur_trainer.pipeline.audit_judged import compared
 
@@ -21,10 +22,12 @@ _SMALL, _RATES = 100_000_000, (3e-3, 5e-5)
 def inside(world: World) -> list[Attack]:
     """Probes with a retrained model and a retain set; the depth with a retrained model and the one before."""
     budget, model, found = world.budget, world.unlearned.model, []
+    if world.retrained is None or isinstance(model, LogitDifferenceModel):  # whose logits are combined, not its layers
+        return []
     layers = len(find_layers(model)[2])
     batch = world.reader.batch_size
     rows = -(-len(world.unlearned.rest) // batch)
-    if world.retrained is not None and "retain" in world.sets:
+    if "retain" in world.sets:
         chosen = _spread(layers, budget.probe_layers)
         rate = _RATES[0] if sum(p.numel() for p in model.parameters()) < _SMALL else _RATES[1]
         settings = {"layers": chosen, "learning_rate": rate, "max_epochs": budget.probe_epochs}
@@ -33,7 +36,7 @@ def inside(world: World) -> list[Attack]:
         each = len(chosen) * models
         cost = {"forward": each * (pairs + rows), "write": 0, "train": each * pairs * budget.probe_epochs}
         found.append(Attack("probes", "inside", settings, cost, partial(_probes, settings)))
-    if world.retrained is not None and world.before is not None:
+    if world.before is not None:
         cost = {"forward": rows * (3 + 2 * layers), "write": 0, "train": 0}
         settings = {"tolerance": DEPTH_TOLERANCE}
         found.append(Attack("depth", "inside", settings, cost, _depth))

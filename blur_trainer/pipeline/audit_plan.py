@@ -9,6 +9,7 @@ from tabulate import tabulate
 from blur_trainer.evaluation.forget_scores import Known
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.scoring import generate_ids
+from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.pipeline.audit_attacks import Attack, World, outside
 from blur_trainer.pipeline.audit_inside import inside
 
@@ -36,6 +37,8 @@ def left_out(world: World, others: int) -> list[str]:
         "paraphrased": "no paraphrases",
     }
     found += [f"there is no `{role}` set: {what}" for role, what in lacking.items() if role not in sets]
+    if isinstance(world.unlearned.model, LogitDifferenceModel):
+        found.append("a `LogitDifferenceModel` has two models: no look inside; audit its target")
     if control is None or control.name != "retrained":
         found.append("there is no `retrained` model: no look inside, no R and Q")
     elif world.before is None:

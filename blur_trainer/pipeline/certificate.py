@@ -14,7 +14,7 @@ from blur_trainer.report.results import package_versions
 
 NAME = "audit.json"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors")
-_KEYS = ("subject", "attacks", "sentence", "planned", "left_out")
+_KEYS = ("subject", "control", "attacks", "sentence", "planned", "left_out")
 CONTROLS = {
     "retrained": "the retrained model, attacked in the same way, on the same rows",
     "unseen": "the model itself, attacked in the same way, on rows that no model saw",
@@ -101,6 +101,7 @@ def sentence(attacks: Sequence[Mapping[str, Any]], planned: Sequence[str], budge
     judged = sum(one["recovered"] is not None for one in attacks)
     beside = {"retrained": "the retrained model", "unseen": "unseen rows", "none": "none"}[control]
     how = f"budget: {budget}; attacks: {judged}; control: {beside}"
+    how += f"; not judged: {len(attacks) - judged}" * (judged < len(attacks))
     return f"no recovery under these attacks at this budget ({how})" if judged else f"nothing could be judged ({how})"
 
 
@@ -156,7 +157,7 @@ def check_certificate(path: str | Path, model: str, sets: Sets | None = None) ->
     content = read_certificate(path)
     stored = content["subject"]
     found = []
-    if stored["models"]["model"]["sha256"] != weights_digest(model):
+    if _at(stored, "models", "model", "sha256") != weights_digest(model):
         found.append("the weights differ")
     for role, reading in ({} if sets is None else sets.readings).items():
         if _at(stored, "data", role, "digest") != reading.digest:

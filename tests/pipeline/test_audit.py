@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from support.own_data import TEMPLATE, own_sets
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.evaluation.robustness.perturbed import noisy, pruned
 from blur_trainer.models.weights_digest import weights_digest
+from blur_trainer.pipeline.audit_attacks import outside
 from blur_trainer.pipeline.audit_budget import BUDGETS
 from blur_trainer.pipeline.audit_judged import compared, trust
 from blur_trainer.pipeline.audit_rows import parted
@@ -41,7 +43,8 @@ def world(tmp_path_factory):
         known = [row for role in roles for row in sets[role]]
         rows = bt.tokenize_dataset(known, tokenizer, role="known", max_length=64)
         model = tiny_llama(tokenizer, hidden_size=48, num_layers=2, max_position_embeddings=128, seed=seed)
-        memorize(model, tokenizer, rows, num_train_epochs=20, learning_rate=1e-2, seed=seed, disable_tqdm=True)
+        epochs = 20 if name == "target" else 12
+        memorize(model, tokenizer, rows, num_train_epochs=epochs, learning_rate=1e-2, seed=seed, disable_tqdm=True)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder, sets
@@ -123,12 +126,25 @@ def test_unseen_rows_are_a_control_and_none_is_said(options, tmp_path, world, mo
     plain, bits = alone.certificate["attacks"]
     assert plain["recovered"] is None and "there is no control" in plain["why"]
     assert bits["recovered"] is False and bits["control"] == pytest.approx(plain["numbers"])
-    assert alone.sentence.endswith("attacks: 1; control: none)")
+    assert alone.sentence.endswith("attacks: 1; control: none; not judged: 1)")
+
+
+def test_an_attack_that_cannot_be_done_is_named(options, tmp_path, monkeypatch, world):
+    tokenizer = AutoTokenizer.from_pretrained(world[0] / "target")
+    words = max(n for n in range(60) if len(tokenizer("why " * n)["input_ids"]) < 110)  # fits, but beside no question
+    long = [{"question": "why " * words, "answer": "so"}]
+    monkeypatch.setattr("blur_trainer.pipeline.audit.battery", lambda world: [*_few(world)[:1], _examples(world)])
+    found = bt.audit(options("target", retrained="retrained", retain=long), tmp_path)
+    why = found.certificate["attacks"][1]["why"]
+    assert why == "No solved example fits beside a question into 128 positions."
+    assert found.recovered == ("plain question",)
+
+
+def _examples(world):
+    return next(one for one in outside(world) if one.name.endswith("solved examples"))
 
 
 def _few(world):
-    from blur_trainer.pipeline.audit_attacks import outside
-
     return outside(world)[:2]
 
 
@@ -202,6 +218,10 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(options, tmp_path, w
         bt.audit(options("target"), tmp_path, budget="days")
     with pytest.raises(ValueError, match="`seed` must be"):
         bt.audit(options("target"), tmp_path, seed=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr("blur_trainer.pipeline.audit.PartialState", lambda: SimpleNamespace(num_processes=2))
+        with pytest.raises(ValueError, match="An audit runs with one process"):
+            bt.audit(options("target"), tmp_path)
     with pytest.raises(ValueError, match="has 3 rows; an audit relearns some"):
         bt.audit(options("target") | {"forget": world[1]["forget"][:3]}, tmp_path)
 
@@ -244,7 +264,8 @@ def test_trust_of_a_metric_by_hand():
 def test_the_sentence_by_hand():
     done = [{"name": "a", "recovered": False}, {"name": "b", "recovered": None}]
     assert sentence(done, ["a", "b"], "hours", "retrained") == (
-        "no recovery under these attacks at this budget (budget: hours; attacks: 1; control: the retrained model)"
+        "no recovery under these attacks at this budget (budget: hours; attacks: 1; control: the retrained model; not "
+        "judged: 1)"
     )
     assert sentence(done, ["a", "b", "c"], "hours", "none") == "unfinished: 1 of 3 attacks are not done"
     assert sentence(done[1:], ["b"], "hours", "none").startswith("nothing could be judged")
