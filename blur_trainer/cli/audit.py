@@ -8,7 +8,7 @@ from typing import Any
 from blur_trainer.cli.options import help_text, options_of
 from blur_trainer.cli.outcome import Outcome, outcome
 from blur_trainer.pipeline.audit import audit
-from blur_trainer.pipeline.audit_budget import BUDGETS
+from blur_trainer.pipeline.audit_budget import Name
 from blur_trainer.pipeline.audit_report import found_table
 from blur_trainer.pipeline.certificate import NAME, check_certificate, read_certificate
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets
@@ -26,7 +26,7 @@ class AuditArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "A folder for audit.json and the report. An audit that is there goes on."}
     )
-    budget: str = field(default="minutes", metadata={"choices": list(BUDGETS), "help": "How much is tried."})
+    budget: Name = field(default="minutes", metadata={"help": "How much is tried."})
     seed: int = field(default=0, metadata={"help": "Of all draws."})
     check: str | None = field(
         default=None, metadata={"help": "Only say whether this audit.json is of this model and these data."}
