@@ -43,6 +43,7 @@ _HOMES = {
     "objectives.likelihood": ["IDK", "NLL", "GradAscent"],
     "objectives.weighted": ["SatImp", "WGA"],
     "objectives.preference": ["DPO", "NPO", "AltPO", "SimNPO"],
+    "pipeline.audit": ["audit"],
     "pipeline.recommended": ["recommended"],
     "pipeline.unlearn": ["Unlearned", "unlearn"],
     "recipes": ["recipe"],
@@ -106,6 +107,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
     from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
     from blur_trainer.objectives.weighted import WGA, SatImp
+    from blur_trainer.pipeline.audit import audit
     from blur_trainer.pipeline.recommended import recommended
     from blur_trainer.pipeline.unlearn import Unlearned, unlearn
     from blur_trainer.recipes import recipe

@@ -46,7 +46,7 @@ TASKS = {
         *("MUSEEvaluation", "TOFUEvaluation", "RetainReference", "aggregate_log", "WMDPEvaluation", "LMEval"),
         "Level",
     ],
-    "Attack": ["robustness", "relearn", "quantized", "prefixed", "LeakEvaluation", "leak_at_k"],
+    "Attack": ["audit", "robustness", "relearn", "quantized", "prefixed", "LeakEvaluation", "leak_at_k"],
     "Look inside": ["probe_layers", "unlearning_depth"],
     "Show": [
         *("Results", "format_table", "write_report", "mean_and_spread"),

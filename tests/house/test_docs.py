@@ -23,12 +23,14 @@ from trl import TrlParser
 
 import blur_trainer
 from blur_trainer.cli.attack import AttackArguments
+from blur_trainer.cli.audit import AuditArguments
 from blur_trainer.cli.evaluate import EvaluateArguments
 from blur_trainer.cli.main import main as blur_trainer_command
 from blur_trainer.cli.options import help_text
 from blur_trainer.models.reference import CurrentModel
 from blur_trainer.pipeline import settings as pipeline_settings
 from blur_trainer.pipeline.arguments import classes_of
+from blur_trainer.pipeline.measure import MeasureArguments
 from blur_trainer.pipeline.methods import METHODS
 from blur_trainer.scripts import tofu, wmdp
 from blur_trainer.scripts.command_line import Parser
@@ -365,8 +367,9 @@ def flags(parser: TrlParser) -> set[str]:
 
 
 def own_data_help() -> str:
-    """The options of `blur-trainer unlearn` with any method, of `evaluate` and of `attack`."""
-    classes = [classes_of(method) for method in METHODS] + [(EvaluateArguments,), (AttackArguments,)]
+    """The options of `blur-trainer unlearn` with any method, of `evaluate`, `attack` and `audit`."""
+    classes = [classes_of(method) for method in METHODS] + [(EvaluateArguments,)]
+    classes += [(AttackArguments,), (MeasureArguments, AuditArguments)]
     return "".join(help_text(each, "unlearn", "", "") for each in classes)
 
 

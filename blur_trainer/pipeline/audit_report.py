@@ -1,0 +1,80 @@
+"""An audit in tables: for the terminal, and for the report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from blur_trainer.evaluation.base import Column, Evaluation
+from blur_trainer.report.results import Results
+from blur_trainer.report.tables import MISSING
+
+_WORDS = {True: "recovered", False: "no", None: "not judged"}
+_LABELS = {"rouge": "ROUGE forget", "probability": "Probability forget", "leak": "Leak@k"}
+
+
+def found_table(content: Mapping[str, Any]) -> str:
+    """
+    Of each attack the numbers of the model and of its control, how much the difference is at least, and what it means.
+
+    Args:
+        content: of `audit.json`.
+    """
+    rows = []
+    for one in content["attacks"]:
+        for name in one["numbers"] or {"": None}:
+            lower = (one["compared"].get(name) or one["compared"].get(f"1 - {name}") or {}).get("lower")
+            numbers = [one["numbers"].get(name), one["control"].get(name), lower]
+            rows.append([one["name"], name, *(_cell(number) for number in numbers), _WORDS[one["recovered"]]])
+    heads = ["attack", "number", "model", "control", "difference at least", "recovered"]
+    return tabulate(rows, heads, disable_numparse=True, colalign=["left", "left", "right", "right", "right", "left"])
+
+
+def _cell(number: float | None) -> str:
+    return MISSING if number is None else f"{number:.3f}"
+
+
+class _Audited(Evaluation):
+    """The columns of an audit's table. Its numbers are there already."""
+
+    def __init__(self, columns: list[Column]) -> None:
+        self._columns = columns
+
+    @property
+    def columns(self) -> list[Column]:
+        return self._columns
+
+
+def results_of(content: Mapping[str, Any]) -> Results:
+    """The rows of the model and of the retrained one, and a row for each attack, for metrics.json and the report."""
+    attacks = content["attacks"]
+    leaks = [one for one in attacks if one["kind"] == "leak" and one.get("more")]
+    many = leaks[0]["more"] if leaks else {}
+    columns: list[Column] = [
+        {"name": f"forget_{name}", "label": _LABELS[name], "goal": "near", "role": "forget"}
+        for name in ("rouge", "probability")
+    ]
+    columns += [
+        {"name": name, "label": name.capitalize().replace("_", " "), "goal": "min", "role": "forget"}
+        for name in many.get("unlearned", {})
+    ]
+    results = Results("Your own data, audited", _Audited(columns), samples=0)
+    plain = next((one for one in attacks if one["kind"] == "plain"), None)
+    if plain is not None:
+        results.rows.append(_row("model", "unlearned", plain["numbers"], many.get("unlearned")))
+        if content["control"]["kind"] == "retrained":
+            results.rows.append(_row("retrained", "retrain", plain["control"], many.get("retrained")))
+    shown = [one for one in attacks if "rouge" in one["numbers"]]
+    named = [{"name": f"{one['name']}: {_WORDS[one['recovered']]}", "metrics": _named(one["numbers"])} for one in shown]
+    results.add_robustness({"relearning": [], "attacks": named})
+    for one in attacks:
+        results.inside |= one.get("inside", {})
+    return results
+
+
+def _row(name: str, kind: str, numbers: Mapping[str, float], leaks: Mapping[str, float] | None) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "metrics": _named(numbers) | dict(leaks or {}), "seconds": None}
+
+
+def _named(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {f"forget_{name}": value for name, value in numbers.items()}
