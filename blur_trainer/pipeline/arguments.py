@@ -9,7 +9,9 @@ from typing import Any
 from trl import ModelConfig
 
 from blur_trainer.checks import check_fields
+from blur_trainer.pipeline.audit_budget import BUDGETS
 from blur_trainer.pipeline.methods import DEFAULT, METHODS
+from blur_trainer.pipeline.settings import process_count
 
 #: the sets that one may give, in the order of the table
 SETS = ("forget", "retain", "hold", "unseen", "paraphrased")
@@ -109,6 +111,10 @@ class UnlearnArguments(SetArguments):
     require: str | None = field(
         default=None, metadata={"choices": list(VERDICTS), "help": "Exit code 1 if the verdict is another."}
     )
+    audit: str | None = field(
+        default=None,
+        metadata={"choices": list(BUDGETS), "help": "Attack the unlearned model at the end, with this budget."},
+    )
     redact: bool = field(default=False, metadata={"help": "Leave prompts and answers out of report and metrics."})
     merge: bool = field(default=False, metadata={"help": "LoRA: also write the whole model, to OUTPUT_DIR/merged."})
 
@@ -187,6 +193,8 @@ def check_arguments(script: UnlearnArguments, lora: bool) -> None:
         raise ValueError(
             "`merge` is for LoRA: without it the whole model is written anyway. Leave `merge` out, or pass `use_peft`."
         )
+    if script.audit is not None:
+        _check_audit(script)
     level = script.level
     for name in ("retrained", "unseen"):
         if level == name and getattr(script, name) is None:
@@ -199,6 +207,14 @@ def check_arguments(script: UnlearnArguments, lora: bool) -> None:
         nats = float("nan")
     if not 0 < nats < float("inf"):
         raise ValueError(f"`level` is {level!r}: give {', '.join(LEVELS)}, or a number above 0, in nats per token.")
+
+
+def _check_audit(script: UnlearnArguments) -> None:
+    _check_one_of("audit", script.audit, BUDGETS)
+    if script.redact:
+        raise ValueError("`audit` writes digests of the rows, which `redact` leaves out: take one of the two.")
+    if process_count() > 1:
+        raise ValueError("`audit` needs a single process: leave it out, and run `blur-trainer audit` afterwards.")
 
 
 def _check_one_of(name: str, value: Any, accepted: Collection[str]) -> None:

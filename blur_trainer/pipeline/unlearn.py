@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from blur_trainer.evaluation.forget import ForgetEvaluation
 from blur_trainer.evaluation.level import Level
 from blur_trainer.pipeline.arguments import LEVELS
+from blur_trainer.pipeline.audit import Audit
+from blur_trainer.pipeline.audit_report import found_table
+from blur_trainer.pipeline.audited import audited
 from blur_trainer.pipeline.methods import options_read
 from blur_trainer.pipeline.preparing import Prepared, prepare
 from blur_trainer.pipeline.publishing import publish
@@ -52,6 +55,7 @@ class Unlearned:
         table: for the terminal.
         output_dir: with the model, `report.html`, `verdict.json`, `metrics.json`, `run.yaml` and the model card.
         notes: what else one must know, such as that the base model of an adapter still knows.
+        audit: of the option `audit`: which attacks brought something back.
     """
 
     verdict: Verdict
@@ -59,9 +63,11 @@ class Unlearned:
     table: str
     output_dir: Path
     notes: tuple[str, ...] = ()
+    audit: Audit | None = None
 
     def __str__(self) -> str:
-        return "\n\n".join([self.table, str(self.verdict), *self.notes])
+        said = [] if self.audit is None else [f"{found_table(self.audit.certificate)}\n\nAudit: {self.audit}"]
+        return "\n\n".join([self.table, str(self.verdict), *self.notes, *said])
 
 
 def unlearn(model: str, forget: Any, retain: Any, output_dir: str | Path = "unlearned", **options: Any) -> Unlearned:
@@ -128,7 +134,10 @@ def run(prepared: Prepared) -> Unlearned:
         results.add(prepared.method.label, "unlearned", trained.model, trained.seconds)
         if script.retrained:
             results.add(RETRAINED, "retrain", load(script.retrained))
-        return _judged(prepared, level, results, trained, out)
+        done = _judged(prepared, level, results, trained, out)
+        del results  # and with it what it measured: an audit loads models again
+        audit = audited(prepared, out) if script.audit is not None and trained.saved else None
+    return replace(done, audit=audit)
 
 
 def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained, out: Path) -> Unlearned:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.cli.main import main
+from blur_trainer.models.weights_digest import weights_digest
+from blur_trainer.pipeline import audit as audit_module
 from blur_trainer.trainers.replay_rows import NoLossFilter, NothingToReplay
 
 SHORT = {"num_train_epochs": 1, "replay": 8, "disable_tqdm": True}
@@ -72,6 +74,21 @@ def test_what_a_run_writes_makes_the_same_run_again(unlearn, tmp_path, no_report
     assert all(value.equal(other[name]) for name, value in weights(done).items())
     both = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (done.output_dir, again)]
     assert {**both[0], "output_dir": ""} == {**both[1], "output_dir": ""} and both[0]["derived"]["learning_rate"]
+
+
+def test_an_audit_attacks_what_was_saved_and_counts_for_require(world, unlearn, no_report, monkeypatch, capsys):
+    monkeypatch.setattr("blur_trainer.pipeline.audited.write_report", lambda folder: None)
+    whole = audit_module.battery
+    monkeypatch.setattr(audit_module, "battery", lambda of: [one for one in whole(of) if one.kind == "plain"])
+    done = unlearn(unseen="unseen.jsonl", audit="minutes", learning_rate=1e-7)
+    content = json.loads((done.output_dir / "audit" / "audit.json").read_text())
+    models, data = content["subject"]["models"], content["subject"]["data"]
+    assert models["model"]["sha256"] == weights_digest(str(done.output_dir)) != models["before"]["sha256"]
+    assert data["forget"]["rows"] == len(world[1]["forget"]) and content["control"]["kind"] == "unseen"
+    assert done.audit.recovered == ("plain question",) and "recovered by: plain question" in str(done)
+    again = ["--config", str(done.output_dir / "run.yaml"), "--output_dir", str(done.output_dir.parent / "again")]
+    assert main(["unlearn", *again, "--require", done.verdict.word]) == 1, "what came back is not forgotten"
+    assert done.audit.sentence in capsys.readouterr().out
 
 
 def test_data_in_memory_is_read_and_is_in_no_file(world, unlearn, no_report):
@@ -168,6 +185,8 @@ def test_an_adapter_leaves_a_base_that_knows_and_merge_writes_the_whole(unlearn,
         ({"merge": True}, "`merge` is for LoRA"),
         ({"merge": True, "method": "uld"}, "`merge` is for LoRA. ULD"),
         ({"method": "npo", "gamma": 1.0}, r"NPO combines by Sum.*does not read \['gamma'\]: leave it out"),
+        ({"audit": "days"}, "`audit` is 'days': choose among minutes, hours"),
+        ({"audit": "hours", "redact": True}, "digests of the rows, which `redact` leaves out"),
         ({"gama": 1}, "`gama` is no option of unlearn with the method blur. Did you mean `gamma`"),
         ({"num_assistant_layers": 1}, "It is one of uld"),
         ({"method": "foo"}, "`method` is 'foo': choose among blur"),
