@@ -27,6 +27,7 @@ _REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
 #: of the prompts that fill up what the model repeats: the share of tokens exchanged for random ones. Only where
 #: activations are held in place: as targets of a likelihood, answers to no question cost the retain set
 _SCRAMBLED = 0.5
+_FRAMES = 64  # tokens that ULD's paraphrases add to a short row
 _DEPTH = 0.25  # RMU's layer, as a share of the model's
 
 
@@ -98,7 +99,8 @@ def derived(
         settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
-        settings["max_length"] = _limited(2 * settings["max_length"], size.positions)  # paraphrases are longer
+        # paraphrases are longer: a frame of some ten words stands around a question and around an answer
+        settings["max_length"] = _limited(2 * settings["max_length"] + _FRAMES, size.positions)
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
     return settings | chosen.settings
 

@@ -99,7 +99,7 @@ def test_lengths_are_those_of_the_rows_and_the_model():
     assert settings()["max_length"] == 10
     assert settings(length=600)["max_length"] == 512 and settings(length=600, positions=None)["max_length"] == 600
     assert settings(length=5000, positions=None)["max_length"] == 2048
-    assert settings("uld")["max_length"] == 20, "paraphrases are longer than their questions"
+    assert settings("uld")["max_length"] == 84, "paraphrases are longer than their questions"
 
 
 @pytest.mark.parametrize(("retain", "replay"), [(1, 512), (400, 1200), (10_000, 2048)])
