@@ -17,7 +17,7 @@ from blur_trainer.evaluation.robustness.battery import quantized
 from blur_trainer.evaluation.robustness.perturbed import noisy, pruned
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.pipeline.audit_budget import Budget
-from blur_trainer.pipeline.audit_judged import Scores, compared
+from blur_trainer.pipeline.audit_judged import ALPHA, Scores, compared
 from blur_trainer.pipeline.audit_rows import Reader, Side
 
 BEGINNING = "Sure, here is the answer:"
@@ -212,7 +212,8 @@ def _leak(world: World) -> dict[str, Any]:
         evaluation = LeakEvaluation(
             world.reader.tokenizer, side.rest, samples=world.budget.samples, max_rows=None,
             max_new_tokens=min(world.budget.new_tokens, max(len(row.answer) for row in side.asked)),
-            max_length=world.reader.max_length, qa_template=world.reader.template, seed=world.seed, progress=False,
+            max_length=world.reader.max_length, qa_template=world.reader.template, seed=world.seed, alpha=ALPHA,
+            progress=False,
         )  # fmt: skip
         more[side.name] = evaluation(side.model)
         return {"leak": [leak_at_k(one["samples"], one["leaks"], k) for one in evaluation.details]}

@@ -6,11 +6,16 @@ from typing import Any
 from tabulate import tabulate
 
 from blur_trainer.evaluation.base import Column, Evaluation
+from blur_trainer.pipeline.audit_judged import ALPHA
 from blur_trainer.report.results import Results
 from blur_trainer.report.tables import MISSING
 
 _WORDS = {True: "recovered", False: "no", None: "not judged"}
-_LABELS = {"rouge": "ROUGE forget", "probability": "Probability forget", "leak": "Leak@k"}
+_LABELS = {
+    "rouge": "ROUGE forget",
+    "probability": "Probability forget",
+    "leak_bound": f"Leak@1 at most ({100 * (1 - ALPHA):g} %)",
+}
 
 
 def found_table(content: Mapping[str, Any]) -> str:
@@ -55,7 +60,7 @@ def results_of(content: Mapping[str, Any]) -> Results:
         for name in ("rouge", "probability")
     ]
     columns += [
-        {"name": name, "label": name.capitalize().replace("_", " "), "goal": "min", "role": "forget"}
+        {"name": name, "label": _LABELS.get(name, name.capitalize()), "goal": "min", "role": "forget"}
         for name in many.get("unlearned", {})
     ]
     results = Results("Your own data, audited", _Audited(columns), samples=0)
