@@ -20,19 +20,27 @@ _LABELS = {
 
 def found_table(content: Mapping[str, Any]) -> str:
     """
-    Of each attack the numbers of the model and of its control, how much the difference is at least, and what it means.
+    Of each attack the numbers of the model and of its control, how much the difference is at least, and what it means:
+    "recovered" stands beside the number that shows it.
 
     Args:
         content: of `audit.json`.
     """
     rows = []
     for one in content["attacks"]:
-        for name in one["numbers"] or {"": None}:
-            lower = (one["compared"].get(name) or one["compared"].get(f"1 - {name}") or {}).get("lower")
-            numbers = [one["numbers"].get(name), one["control"].get(name), lower]
-            rows.append([one["name"], name, *(_cell(number) for number in numbers), _WORDS[one["recovered"]]])
+        for place, name in enumerate(one["numbers"] or {"": None}):
+            compared = one["compared"].get(name) or one["compared"].get(f"1 - {name}") or {}
+            numbers = [one["numbers"].get(name), one["control"].get(name), compared.get("lower")]
+            name_once, word = one["name"] if place == 0 else "", _WORDS[_shows(one, compared)]
+            rows.append([name_once, name, *(_cell(number) for number in numbers), word])
     heads = ["attack", "number", "model", "control", "difference at least", "recovered"]
     return tabulate(rows, heads, disable_numparse=True, colalign=["left", "left", "right", "right", "right", "left"])
+
+
+def _shows(attack: Mapping[str, Any], compared: Mapping[str, Any]) -> bool | None:
+    """Whether this number says what the attack says. Some attacks have a rule of their own, beside their numbers."""
+    by_number = any(each.get("above") for each in attack["compared"].values())
+    return compared.get("above", False) if attack["recovered"] and by_number else attack["recovered"]
 
 
 def _cell(number: float | None) -> str:
@@ -70,7 +78,10 @@ def results_of(content: Mapping[str, Any]) -> Results:
         if content["control"]["kind"] == "retrained":
             results.rows.append(_row("retrained", "retrain", plain["control"], many.get("retrained")))
     shown = [one for one in attacks if "rouge" in one["numbers"]]
-    named = [{"name": f"{one['name']}: {_WORDS[one['recovered']]}", "metrics": _named(one["numbers"])} for one in shown]
+    named = [
+        {"name": one["name"] + " (recovered)" * bool(one["recovered"]), "metrics": _named(one["numbers"])}
+        for one in shown
+    ]
     results.add_robustness({"relearning": [], "attacks": named})
     for one in attacks:
         results.inside |= one.get("inside", {})

@@ -19,6 +19,7 @@ from blur_trainer.pipeline.audit_attacks import outside
 from blur_trainer.pipeline.audit_budget import BUDGETS
 from blur_trainer.pipeline.audit_judged import compared, trust
 from blur_trainer.pipeline.audit_rows import parted
+from blur_trainer.pipeline.audit_report import found_table
 from blur_trainer.pipeline.certificate import check_certificate, sentence
 from blur_trainer.pipeline.measure import Sets
 from blur_trainer.toy.memorize import memorize
@@ -100,11 +101,20 @@ def test_the_certificate_has_no_text_of_the_sets(audited, world):
     assert any("samples per question" in what for what in content["left_out"])
 
 
+def test_a_table_says_recovered_beside_the_number_that_shows_it():
+    compared = {"rouge": {"lower": -0.1, "above": False}, "probability": {"lower": 0.1, "above": True}}
+    one = {"name": "4 bit", "numbers": {"rouge": 0.2, "probability": 0.5}, "control": {}, "compared": compared}
+    own = {"name": "depth", "numbers": {"depth": 0.1}, "control": {}, "compared": {}, "recovered": True}
+    none = {"name": "plain", "numbers": {}, "control": {}, "compared": {}, "recovered": None}
+    lines = found_table({"attacks": [{**one, "recovered": True}, own, none]}).splitlines()[2:]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["no", "recovered", "recovered", "not judged"]
+
+
 def test_the_report_has_each_attack(audited, tmp_path):
     results = audited[0].results
     content = results.save(tmp_path, {})
     names = [row["name"] for row in content["robustness"]["attacks"]]
-    assert "plain question: recovered" in names and [row["name"] for row in content["rows"]] == ["model", "retrained"]
+    assert "plain question (recovered)" in names and [row["name"] for row in content["rows"]] == ["model", "retrained"]
     assert {"leak@2", "leak_bound", "forget_rouge"} <= set(content["rows"][0]["metrics"])
     assert set(content["inside"]) == {"probes", "depth"}
 
