@@ -18,8 +18,8 @@ from blur_trainer.models.weights_digest import weights_digest
 from blur_trainer.pipeline.audit_attacks import outside
 from blur_trainer.pipeline.audit_budget import BUDGETS
 from blur_trainer.pipeline.audit_judged import compared, trust
-from blur_trainer.pipeline.audit_rows import parted
 from blur_trainer.pipeline.audit_report import found_table
+from blur_trainer.pipeline.audit_rows import parted
 from blur_trainer.pipeline.certificate import check_certificate, sentence
 from blur_trainer.pipeline.measure import Sets
 from blur_trainer.toy.memorize import memorize
