@@ -1,6 +1,6 @@
 """Which metric deserves trust? Faithfulness and robustness of each, on models of which it is known what they know.
 
-    python benchmarks/meta_evaluation.py --out results               # about 25 minutes of one core; resumes
+    python benchmarks/meta_evaluation.py --out results               # an hour of one core, or so; resumes
     python benchmarks/meta_evaluation.py --out results --table       # what there is so far
 
 On the embedded TOFU authors, Llamas of 1 M weights, trained from different starts. All know `retain`, real authors and
@@ -12,8 +12,8 @@ five saw nothing of it, five saw the same questions with wrong answers. Further 
   1) with weights of 4 bits: means over the unlearned models. Metrics are turned so that more means: knows more.
 * Robustness: the harmonic mean of R and Q. Total: that of faithfulness and robustness.
 
-The definitions are of open-unlearning (arXiv:2506.12618), which has 30 and 30 models of 1 B. Its R and Q are 0 where a
-metric falls. Models and faithfulness here are as many and as large as two cores allow.
+The definitions are of open-unlearning (arXiv:2506.12618), whose models are larger and more. R is 1 where nothing comes
+back, and not below 0.
 """
 
 import argparse
