@@ -32,7 +32,7 @@ _MORE = """Everything else follows from model and data if left out. Often wanted
   --config YAML                 Options from a file, such as a run's run.yaml. Words go above it.
   --use_peft true               Train an adapter (LoRA).
   --learning_rate, --gamma, --num_train_epochs, --replay (0: none), --seed
-  --audit minutes               Then attack the unlearned model, and write a certificate (or: hours).
+  --audit minutes               Then attack the unlearned model; a certificate says what came back.
   --report_to tensorboard       Or wandb, trackio: steps, results and figures. Several: with commas.
   --push_to_hub true            Publish the model and its numbers as --hub_model_id, without texts.
   --resume_from_checkpoint true Go on after an interrupt, with the same options.

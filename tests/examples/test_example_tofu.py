@@ -171,7 +171,7 @@ def test_lora_rules_and_another_protocol(main, tmp_path):
 # ---- interrupted ----
 
 
-@pytest.mark.parametrize("where", [".", "uld"])
+@pytest.mark.parametrize("where", [".", pytest.param("uld", marks=pytest.mark.full)])
 def test_interrupted_and_resumed_is_as_if_nothing_had_happened(main, first, where, tmp_path, monkeypatch):
     """The run of all methods is the one that nothing interrupted: of the same seed, none depends on those before it."""
     arguments, whole = [*QUICK, "--compare", "uld", "--output_dir", tmp_path / "run"], first[0]
