@@ -54,7 +54,7 @@ _OVER = (
     _END,
     "fewer epochs (`--num_train_epochs`)",
 )
-_DONE = ("attacks: answers may come back by relearning, quantization or other wordings (`blur-trainer attack`)",)
+_DONE = ("an audit: answers may come back by relearning, quantization or other wordings (`blur-trainer audit`)",)
 
 
 def advice(

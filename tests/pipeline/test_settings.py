@@ -114,6 +114,11 @@ def test_the_layer_is_a_share_of_the_depth(layers, layer):
     assert "retain_objective_kwargs" not in settings("npo", layers=layers)
 
 
+def test_an_adapter_gets_a_smaller_strength():
+    assert settings(lora=True)["gamma"] == 0.1 < settings()["gamma"] == METHODS["blur"].settings["gamma"]
+    assert "gamma" not in settings("rmu", lora=True), "a sum has none"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_they_are_settings_of_the_method(method, tmp_path):
     """Its configuration takes them, and they make it the method."""

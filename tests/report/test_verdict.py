@@ -222,7 +222,7 @@ def test_what_to_try_fits_what_happened():
             "broken and not forgotten": ({"retain_rouge": 0.2, "forget_loss": 1.0}, ["lower", "more epochs"], ["stop"]),
             "broken and too far": ({"retain_rouge": 0.2, "forget_loss": 20.0}, ["lower", "stop_at"], ["more epochs"]),
             "over": ({"forget_loss": 20.0}, ["two_sided", "--stop_at_level"], ["higher", "--replay"]),
-            "done": ({}, ["attack"], ["--learning_rate"]),
+            "done": ({}, ["blur-trainer audit"], ["--learning_rate"]),
         },
         check,
     )
