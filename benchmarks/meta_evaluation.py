@@ -30,6 +30,8 @@ METHODS = ("blur", "blur-target", "npo", "undial", "graddiff")
 KNOWS, NEVER = ("knows", "knows, other words"), ("never", "never, wrong answers")
 #: less of these means: knows more
 FALLING = {"forget_loss": lambda value: float(np.exp(-value)), "forget_truth_ratio": lambda value: 1 - value}
+#: says nothing of what is known
+OTHER = ("forget_degeneration",)
 RELEARN = {"steps": (24,), "learning_rate": 3e-4}  # one pass over the 96 rows
 
 
@@ -122,7 +124,7 @@ def table(found: Mapping[str, Any]) -> str:
 
     knows, never, unlearned = of(KNOWS), of(NEVER), of(("unlearned",))
     rows = []
-    for metric in found["retrained"]["before"]:
+    for metric in (name for name in found["retrained"]["before"] if name not in OTHER):
         values = [each[metric] for each in (*knows, *never)]
         truth = [1] * len(knows) + [0] * len(never)
         auc = float(roc_auc_score(truth, values))
