@@ -1,6 +1,6 @@
 """Which metric deserves trust? Faithfulness and robustness of each, on models of which it is known what they know.
 
-    python benchmarks/meta_evaluation.py --out results               # an hour of one core, or so; resumes
+    python benchmarks/meta_evaluation.py --out results               # half an hour of one core; resumes
     python benchmarks/meta_evaluation.py --out results --table       # what there is so far
 
 On the embedded TOFU authors, Llamas of 1 M weights, trained from different starts. All know `retain`, real authors and
