@@ -135,8 +135,9 @@ def run(prepared: Prepared) -> Unlearned:
         if script.retrained:
             results.add(RETRAINED, "retrain", load(script.retrained))
         done = _judged(prepared, level, results, trained, out)
-        del results  # and with it what it measured: an audit loads models again
-        audit = audited(prepared, out) if script.audit is not None and trained.saved else None
+        audits = script.audit is not None and trained.saved
+        del results, trained  # an audit loads the model again
+        audit = audited(prepared, out) if audits else None
     return replace(done, audit=audit)
 
 

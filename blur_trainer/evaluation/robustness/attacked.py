@@ -1,6 +1,6 @@
 """Prepares a model for an attack and restores it afterwards, bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.distributed import is_sharded
 from blur_trainer.models.forward import evaluating
 from blur_trainer.models.logit_difference import LogitDifferenceModel
@@ -102,3 +103,23 @@ def _in_use(model: nn.Module) -> list[BaseTunerLayer]:
     """Layers with an adapter that is switched on and not merged yet."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return [layer for layer in layers if not layer.merged and not layer.disable_adapters]
+
+
+def with_weights_changed(
+    model: PreTrainedModel, evaluation: Evaluation | Measure, change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, float]:
+    """
+    The evaluation while each matrix `(out, in)` of [`rounded_weights`] is what `change` makes of it.
+
+    Raises:
+        As [`check_attackable`]; `ValueError`: the model has no such matrix.
+    """
+    check_attackable(model)
+    weights = rounded_weights(model)
+    if not weights:
+        raise ValueError(f"{type(model).__name__} has no `nn.Linear` but its head: there is nothing to change.")
+    with under_attack(model):
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(change(weight))
+        return dict(evaluation(model))

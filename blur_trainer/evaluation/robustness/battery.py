@@ -11,14 +11,13 @@ Each function takes an evaluation (any function from a model to numbers: [`MUSEE
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.distributed import rank_and_world
-from blur_trainer.evaluation.robustness.attacked import check_attackable, rounded_weights, under_attack
+from blur_trainer.evaluation.robustness.attacked import check_attackable, with_weights_changed
 from blur_trainer.evaluation.robustness.quantization import check_bits, quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import STEPS, Examples, check_relearning, relearn
 
@@ -51,15 +50,7 @@ def quantized(
         `ValueError`: its weights are sharded, offloaded or already quantized; it has no `nn.Linear`; wrong `bits`.
     """
     check_bits(bits, group_size)
-    check_attackable(model)
-    weights = rounded_weights(model)
-    if not weights:
-        raise ValueError(f"{type(model).__name__} has no `nn.Linear` but its head: there is nothing to quantize.")
-    with under_attack(model):
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(quantize_dequantize(weight, bits, group_size))
-        return dict(evaluation(model))
+    return with_weights_changed(model, evaluation, lambda weight: quantize_dequantize(weight, bits, group_size))
 
 
 def prefixed(data: Mapping[str, Dataset], prefix: str) -> DatasetDict:

@@ -1,14 +1,13 @@
 """Small damage to the weights: noise, and the smallest of them set to zero. What it brings back was only hidden."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.base import Evaluation, Measure
-from blur_trainer.evaluation.robustness.attacked import check_attackable, rounded_weights, under_attack
+from blur_trainer.evaluation.robustness.attacked import with_weights_changed
 
 
 def noisy(
@@ -34,7 +33,7 @@ def noisy(
         noise = torch.randn(weight.shape, generator=generator).to(weight.device)
         return weight.float() + share * weight.float().std() * noise
 
-    return _changed(model, evaluation, changed)
+    return with_weights_changed(model, evaluation, changed)
 
 
 def pruned(model: PreTrainedModel, evaluation: Evaluation | Measure, *, share: float = 0.2) -> dict[str, float]:
@@ -55,24 +54,10 @@ def pruned(model: PreTrainedModel, evaluation: Evaluation | Measure, *, share: f
         flat[flat.abs().argsort()[: int(share * len(flat))]] = 0
         return flat.view_as(weight)
 
-    return _changed(model, evaluation, changed)
+    return with_weights_changed(model, evaluation, changed)
 
 
 def check_share(name: str, share: float, end: float) -> None:
     """Raises for anything but a number above 0 and below `end`."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < end:
         raise ValueError(f"`{name}` is {share!r}; it takes a number above 0{f' and below {end}' if end == 1 else ''}.")
-
-
-def _changed(
-    model: PreTrainedModel, evaluation: Evaluation | Measure, change: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
-    check_attackable(model)
-    weights = rounded_weights(model)
-    if not weights:
-        raise ValueError(f"{type(model).__name__} has no `nn.Linear` but its head: there is nothing to change.")
-    with under_attack(model):
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(change(weight))
-        return dict(evaluation(model))
