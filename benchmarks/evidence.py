@@ -75,51 +75,56 @@ def replay_texts(world: Path, out: Path, device: str) -> Path:
     return path
 
 
-def one_run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains a method with a strength and a seed and measures it. ULD: one row per strength, of one training."""
-    quiet(1)
-    from evidence_data import measured, read_world
+def prepared(job: dict[str, Any], folder: Path) -> Any:
+    """The trainer of a method with a strength and a seed."""
+    from evidence_data import read_world
     from transformers import AutoTokenizer
 
     import blur_trainer as bt
 
-    start, world = time.perf_counter(), Path(job["world"])
+    world = Path(job["world"])
     sets, tokenizer = read_world(world), AutoTokenizer.from_pretrained(world / "target")
     retain: Any = sets["retain"]
     if job["replay"]:
         texts = Path(job["replay"]).read_text(encoding="utf-8").splitlines()
         retain = {"retain": retain, "replay": [json.loads(line) for line in texts]}
-    said = {key: job[key] for key in ("method", "seed")} | {"replay": bool(job["replay"])}
     where = {"seed": job["seed"], "use_cpu": job["device"] == "cpu", **job["settings"]}
     candidate = ULD if job["method"] == "uld" else CANDIDATES[job["method"]]
     config = {**candidate.config(job["strength"], job["level"]), **where}
     if job["seed"] == TUNING_SEED:
         config["num_train_epochs"] /= 2
+    target = loaded(world / "target", job["device"])
+    if job["method"] == "uld":
+        how = {"augment_forget": "rules", "augment_retain": "none"}
+        args = bt.ULDConfig(str(folder), **config)
+        return bt.ULDTrainer(target, args, sets["forget"], retain, processing_class=tokenizer, **how)
+    args = bt.UnlearningConfig(str(folder), **config)
+    return bt.UnlearningTrainer(target, args, sets["forget"], retain, processing_class=tokenizer)
+
+
+def one_run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains a method with a strength and a seed and measures it. ULD: one row per strength, of one training."""
+    quiet(1)
+    from evidence_data import measured, read_world
+
+    start, sets = time.perf_counter(), read_world(Path(job["world"]))
+    said = {key: job[key] for key in ("method", "seed")} | {"replay": bool(job["replay"])}
     with tempfile.TemporaryDirectory() as folder:
-        if job["method"] == "uld":
-            trainer: Any = bt.ULDTrainer(
-                loaded(world / "target", job["device"]), bt.ULDConfig(folder, **config), sets["forget"], retain,
-                processing_class=tokenizer, augment_forget="rules", augment_retain="none",
-            )  # fmt: skip
-            trainer.train()
-            seconds, rows = time.perf_counter() - start, []
-            unlearned = trainer.unlearned_model()
-            for weight in job["strengths"]:
-                unlearned.config.weight = weight
-                numbers = measured(unlearned, tokenizer, sets)
-                rows.append({**said, "strength": weight, "train_seconds": seconds, **numbers})
-            return rows
-        trainer = bt.UnlearningTrainer(
-            loaded(world / "target", job["device"]), bt.UnlearningConfig(folder, **config), sets["forget"], retain,
-            processing_class=tokenizer,
-        )  # fmt: skip
+        trainer = prepared(job, Path(folder))
+        tokenizer = trainer.processing_class
         try:
             trainer.train()
         except (RuntimeError, ValueError, ArithmeticError) as error:  # a ruined model is a result, too
             return [{**said, "strength": job["strength"], "failed": f"{type(error).__name__}: {error}"[:300]}]
-        seconds = time.perf_counter() - start
-        numbers = measured(trainer.model, tokenizer, sets)
-    return [{**said, "strength": job["strength"], "train_seconds": seconds, **numbers}]
+        seconds, rows = time.perf_counter() - start, []
+        if job["method"] != "uld":
+            numbers = measured(trainer.model, tokenizer, sets)
+            return [{**said, "strength": job["strength"], "train_seconds": seconds, **numbers}]
+        unlearned = trainer.unlearned_model()
+        for weight in job["strengths"]:
+            unlearned.config.weight = weight
+            rows.append({**said, "strength": weight, "train_seconds": seconds, **measured(unlearned, tokenizer, sets)})
+    return rows
 
 
 def baselines(world: Path, path: Path, device: str) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Which metric deserves trust? Faithfulness and robustness of each, on models of which it is known what they know.
 
-    python benchmarks/meta_evaluation.py --out results               # half an hour of one core; resumes
+    python benchmarks/meta_evaluation.py --out results --jobs 2      # half an hour of one core; resumes
     python benchmarks/meta_evaluation.py --out results --table       # what there is so far
 
 On the embedded TOFU authors, Llamas of 1 M weights, trained from different starts. All know `retain`, real authors and
@@ -18,7 +18,9 @@ back, and not below 0.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -90,30 +92,31 @@ class World:
         return {"before": before, "relearned": after, "4 bit": quantized(model, self.measure, bits=4)}
 
 
-def jobs(seeds: int) -> Iterator[tuple[str, Callable[[World], dict[str, Any]]]]:
-    """Name -> what it finds."""
+def jobs(seeds: int) -> list[str]:
+    """Their names."""
+    trained = [f"{kind}: {seed}" for kind in (*KNOWS, *NEVER) for seed in range(seeds)]
+    return [*trained, "retrained", *(f"unlearned: {method}" for method in METHODS)]
+
+
+def perform(name: str, out: Path) -> dict[str, Any]:
+    """What the job of this name finds."""
+    import datasets
     from transformers import AutoModelForCausalLM
 
-    def load(folder: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    from blur_trainer import unlearn
 
-    def unlearned(method: str) -> Callable[[World], dict[str, Any]]:
-        def run(world: World) -> dict[str, Any]:
-            from blur_trainer import unlearn
-
-            out = world.out / "unlearned" / method
-            sets = (world.rows["forget"], world.data["retain"].select_columns(["question", "answer"]).to_list())
-            unlearn(world.target, *sets, out, method=method, use_cpu=True, disable_tqdm=True)
-            return world.attacked(load(out))
-
-        return run
-
-    for kind in (*KNOWS, *NEVER):
-        for seed in range(seeds):
-            yield f"{kind}: {seed}", lambda world, kind=kind, seed=seed: world.measure(world.trained(kind, seed))
-    yield "retrained", lambda world: world.attacked(load(world.retrained))
-    for method in METHODS:
-        yield f"unlearned: {method}", unlearned(method)
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    world = World(out)
+    kind, _, which = name.partition(": ")
+    if kind in (*KNOWS, *NEVER):
+        return world.measure(world.trained(kind, int(which)))
+    folder: Any = world.retrained
+    if kind == "unlearned":
+        folder = out / "unlearned" / which
+        sets = (world.rows["forget"], world.data["retain"].select_columns(["question", "answer"]).to_list())
+        unlearn(world.target, *sets, folder, method=which, use_cpu=True, disable_tqdm=True)
+    return world.attacked(AutoModelForCausalLM.from_pretrained(folder).eval())
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -160,18 +163,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="models of each of the four kinds")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one core each")
     parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
     words = parser.parse_args()
-    torch.set_num_threads(1)
     words.out.mkdir(parents=True, exist_ok=True)
     path = words.out / "meta.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = {name: value for line in lines for name, value in json.loads(line).items()}
     if not words.table:
-        world = World(words.out)
-        for name, job in jobs(words.seeds):
-            if name not in found:
-                found[name] = job(world)
+        World(words.out)  # makes target and retrained model
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(words.jobs, mp_context=context) as pool:
+            running = {pool.submit(perform, name, words.out): name for name in jobs(words.seeds) if name not in found}
+            for future in as_completed(running):
+                name = running[future]
+                found[name] = future.result()
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({name: found[name]}) + "\n")
                 print(name, flush=True)

@@ -1,0 +1,218 @@
+"""Which method holds when it is attacked? Trains each as benchmarks/evidence.py does, and audits the model.
+
+    python benchmarks/audits.py --world WORLD --out RESULTS --jobs 2                 # ten minutes of a core each
+    python benchmarks/audits.py --world WORLD --out RESULTS --jobs 12 --device cuda  # several processes on one GPU
+    python benchmarks/audits.py --world WORLD --out RESULTS --table                  # what there is so far
+
+`WORLD`: a folder as of benchmarks/evidence_world.py. The strengths are those of the five seeds in docs/evidence.md. The
+audit is `blur_trainer.audit` with the budget `minutes`, beside the retrained model; leak@32 of 64 samples is drawn for
+the same rows. The target itself is the row of what all attacks find. Resumes: an audit that is done is not made again.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from evidence import baselines, prepared, quiet, replay_texts
+from evidence_table import LABELS
+from tabulate import tabulate
+
+#: method -> strength; the first are the winners and losers of docs/evidence.md
+STRENGTHS = {
+    "blur-rmu-level": 0.1, "blur-target": 0.1, "blur-npo": 0.03, "uld": -1.0, "pdu": 300.0, "rmu": 0.001,
+    "graddiff": 0.1, "blur-sam": 0.01, "undial": 1.0, "npo": 0.03, "rmu-level": 0.003, "simnpo": 0.3, "ngdiff": 0.001,
+}  # fmt: skip
+SAMPLES, K = 64, 32
+_SETS = {"forget": "forget.csv", "retain": "retain.jsonl", "hold": "hold.jsonl"}
+
+
+def made(job: Mapping[str, Any], folder: Path) -> Path:
+    """The folder of the unlearned model; trains it, if it is not there."""
+    if job["method"] in ("target", "retrain"):
+        return Path(job["world"]) / job["method"]
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer = prepared(dict(job), folder)
+        trainer.train()
+        model = trainer.model
+        if job["method"] == "uld":
+            model = trainer.unlearned_model()
+            model.config.weight = job["strength"]
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        (folder / "done").touch()
+    return folder
+
+
+def one_audit(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains, audits, and draws samples."""
+    quiet(1)
+    import blur_trainer as bt
+
+    start, world = time.perf_counter(), Path(job["world"])
+    out = Path(job["out"]) / f"{job['method']} {job['seed']}"
+    model = made(job, out / "model")
+    trained = time.perf_counter() - start
+    sets = {role: str(world / file) for role, file in _SETS.items()}
+    options = {"model_name_or_path": str(model), **sets, "retrained": str(world / "retrain"), "batch_size": 48}
+    if job["method"] != "target":
+        options["before"] = str(world / "target")
+    found = bt.audit(options, out / "audit", seed=job["seed"])
+    audited = time.perf_counter() - start - trained
+    leak = leaks(str(model), options, job)
+    return {
+        "method": job["method"], "seed": job["seed"], "sentence": found.sentence,
+        "attacks": [{key: value for key, value in one.items() if key not in ("rows", "more")}
+                    for one in found.certificate["attacks"]],
+        "leak": leak, "seconds": {"training": trained, "audit": audited},
+    }  # fmt: skip
+
+
+def leaks(model: str, options: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, float]:
+    """leak@k of many samples, of 48 rows at equal distances."""
+    import blur_trainer as bt
+    from blur_trainer.pipeline.measure import Sets
+
+    sets = Sets({name: value for name, value in options.items() if name in ("model_name_or_path", "forget")})
+    evaluation = bt.LeakEvaluation(
+        sets.tokenizer, sets.readings["forget"].dataset, samples=SAMPLES, ks=(1, K), max_rows=48, max_new_tokens=48,
+        batch_size=512 if job["device"] == "cuda" else 64, seed=job["seed"], progress=False,
+    )  # fmt: skip
+    return evaluation(sets.load(model))
+
+
+def perform(jobs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All that is not done yet, in this order, by so many processes."""
+    path = options.out / "audits.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    done = {(row["method"], row["seed"]) for row in rows}
+    waiting = [job for job in jobs if (job["method"], job["seed"]) not in done]
+    end = time.monotonic() + 60 * options.minutes
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(one_audit, waiting.pop(0)) for _ in range(min(options.jobs, len(waiting)))}
+        while running:
+            future = next(as_completed(running))
+            running.remove(future)
+            if waiting and time.monotonic() < end:
+                running.add(pool.submit(one_audit, waiting.pop(0)))
+            try:
+                row = future.result()
+            except Exception as error:  # noqa: BLE001 -- one that fails stops no other
+                print(f"failed: {type(error).__name__}: {error}", flush=True)
+                continue
+            rows.append(row)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            took = {name: round(value) for name, value in row["seconds"].items()}
+            print(f"{row['method']} {row['seed']}, {took} s: {row['sentence']}; {row['leak']}", flush=True)
+    return rows
+
+
+# ---- the table ----
+
+
+def found_by(row: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """The attacks of one kind; of a relearning also by the text, as `relearning forget`."""
+    word, _, text = kind.partition(" ")
+    return [one for one in row["attacks"] if one["kind"] == word and (not text or one["settings"]["text"] == text)]
+
+
+def strongest(row: Mapping[str, Any], kind: str) -> tuple[float, int]:
+    """ROUGE after the attack of the kind that is most above its control, and how many of the kind came back."""
+    attacks = [one for one in found_by(row, kind) if "rouge" in one["numbers"]]
+    if not attacks:
+        return math.nan, 0
+    most = max(attacks, key=lambda one: one["numbers"]["rouge"] - one["control"]["rouge"])
+    back = sum(bool(one["recovered"]) for one in attacks)
+    return most["numbers"]["rouge"], back
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    if not values or any(math.isnan(value) for value in values):
+        return ""
+    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+COLUMNS = {
+    "plain": "plain", "few bits": "bits", "prompts": "prompt", "noise, pruning": "weights",
+    "relearned forget": "relearning forget", "relearned retain": "relearning retain",
+    "relearned hold": "relearning hold",
+}  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """ROUGE after the strongest attack of each kind; in brackets how many seeds it came back in."""
+    lines = []
+    for method in ["target", *STRENGTHS]:
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        cells = []
+        for kind in COLUMNS.values():
+            each = [strongest(row, kind) for row in own]
+            back = sum(bool(one[1]) for one in each)
+            cells.append(spread([one[0] for one in each]) + (f" (**{back}**)" if back else ""))
+        leak = [row["leak"][f"leak@{K}"] for row in own]
+        bound = max(row["leak"]["leak_bound"] for row in own)
+        depth = [
+            one["numbers"].get("depth", math.nan) for row in own for one in row["attacks"] if one["name"] == "depth"
+        ]
+        probes = [one for row in own for one in row["attacks"] if one["name"] == "probes"]
+        gap = spread([one["numbers"]["largest_gap"] for one in probes])
+        knowing = sum(bool(one["recovered"]) for one in probes)
+        back = [sum(bool(one["recovered"]) for one in row["attacks"]) for row in own]
+        cells += [f"{spread(leak)}, {bound:.3f}", gap + (f" (**{knowing}**)" if knowing else ""), spread(depth)]
+        label = LABELS.get(method, method)
+        lines.append([label, len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}", *cells])
+    heads = ["method", "seeds", "came back", *COLUMNS, f"leak@{K}, bound of leak@1", "probes: largest gap", "depth"]
+    return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    names = ["target", *STRENGTHS]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one core each")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no audit after so many")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of all trainings, as JSON")
+    parser.add_argument("--table", action="store_true", help="print the table of what there is")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    quiet(1)
+    if options.table:
+        lines = (options.out / "audits.jsonl").read_text(encoding="utf-8").splitlines()
+        print(table([json.loads(line) for line in lines]))
+        return
+    base = baselines(options.world, options.out / "baselines.json", options.device)
+    common = {
+        "world": str(options.world), "out": str(options.out), "level": base["unseen"]["loss"], "device": options.device,
+        "replay": str(replay_texts(options.world, options.out, options.device)), "settings": options.settings,
+    }  # fmt: skip
+    jobs = [
+        {**common, "method": method, "seed": seed, "strength": STRENGTHS.get(method)}
+        for seed in options.seeds
+        for method in options.methods
+        if method != "target" or seed == options.seeds[0]
+    ]
+    print(table(perform(jobs, options)))
+
+
+if __name__ == "__main__":
+    main()
