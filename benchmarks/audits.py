@@ -118,21 +118,25 @@ def perform(jobs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list
 
 # ---- the table ----
 
+#: column -> kinds of attacks
+COLUMNS = {
+    "plain": ("plain",), "bits, prompts, noise, pruning": ("bits", "prompt", "weights"),
+    "relearned other text": ("relearning retain", "relearning hold"), "relearned forget": ("relearning forget",),
+}  # fmt: skip
 
-def found_by(row: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
-    """The attacks of one kind; of a relearning also by the text, as `relearning forget`."""
-    word, _, text = kind.partition(" ")
-    return [one for one in row["attacks"] if one["kind"] == word and (not text or one["settings"]["text"] == text)]
+
+def attacks(row: Mapping[str, Any], kinds: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Those of these kinds; of a relearning also by the text, as `relearning forget`."""
+
+    def of(one: Mapping[str, Any]) -> set[str]:
+        return {one["kind"], f"{one['kind']} {one['settings'].get('text')}"}
+
+    return [one for one in row["attacks"] if of(one) & set(kinds)]
 
 
-def strongest(row: Mapping[str, Any], kind: str) -> tuple[float, int]:
-    """ROUGE after the attack of the kind that is most above its control, and how many of the kind came back."""
-    attacks = [one for one in found_by(row, kind) if "rouge" in one["numbers"]]
-    if not attacks:
-        return math.nan, 0
-    most = max(attacks, key=lambda one: one["numbers"]["rouge"] - one["control"]["rouge"])
-    back = sum(bool(one["recovered"]) for one in attacks)
-    return most["numbers"]["rouge"], back
+def strongest(row: Mapping[str, Any], kinds: Sequence[str]) -> Mapping[str, Any]:
+    """The attack whose probability of the true answer is most above its control."""
+    return max(attacks(row, kinds), key=lambda one: one["numbers"]["probability"] - one["control"]["probability"])
 
 
 def spread(values: Sequence[float]) -> str:
@@ -142,38 +146,37 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-COLUMNS = {
-    "plain": "plain", "few bits": "bits", "prompts": "prompt", "noise, pruning": "weights",
-    "relearned forget": "relearning forget", "relearned retain": "relearning retain",
-    "relearned hold": "relearning hold",
-}  # fmt: skip
+def cell(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], side: str = "numbers") -> str:
+    found = [strongest(row, kinds) for row in rows]
+    rouge, probability = ([one[side][name] for one in found] for name in ("rouge", "probability"))
+    back = sum(any(one["recovered"] for one in attacks(row, kinds)) for row in rows) if side == "numbers" else 0
+    return f"{spread(rouge)}; {spread(probability)}" + (f" (**{back}**)" if back else "")
+
+
+def look_inside(rows: Sequence[Mapping[str, Any]], name: str, number: str) -> str:
+    found = [one for row in rows for one in row["attacks"] if one["name"] == name]
+    back = sum(bool(one["recovered"]) for one in found)
+    return spread([one["numbers"][number] for one in found]) + (f" (**{back}**)" if back else "")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """ROUGE after the strongest attack of each kind; in brackets how many seeds it came back in."""
+    """ROUGE; probability after the strongest attack of each kind. In brackets: in how many seeds it came back."""
     lines = []
     for method in ["target", *STRENGTHS]:
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
-        cells = []
-        for kind in COLUMNS.values():
-            each = [strongest(row, kind) for row in own]
-            back = sum(bool(one[1]) for one in each)
-            cells.append(spread([one[0] for one in each]) + (f" (**{back}**)" if back else ""))
-        leak = [row["leak"][f"leak@{K}"] for row in own]
-        bound = max(row["leak"]["leak_bound"] for row in own)
-        depth = [
-            one["numbers"].get("depth", math.nan) for row in own for one in row["attacks"] if one["name"] == "depth"
-        ]
-        probes = [one for row in own for one in row["attacks"] if one["name"] == "probes"]
-        gap = spread([one["numbers"]["largest_gap"] for one in probes])
-        knowing = sum(bool(one["recovered"]) for one in probes)
         back = [sum(bool(one["recovered"]) for one in row["attacks"]) for row in own]
-        cells += [f"{spread(leak)}, {bound:.3f}", gap + (f" (**{knowing}**)" if knowing else ""), spread(depth)]
-        label = LABELS.get(method, method)
-        lines.append([label, len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}", *cells])
-    heads = ["method", "seeds", "came back", *COLUMNS, f"leak@{K}, bound of leak@1", "probes: largest gap", "depth"]
+        leak, bound = (max(row["leak"][key] for row in own) for key in (f"leak@{K}", "leak_bound"))
+        lines.append([
+            LABELS.get(method, method), len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}",
+            *(cell(own, kinds) for kinds in COLUMNS.values()), f"{leak:.2f}, {bound:.4f}",
+            look_inside(own, "probes", "largest_gap"), look_inside(own, "depth", "depth"),
+        ])  # fmt: skip
+    others = [row for row in rows if row["method"] != "target"]
+    control = [cell(others, kinds, "control") for kinds in COLUMNS.values()] if others else []
+    lines.append(["retrained model, the control", "", "", *control, "", "0", "1"])
+    heads = ["method", "seeds", "came back", *COLUMNS, f"leak@{K}, bound of leak@1", "probes: gap", "depth"]
     return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True)
 
 
