@@ -38,7 +38,7 @@ from blur_trainer.evaluation.answer_scoring import score_variants
 from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.models.logit_composition import ULDLogitsProcessor
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.uld.trainer import ULDConfig
 

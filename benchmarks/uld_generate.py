@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from blur_trainer.models.logit_composition import ULDLogitsProcessor, logit_difference
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 
 WEIGHT, FILTER, PROMPT, STRIDE = -0.8, 0.01, 16, 32
 Form = Callable[[torch.Tensor], list[float]]

@@ -1,18 +1,10 @@
 """Finds the decoder layers of a causal language model by its structure, not by attribute names."""
 
-from typing import Any
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from blur_trainer.models.forward import causal_lm
-
-
-def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """All module lists whose length is the configuration's number of layers. Usually there is one."""
-    count = _count(model)
-    base: Any = model.base_model
-    return [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+from blur_trainer.models.layer_lists import layer_count, layer_lists
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -30,8 +22,8 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     found = layer_lists(lm)
     if len(found) != 1:
         raise TypeError(
-            f"`{type(lm).__name__}` has {len(found)} lists of {_count(lm)} layers where one is expected: what needs "
-            "its layers works on decoder-only models (Llama, Mistral, Qwen2, GPT-NeoX and the like)."
+            f"`{type(lm).__name__}` has {len(found)} lists of {layer_count(lm)} layers where one is expected: what "
+            "needs its layers works on decoder-only models (Llama, Mistral, Qwen2, GPT-NeoX and the like)."
         )
     for owner in lm.modules():
         for name, child in owner.named_children():
@@ -45,7 +37,3 @@ def check_layer(model: nn.Module, layer: int, asks: str) -> None:
     count = len(find_layers(model)[2])
     if not 0 <= layer < count:
         raise ValueError(f"{asks}: the model has the layers 0 to {count - 1}, and no layer {layer}.")
-
-
-def _count(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -210,9 +210,8 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         Loads what `save_pretrained` wrote and the models that it names. Loaded models may be passed instead: `target`,
         and `assistant` if the configuration names one. `is_trainable=True` allows further training of the adapter.
 
-        `revision` applies to this folder, which has no code: `trust_remote_code` has no effect.
-        `trust_target_remote_code=True` runs code that comes with the named models. Other arguments go to their
-        `from_pretrained`. All weights are safetensors.
+        `revision` is of this folder; `trust_remote_code` has no effect here. `trust_target_remote_code=True` runs code
+        that comes with the named models. Other arguments go to their `from_pretrained`. All weights are safetensors.
 
         Raises:
             `FileNotFoundError`: a named folder, or the adapter, is not there.
@@ -246,5 +245,6 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return model
 
 
-AutoConfig.register(LogitDifferenceConfig.model_type, LogitDifferenceConfig)
-AutoModelForCausalLM.register(LogitDifferenceConfig, LogitDifferenceModel)
+if __name__.startswith("blur_trainer."):  # a copy in a model's folder is found by its `auto_map`
+    AutoConfig.register(LogitDifferenceConfig.model_type, LogitDifferenceConfig)
+    AutoModelForCausalLM.register(LogitDifferenceConfig, LogitDifferenceModel)

@@ -1,9 +1,11 @@
 """The configuration of a logit-difference model: which parts it has and how their logits are combined."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from blur_trainer.models.carried_code import AUTO_MAP, write_code
 from blur_trainer.models.logit_composition import check_composition, composition_named
 from blur_trainer.models.origin import record
 
@@ -52,6 +54,12 @@ class LogitDifferenceConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes `config.json` and, beside it, the code with which transformers loads the folder by itself."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_code(save_directory)
 
     def record_origins(self) -> None:
         """Records what target and assistant are now, where it is not recorded yet. Paths become absolute."""

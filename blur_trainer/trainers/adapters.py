@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blur_trainer.models.forward import evaluating, forward
+from blur_trainer.models.lora_assistant import PLAIN_STARTS
 from blur_trainer.models.reference import REFERENCE_ADAPTER, is_partitioned
-from blur_trainer.models.truncation import PLAIN_STARTS
 
 #: `init_lora_weights` that leave the model as it is, and that PEFT makes again, equal, when the adapter is loaded
 STARTS = (*PLAIN_STARTS, "pissa", "olora")

@@ -9,9 +9,10 @@ from trl.trainer.utils import get_config_model_id
 
 from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.models.origin import Origin, record
 from blur_trainer.models.suitable import check_causal_lm
-from blur_trainer.models.truncation import lora_assistant, quarter
+from blur_trainer.models.truncation import quarter
 from blur_trainer.trainers.adapters import has_adapter
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested

@@ -29,7 +29,7 @@ from blur_trainer.evaluation.answer_scoring import can_share_prompts, score_vari
 from blur_trainer.evaluation.batch_scores import BatchScores, ScoredRow
 from blur_trainer.evaluation.token_scores import REJECTED, score_row, to_numpy
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 
 VOCAB = 64
 SIZES = {

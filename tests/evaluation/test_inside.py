@@ -33,7 +33,7 @@ from blur_trainer.models.forward import evaluating
 from blur_trainer.models.layers import find_layers
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 from blur_trainer.evaluation import sampling
 from blur_trainer.evaluation.sampling import sample_ids
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 
 PROMPTS = [[1, 5, 9, 11], [1, 4, 8], [1, 7, 8, 9, 10, 12]]
 SAMPLES, NEW = 4, 5

@@ -21,7 +21,7 @@ from blur_trainer.evaluation.robustness.quantization import quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.scoring import token_logps
 from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.report.figures import LIGHT
 from blur_trainer.report.figures.robustness import draw_relearning
 from blur_trainer.report.html import write_report

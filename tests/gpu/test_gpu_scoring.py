@@ -17,7 +17,7 @@ from blur_trainer.evaluation.robustness.relearning import relearn
 from blur_trainer.evaluation.scoring import generate, token_logps
 from blur_trainer.evaluation.tofu.suite import TOFUEvaluation
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 
 PROMPTS = ["The", SENTENCES[1], "Question: Where?\nAnswer: ", "spoke of crime novels and"]
 

@@ -25,7 +25,8 @@ from blur_trainer.models.forward import answer_logps, choose_head, forward, fuse
 from blur_trainer.models.logit_composition import ULDLogitsProcessor, logit_difference, passing
 from blur_trainer.models.logit_difference import LogitDifferenceCache, LogitDifferenceConfig, LogitDifferenceModel
 from blur_trainer.models.logps import sequence_logps
-from blur_trainer.models.truncation import decoder_layers, lora_assistant, truncated_view
+from blur_trainer.models.lora_assistant import lora_assistant
+from blur_trainer.models.truncation import decoder_layers, truncated_view
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "uld"
 WEIGHT, FILTER = -0.7, 0.15  # the filter rejects most tokens and keeps more than one: int(0.15 * 48) = 7

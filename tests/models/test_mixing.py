@@ -9,9 +9,9 @@ from support.reference import mixed_value
 
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 from blur_trainer.models.logit_difference_config import LogitDifferenceConfig
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.models.mixing import smallest_mix, weight_mix
 from blur_trainer.models.strength import strength_dial
-from blur_trainer.models.truncation import lora_assistant
 
 BATCH = {name: rows for name, rows in collate(examples(3)).items() if name != "labels"}
 

@@ -11,8 +11,8 @@ from support.models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.models.origin import record, weights_digest
-from blur_trainer.models.truncation import lora_assistant
 
 
 @pytest.fixture

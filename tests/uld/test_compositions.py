@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from blur_trainer.models.logit_composition import COMPOSITIONS, composition_named
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant, without_adapter
+from blur_trainer.models.lora_assistant import lora_assistant
+from blur_trainer.models.truncation import without_adapter
 from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.objectives.preference import NPO
 from blur_trainer.trainers.blur import BLURTrainer

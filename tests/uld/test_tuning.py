@@ -15,7 +15,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 from blur_trainer.models.logit_composition import COMPOSITIONS
 from blur_trainer.models.logit_difference import LogitDifferenceConfig, LogitDifferenceModel
-from blur_trainer.models.truncation import lora_assistant
+from blur_trainer.models.lora_assistant import lora_assistant
 from blur_trainer.uld.tuning import FILTERS, WEIGHTS, tune_weight
 
 FORGET, RETAIN = examples(7, seed=1), examples(5, seed=2)

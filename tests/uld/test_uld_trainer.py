@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from blur_trainer.evaluation.tofu.attacks import gradient_norms
 from blur_trainer.memory.estimate import estimate_memory
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.models.truncation import decoder_layers, lora_assistant, quarter, shortened, truncated_view
+from blur_trainer.models.lora_assistant import lora_assistant
+from blur_trainer.models.truncation import decoder_layers, quarter, shortened, truncated_view
 from blur_trainer.objectives.distributions import Uniform
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.losses import uniform_loss
