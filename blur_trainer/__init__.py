@@ -1,9 +1,9 @@
 """Make a language model forget: bi-level unlearning (BLUR) and its baselines as `transformers.Trainer`s."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from blur_trainer._version import __version__
+from blur_trainer.importing import import_quickly
 
 # Names are loaded on first use. `import blur_trainer` alone imports neither torch nor transformers.
 _HOMES = {
@@ -134,7 +134,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'blur_trainer' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"blur_trainer.{_HOME[name]}"), name)
+    return getattr(import_quickly(f"blur_trainer.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from hypothesis import settings
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+gc.disable()  # until all is collected: what is imported stays, and looking for garbage in it is a quarter of the time
 
 
 #: files of more than twenty seconds: begun first, so that none of them is left for one core at the end
@@ -32,3 +33,4 @@ def pytest_collection_finish():
     """Each training begins with a garbage collection: over what it has made, not over all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -1,8 +1,9 @@
 """The command `blur-trainer`."""
 
-import importlib
 import sys
 from collections.abc import Sequence
+
+from blur_trainer.importing import import_quickly
 
 #: for what -> command, which is also its module in `blur_trainer.cli` -> what it does
 GROUPS = {
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"blur-trainer has no command {words[0]!r}: choose among {', '.join(COMMANDS)}.\n")
         return 2
-    return importlib.import_module(f"blur_trainer.cli.{words[0]}").main(words[1:])
+    return import_quickly(f"blur_trainer.cli.{words[0]}").main(words[1:])
 
 
 def _listed() -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import distributed_evaluation_worker as worker
 from support.cases import chosen
-from support.processes import SUPPORT, torchrun
+from support.processes import SUPPORT, forked
 
 from blur_trainer.evaluation.distributed import in_shares
 
@@ -32,7 +32,7 @@ def folder(request, tmp_path_factory):
     script = SUPPORT / "distributed_evaluation_worker.py"
     wanted = [*chosen(request, "case"), *(f"{engine}-full" for engine in chosen(request, "engine"))]
     wanted += [f"ddp-{model}" for model in chosen(request, "attack")]
-    torchrun(script, str(folder), ",".join(dict.fromkeys(wanted)), DS_ACCELERATOR="cpu")
+    forked(script, str(folder), ",".join(dict.fromkeys(wanted)), DS_ACCELERATOR="cpu")
     return folder
 
 

@@ -13,7 +13,7 @@ from support.cases import chosen
 from support.engine_worker import ENGINES, alternatives
 from support.models import tiny_llama
 from support.parity import DEFAULT_TOLERANCE, FORGET, LEARNING_RATE, RETAIN, STEPS, WINDOW
-from support.processes import SUPPORT, torchrun
+from support.processes import SUPPORT, forked
 from transformers import AutoModelForCausalLM
 
 from blur_trainer.data.pairing import PairedDataset
@@ -26,7 +26,7 @@ EVERY = [pytest.param(name, marks=pytest.mark.full) if name in FULL else name fo
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
-    torchrun(SUPPORT / "engine_worker.py", str(folder), ";".join(dict.fromkeys(["ddp", *chosen(request, "engine")])))
+    forked(SUPPORT / "engine_worker.py", str(folder), ";".join(dict.fromkeys(["ddp", *chosen(request, "engine")])))
     return folder
 
 

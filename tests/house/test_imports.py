@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "constants": set(),
     "atomic_write": set(),
     "file_names": set(),
+    "importing": set(),
     "credentials": set(),
     "choices": set(),
     "checks": set(),
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
         *("constants", "checks", "atomic_write", "credentials", "data", "models", "evaluation", "report", "saving"),
         *("trainers", "uld", "scripts"),
     },
-    "cli": {"scripts", "pipeline", "saving", "report", "recipes", "memory", "trainers"},
+    "cli": {"importing", "scripts", "pipeline", "saving", "report", "recipes", "memory", "trainers"},
     "__main__": {"cli"},
 }
 FREE = {"__init__", "_version"}  # public names and a number

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.models import tiny_llama
-from support.processes import SUPPORT, torchrun
+from support.processes import SUPPORT, forked
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -112,7 +112,7 @@ def test_under_zero_3_nothing_is_partitioned():
 @pytest.mark.distributed
 def test_slots_hold_what_is_estimated(tmp_path):
     """DeepSpeed pads its partitions; FSDP2 its shards."""
-    torchrun(SUPPORT / "slot_worker.py", str(tmp_path), ";".join(CELLS))
+    forked(SUPPORT / "slot_worker.py", str(tmp_path), ";".join(CELLS))
     found = json.loads((tmp_path / "slots.json").read_text())
     assert list(found) == CELLS
     for cell, slot in found.items():

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from support.cases import every
 from support.models import VOCAB, collate, examples, tiny_llama
-from support.processes import SUPPORT, torchrun
+from support.processes import SUPPORT, forked
 from support.runs import distance, settings, train, weights
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -268,7 +268,7 @@ def test_processes_that_share_weights_all_go_one_way(kernel, monkeypatch):
 
 @pytest.mark.full
 def test_under_ddp_each_process_may_go_its_own_way():
-    torchrun(SUPPORT / "mixed_heads_worker.py")
+    forked(SUPPORT / "mixed_heads_worker.py")
 
 
 @pytest.mark.parametrize("engine", [None, "fsdp", "deepspeed"])

@@ -1,4 +1,4 @@
-"""Run by tests/evaluation/test_distributed_evaluation.py under torchrun: evaluates models, trains with evaluations."""
+"""For tests/evaluation/test_distributed_evaluation.py, on two processes: evaluates models, trains with evaluations."""
 
 import contextlib
 import copy

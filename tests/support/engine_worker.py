@@ -1,4 +1,4 @@
-"""Run under torchrun by tests/gradients/test_engines.py: the life of a training on every engine, for the test to judge.
+"""For tests/gradients/test_engines.py, on two processes: the life of a training on every engine, for the test to judge.
 
 First the trainings of tests/support/ddp_worker.py: one launch for both, as importing takes longer than training.
 """

@@ -1,7 +1,7 @@
 """Every engine x feature against the literal single-process training: the cells of tests/gradients/test_parity.py.
 
-As a program (under torchrun) it trains the cells that it is given on this machine's processes and writes, per cell, how
-far the weights are from the reference's. benchmarks/parity.py prints the table of all cells.
+As a program, on several processes, it trains the cells that it is given and writes, per cell, how far the weights are
+from the reference's. benchmarks/parity.py prints the table of all cells.
 """
 
 import copy
@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.models import examples, tiny_llama
-from support.processes import freeze_imports, torchrun
+from support.processes import forked, freeze_imports
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, training_args
@@ -410,7 +410,7 @@ def main(folder: str, names: str) -> None:
 
 def launch(cells: list[str], folder: Path | str, processes: int = 2) -> dict[str, float]:
     """The errors of these cells."""
-    torchrun(__file__, str(folder), ";".join(cells), processes=processes)
+    forked(__file__, str(folder), ";".join(cells), processes=processes)
     return json.loads(Path(folder, "errors.json").read_text())
 
 

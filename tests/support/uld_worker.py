@@ -1,4 +1,4 @@
-"""Run under torchrun by tests/uld/test_uld_engines.py: one ULD training per engine, saved."""
+"""Run on two processes by tests/uld/test_uld_engines.py: one ULD training per engine, saved."""
 
 import copy
 import json

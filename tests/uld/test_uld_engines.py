@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from support.cases import chosen
 from support.models import tiny_llama
-from support.processes import SUPPORT, torchrun
+from support.processes import SUPPORT, forked
 from support.uld_worker import ENGINES, make
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ EVERY = [pytest.param(name, marks=pytest.mark.full) if name == "zero2" else name
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uld")
     tiny_llama(0, layers=4).save_pretrained(folder / "target")
-    torchrun(SUPPORT / "uld_worker.py", str(folder), ",".join(chosen(request, "engine")))
+    forked(SUPPORT / "uld_worker.py", str(folder), ",".join(chosen(request, "engine")))
     trainer = make(str(folder / "target"), folder / "one", 4, use_cpu=True)
     trainer.train()
     trainer.save_model()
