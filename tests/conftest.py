@@ -39,6 +39,6 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def garbage_of_earlier_files():
-    """Is collected once. What is left, libraries mostly, is spared from the collection that each training begins with."""
+    """Is collected once. What is left, mostly libraries, is spared where a training begins: with a collection."""
     gc.collect()
     gc.freeze()
