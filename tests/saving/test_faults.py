@@ -1,6 +1,6 @@
 """Real processes killed while they train and save: the directory they leave continues to the uninterrupted result.
 
-Every run: a kill before each third change in the folder, and some at random moments, of one process.
+Every run: a kill before each fifth change in the folder, and some at random moments, of one process.
 `pytest -m full`: many more of these, of one of two on every engine, and the slower ways to stop a launcher. What a run
 asks of the worker is what its tests look at.
 """
@@ -118,7 +118,7 @@ def test_the_kills_were_aimed_at_saves(told):
     assert not kills or sum(found["during a save"] for found in kills) >= 1
 
 
-@pytest.mark.parametrize("request_", [full("every"), "every:2:3"])
+@pytest.mark.parametrize("request_", [full("every"), "every:2:5"])
 def test_killed_before_every_change_in_the_folder(told, request_):
     """Two steps, one checkpoint kept: the second save also deletes the first checkpoint."""
     assert told[request_]["kills"] >= (30 if request_ == "every" else 10) and told[request_]["lost"] == 0
