@@ -18,9 +18,10 @@ gc.disable()  # until all is collected: what is imported stays, and looking for 
 
 #: files of more than twenty seconds: begun first, so that none of them is left for one core at the end
 SLOWEST = (
-    *("gradients/test_parity.py", "saving/test_faults.py", "house/test_launch.py", "gradients/test_engines.py"),
-    *("examples/test_example_muse.py", "examples/test_example_wmdp.py", "examples/test_example_tofu.py"),
-    *("evaluation/test_distributed_evaluation.py", "house/test_docs.py"),
+    *("examples/test_example_wmdp.py", "gradients/test_parity.py", "house/test_docs.py", "saving/test_faults.py"),
+    *("examples/test_example_muse.py", "evaluation/test_distributed_evaluation.py", "saving/test_resume.py"),
+    *("gradients/test_engines.py", "report/test_report.py", "examples/test_example_tofu.py"),
+    *("trainers/test_callbacks.py", "uld/test_uld_engines.py"),
 )
 
 

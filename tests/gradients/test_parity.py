@@ -20,7 +20,6 @@ EVERY_RUN = {
         "tied",
         "one-sided",
         "one-sided, checkpointing",
-        "compiled",
         "NPO, kept logps",
         "one buffer",
         "constrained",

@@ -89,6 +89,11 @@ RUNS = {
 #: what other runs do too, together with something else
 COVERED = [
     "a level",
+    "accumulation over epochs",
+    "retain longer",
+    "dropout and accumulation",
+    "trained adapter",
+    "no shuffling",
     "precomputed",
     "LoRA, precomputed",
     "data_seed",

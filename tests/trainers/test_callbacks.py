@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.cases import chosen
 from support.models import examples, tiny_llama
 from support.runs import distance, settings, train, training_logs, weights
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -21,6 +22,11 @@ from blur_trainer.trainers.ending import TrainingInterrupted
 
 FORGET, RETAIN = examples(7), examples(5, 1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: a process each; of SIGTERM from outside, two processes and a launcher are stopped in tests/saving/test_faults.py
+FROM_OUTSIDE = [
+    pytest.param(signal.SIGINT, id="SIGINT"),
+    pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.full),
+]
 CONFIG = {"num_train_epochs": 2, "gradient_accumulation_steps": 2}  # 4 steps
 
 # Step 3 waits for the signal, so that it arrives in the middle of a step whatever the machine is doing.
@@ -65,14 +71,14 @@ def interrupt_self(number=signal.SIGINT):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """One training per signal, each in a process of its own and interrupted from outside; both at the same time."""
+def killed(request, tmp_path_factory):
+    """One training per signal, each in a process of its own and interrupted from outside; all at the same time."""
     here = Path(__file__).parent
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parents[1])]),
         "OMP_NUM_THREADS": "1",
     }
-    folders = {number: tmp_path_factory.mktemp(number.name) / "child" for number in SIGNALS}
+    folders = {number: tmp_path_factory.mktemp(number.name) / "child" for number in chosen(request, "outside")}
     children = {
         number: subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder)],
@@ -109,23 +115,23 @@ def uninterrupted(tmp_path_factory):
     return weights(trainer.model), training_logs(trainer)
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_ends_the_process_cleanly_with_a_checkpoint(killed, number):
-    child = killed[number]
-    assert child.code == 128 + number, child.err[-2000:]
+@pytest.mark.parametrize("outside", FROM_OUTSIDE)
+def test_a_signal_ends_the_process_cleanly_with_a_checkpoint(killed, outside):
+    child = killed[outside]
+    assert child.code == 128 + outside, child.err[-2000:]
     assert "ended" not in child.out and "Interrupted at step 3 of 4" in child.err
     assert "Traceback" not in child.err
-    assert f"{number.name}: finishing this step, then saving a checkpoint." in child.err
+    assert f"{outside.name}: finishing this step, then saving a checkpoint." in child.err
     assert [path.name for path in child.run.glob("checkpoint-*")] == ["checkpoint-3"]
     state = json.loads((child.run / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_the_interrupted_run_is_continued_to_the_same_weights(killed, number, uninterrupted):
+@pytest.mark.parametrize("outside", FROM_OUTSIDE)
+def test_the_interrupted_run_is_continued_to_the_same_weights(killed, outside, uninterrupted):
     final, logs = uninterrupted
-    trainer = BLURTrainer(tiny_llama(dropout=0.2), settings(killed[number].run, **CONFIG), FORGET, RETAIN)
+    trainer = BLURTrainer(tiny_llama(dropout=0.2), settings(killed[outside].run, **CONFIG), FORGET, RETAIN)
     trainer.train(resume_from_checkpoint=True)
     assert not trainer.interrupt.interrupted
     assert distance(final, weights(trainer.model)) <= 1e-7
