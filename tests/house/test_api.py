@@ -1,6 +1,7 @@
 """The public names: each is there, loaded when asked for, typed, and on the page docs/api.md."""
 
 import ast
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import blur_trainer
+from blur_trainer.importing import import_quickly
 
 ROOT = Path(blur_trainer.__file__).parents[1]
 PUBLIC = [name for name in blur_trainer.__all__ if name != "__version__"]
@@ -55,3 +57,20 @@ def test_importing_costs_no_more_than_what_is_used():
     rule = loaded("blur_trainer.BLUR")
     assert "torch" in rule
     assert not {"transformers", "datasets", "trl", "peft", "accelerate"} & rule
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_garbage_collector_rests_during_an_import_and_is_as_before_afterwards(collects, tmp_path, monkeypatch):
+    """Also where the import fails."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported.py").write_text("import gc\nRESTED = not gc.isenabled()\n")
+    (tmp_path / "broken.py").write_text("raise OSError\n")
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert import_quickly("imported").RESTED and gc.isenabled() is collects
+        with pytest.raises(OSError):
+            import_quickly("broken")
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
+        sys.modules.pop("imported", None)
