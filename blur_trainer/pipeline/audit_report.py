@@ -11,6 +11,7 @@ from blur_trainer.report.results import Results
 from blur_trainer.report.tables import MISSING
 
 _WORDS = {True: "recovered", False: "no", None: "not judged"}
+_HEADS = ["attack", "number", "model", "control", "difference at least", "recovered"]
 _LABELS = {
     "rouge": "ROUGE forget",
     "probability": "Probability forget",
@@ -26,15 +27,35 @@ def found_table(content: Mapping[str, Any]) -> str:
     Args:
         content: of `audit.json`.
     """
+    aligned = ["left", "left", "right", "right", "right", "left"]
+    return tabulate(_found_rows(content), _HEADS, disable_numparse=True, colalign=aligned)
+
+
+def certificate_table(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate as a table of the report and of the model card: `title`, `said`, `heads`, `rows`."""
+    subject = content["subject"]
+    model, data = subject["models"]["model"], subject["data"]
+    sets = ", ".join(f"{role} {each['rows']} ({each['digest']})" for role, each in data.items())
+    said = [
+        f"{content['sentence'][:1].upper()}{content['sentence'][1:]}.",
+        f"Of {content['date']}, budget {subject['budget']['name']}. Control: {content['control']['what']}.",
+        f"Weights: SHA-256 {model['sha256']}. Rows, with their digests: {sets}.",
+        *(f"{one['name']} is not judged: {one['why']}" for one in content["attacks"] if "why" in one),
+    ]
+    if content["left_out"]:
+        said.append(f"Left out: {'; '.join(content['left_out'])}.")
+    return {"title": "Audit", "said": said, "heads": _HEADS, "rows": _found_rows(content)}
+
+
+def _found_rows(content: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for one in content["attacks"]:
         for place, name in enumerate(one["numbers"] or {"": None}):
             compared = one["compared"].get(name) or one["compared"].get(f"1 - {name}") or {}
             numbers = [one["numbers"].get(name), one["control"].get(name), compared.get("lower")]
-            name_once, word = one["name"] if place == 0 else "", _WORDS[_shows(one, compared)]
-            rows.append([name_once, name, *(_cell(number) for number in numbers), word])
-    heads = ["attack", "number", "model", "control", "difference at least", "recovered"]
-    return tabulate(rows, heads, disable_numparse=True, colalign=["left", "left", "right", "right", "right", "left"])
+            name_once, word = one["name"] * (place == 0), _WORDS[_shows(one, compared)]
+            rows.append([name_once, name or "", *(_cell(number) for number in numbers), word])
+    return rows
 
 
 def _shows(attack: Mapping[str, Any], compared: Mapping[str, Any]) -> bool | None:
@@ -59,7 +80,7 @@ class _Audited(Evaluation):
 
 
 def results_of(content: Mapping[str, Any]) -> Results:
-    """The rows of the model and of the retrained one, and a row for each attack, for metrics.json and the report."""
+    """The rows of the model and of the retrained one, and the table of the attacks, for metrics.json and the report."""
     attacks = content["attacks"]
     leaks = [one for one in attacks if one["kind"] == "leak" and one.get("more")]
     many = leaks[0]["more"] if leaks else {}
@@ -77,12 +98,7 @@ def results_of(content: Mapping[str, Any]) -> Results:
         results.rows.append(_row("model", "unlearned", plain["numbers"], many.get("unlearned")))
         if content["control"]["kind"] == "retrained":
             results.rows.append(_row("retrained", "retrain", plain["control"], many.get("retrained")))
-    shown = [one for one in attacks if "rouge" in one["numbers"]]
-    named = [
-        {"name": one["name"] + " (recovered)" * bool(one["recovered"]), "metrics": _named(one["numbers"])}
-        for one in shown
-    ]
-    results.add_robustness({"relearning": [], "attacks": named})
+    results.tables, results.trained = [certificate_table(content)], False
     for one in attacks:
         results.inside |= one.get("inside", {})
     return results

@@ -94,6 +94,7 @@ def measure(sets: Sets, samples: int = 3) -> Measured:
 def _measured(sets: Sets, samples: int) -> Measured:
     script, load = sets.script, sets.load
     results = Results("Your own data", sets.evaluation(), samples=samples)
+    results.trained = False
     named: list[tuple[str, Kind, str | None]] = [
         ("before", "target", script.before),
         (NAME, "unlearned", sets.model),

@@ -39,8 +39,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     Args:
         output_dir: folder with `trainer_state.json` (the `TrainerState` of transformers) and `metrics.json` (columns,
-            rows, settings and, if present, plane, stages, robustness, inside, samples and verdict). One of the two may
-            be absent.
+            rows, settings and, if present, plane, stages, robustness, inside, samples, verdict and tables). One of the
+            two may be absent.
 
     Returns:
         The path of `report.html`. If writing fails, the previous file stays.
@@ -69,9 +69,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _absent(state: Any, metrics: Any) -> list[str]:
-    """Names of the missing files. A mean over several runs needs no training log."""
-    several = over_runs((metrics or {}).get("rows") or [])
-    files = {"trainer_state.json": state is None and not several, "metrics.json": metrics is None}
+    """Names of the missing files. Where nothing was trained, and for a mean over several runs, there is no log."""
+    without_log = (metrics or {}).get("trained") is False or over_runs((metrics or {}).get("rows") or [])
+    files = {"trainer_state.json": state is None and not without_log, "metrics.json": metrics is None}
     return [name for name, missing in files.items() if missing]
 
 
@@ -129,14 +129,15 @@ def _content(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
         "settings": {key: _text(value) for key, value in settings.items()},
         "data": {key: _text(value) for key, value in groups.pop("data", {}).items()},
         "versions": {key: _text(value) for group in groups.values() for key, value in group.items()},
+        "tables": metrics.get("tables") or [],
         "samples": _samples(metrics.get("samples") or []),
         "themes": {"light": LIGHT, "dark": DARK},
     }
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers say in sentences. A verdict says it already, and of many numbers nobody reads sentences."""
-    if metrics.get("verdict") or own_columns(metrics):
+    """What the numbers say in sentences. A verdict or a table says it already, and nobody reads many of them."""
+    if metrics.get("verdict") or own_columns(metrics) or metrics.get("tables"):
         return []
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
     return read_sweep(metrics) or read_results(columns, rows, list((metrics.get("plane") or {}).values()))

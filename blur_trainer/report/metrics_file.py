@@ -22,7 +22,11 @@ def load(path: Path) -> dict[str, Any] | None:
 def check_files(state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless the two have the shape that `write_report` describes."""
     _check(state, {"log_history": None})
-    _check(metrics, {"columns": "name", "rows": "name", "stages": None, "samples": "prompt"})
+    _check(metrics, {"columns": "name", "rows": "name", "stages": None, "samples": "prompt", "tables": "title"})
+    for table in metrics.get("tables") or []:
+        heads, rows = table.get("heads"), table.get("rows")
+        if not isinstance(heads, list) or not isinstance(rows, list) or any(len(row) != len(heads) for row in rows):
+            raise ValueError(f'"tables" must have "heads", and "rows" as long as these, but got {str(table)[:80]}.')
     robustness = _object(metrics, "robustness")
     _check(robustness, {"attacks": "name", "relearning": "points"})
     for curve in robustness.get("relearning") or []:

@@ -55,9 +55,9 @@ def write_model_card(output_dir: str | os.PathLike[str], info: Mapping[str, Any]
             * "forget", "retain" (`dict`): `{"name": str, "size": int}` of each set; both keys may be absent.
             * "hyperparameters" (`dict`): names and values, e.g. gamma, learning_rate.
             * "metrics" (`dict`): the content of metrics.json, of which "benchmark", "columns" and "rows" are shown, and
-              "robustness" where this model's row is the one that was attacked; with a "verdict" this comes first, the
-              numbers are grouped by set, and the settings say what was read. The finite numbers of this model's row
-              become the metadata's `model-index`.
+              "robustness" where this model's row is the one that was attacked, and "tables"; with a "verdict" this
+              comes first, the numbers are grouped by set, and the settings say what was read. The finite numbers of
+              this model's row become the metadata's `model-index`.
             * "row" (`str`): name of this model's row, by default the method.
             * "versions" (`dict`): package and version.
             * "tags" (`list` of `str`): further tags.
@@ -122,6 +122,34 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
     metrics = info.get("metrics") or {}
     columns, rows = metrics.get("columns") or [], metrics.get("rows") or []
     data = card_metadata(info, published)
+    body = (
+        _pages()
+        .get_template("model_card.md")
+        .render(
+            marker=MARKER,
+            title=info.get("title") or info.get("model_name") or f"{info['method']}{f' of {shown}' if shown else ''}",
+            method=info["method"],
+            about=info.get("about") or ABOUT,
+            ending=info.get("ending"),
+            adapter=info.get("adapter"),
+            base=shown,
+            published=published,
+            sets=_sets(info, metrics),
+            hyperparameters=info.get("hyperparameters") or {},
+            benchmark=metrics.get("benchmark"),
+            headings=[heading(column) for column in columns],
+            rows=_rows(columns, rows),
+            nears=NEARS if any(goal_of(column) == "near" for column in columns) else "",
+            **_own(metrics),
+            attacks=_rows(columns, _attacks(info, metrics)),
+            versions=info.get("versions") or {},
+            tables=metrics.get("tables") or [],
+        )
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _pages() -> Environment:
     page = Environment(
         loader=PackageLoader("blur_trainer.report"),
         autoescape=False,  # the output is Markdown; the filters below escape
@@ -130,26 +158,12 @@ def _card(info: Mapping[str, Any]) -> ModelCard:
         lstrip_blocks=True,
     )
     page.filters.update(text=_escape, prose=_prose, code=_code)
-    body = page.get_template("model_card.md").render(
-        marker=MARKER,
-        title=info.get("title") or info.get("model_name") or f"{info['method']}{f' of {shown}' if shown else ''}",
-        method=info["method"],
-        about=info.get("about") or ABOUT,
-        ending=info.get("ending"),
-        adapter=info.get("adapter"),
-        base=shown,
-        published=published,
-        sets=_sets(info, metrics),
-        hyperparameters=info.get("hyperparameters") or {},
-        benchmark=metrics.get("benchmark"),
-        headings=[heading(column) for column in columns],
-        rows=_rows(columns, rows),
-        nears=NEARS if any(goal_of(column) == "near" for column in columns) else "",
-        **_own(metrics),
-        attacks=_rows(columns, _attacks(info, metrics)),
-        versions=info.get("versions") or {},
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    return page
+
+
+def card_tables(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Further tables as a card has them, between marks by which they are found again. Paths are cut as there."""
+    return _pages().get_template("tables.md").render(tables=without_paths(tables))
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Results:
         self.inside: dict[str, Any] = {}
         #: of a run on one's own data: a `Verdict`
         self.verdict: Any = None
+        #: further tables of the report and of the card: title, said, heads, rows
+        self.tables: list[dict[str, Any]] = []
+        #: whether a training belongs to the numbers; the report misses its log otherwise
+        self.trained = True
         self._num_samples = samples
         self._samples: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -127,6 +131,10 @@ class Results:
             content["inside"] = self.inside
         if self.verdict is not None:
             content["verdict"] = asdict(self.verdict)
+        if self.tables:
+            content["tables"] = self.tables
+        if not self.trained:
+            content["trained"] = False
         path = Path(output_dir) / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2) + "\n"

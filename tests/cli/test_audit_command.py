@@ -32,6 +32,8 @@ def test_a_model_is_audited_and_its_certificate_checked(here, tmp_path, capsys):
         assert f"{one['numbers']['rouge']:.3f}" in row
     assert content["sentence"] in told.out and (tmp_path / "report.html").is_file()
     assert all(f"  {what}\n" in told.out for what in content["left_out"])
+    page = (tmp_path / "report.html").read_text()
+    assert "difference at least" in page and "trainer_state.json:" not in page, "nothing was trained"
     stored = json.loads((tmp_path / "metrics.json").read_text())
     assert stored["settings"]["audit"] == content["sentence"]
     assert main([*words, "--require", "no_recovery"]) == int(content["sentence"].startswith("recovered by"))

@@ -110,11 +110,20 @@ def test_a_table_says_recovered_beside_the_number_that_shows_it():
     assert [line.split("  ")[-1].strip() for line in lines] == ["no", "recovered", "recovered", "not judged"]
 
 
+def content_of(audited):
+    return audited[0].certificate["attacks"]
+
+
 def test_the_report_has_each_attack(audited, tmp_path):
     results = audited[0].results
     content = results.save(tmp_path, {})
-    names = [row["name"] for row in content["robustness"]["attacks"]]
-    assert "plain question (recovered)" in names and [row["name"] for row in content["rows"]] == ["model", "retrained"]
+    assert [row["name"] for row in content["rows"]] == ["model", "retrained"]
+    (table,) = content["tables"]
+    shown = {row[0]: dict(zip(table["heads"], row, strict=True)) for row in table["rows"] if row[0]}
+    (plain,) = [one for one in content_of(audited) if one["kind"] == "plain"]
+    assert shown["plain question"]["control"] == f"{plain['control']['rouge']:.3f}" != shown["plain question"]["model"]
+    assert shown["plain question"]["recovered"] == "recovered" and len(shown) == len(content_of(audited))
+    assert any("SHA-256" in text for text in table["said"])
     assert {"leak@2", "leak_bound", "forget_rouge"} <= set(content["rows"][0]["metrics"])
     assert set(content["inside"]) == {"probes", "depth"}
 
