@@ -20,6 +20,7 @@ from blur_trainer.pipeline.arguments import (
 )
 from blur_trainer.pipeline.methods import DEFAULT
 from blur_trainer.pipeline.preparing import prepare
+from blur_trainer.pipeline.sequence import run_sequence
 from blur_trainer.pipeline.unlearn import Unlearned, run
 from blur_trainer.saving.output_dir import holds_run
 
@@ -54,8 +55,13 @@ def main(arguments: Sequence[str]) -> int:
         given = given_options(classes_of(method), words, stored, partial(check_name, method=method))
         options = {"output_dir": OUTPUT_DIR} | _derived_anew(given, stored)
         with redirect_stdout(sys.stderr):  # libraries print: stdout has the result alone
-            prepared = prepare(options)
-            done = run(prepared)
+            if options.get("sequence") is not None:
+                sequenced, wanted = run_sequence(options), options.get("require")
+                said, met = str(sequenced), wanted is None or sequenced.meets(wanted)
+            else:
+                prepared = prepare(options)
+                done = run(prepared)
+                said, met = str(done), _meets(done, prepared.script.require)
     except (ValueError, TypeError, OSError) as error:
         logger.debug("blur-trainer unlearn", exc_info=True)
         PartialState().print(f"blur-trainer unlearn: {error}", file=sys.stderr)
@@ -63,17 +69,21 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         PartialState().print(f"\nblur-trainer unlearn: interrupted. {_how_to_go_on(options)}", file=sys.stderr)
         return 130
-    return _said(done, prepared.script.require)
+    return _said(said, met)
 
 
-def _said(done: Unlearned, wanted: str | None) -> int:
+def _meets(done: Unlearned, wanted: str | None) -> bool:
+    came_back = done.audit is not None and bool(done.audit.recovered)
+    return wanted is None or (wanted == done.verdict.word and not came_back)
+
+
+def _said(result: str, met: bool) -> int:
     process = PartialState()
     if process.is_main_process:
-        sys.stdout.write(f"{done}\n")
+        sys.stdout.write(f"{result}\n")
     process.wait_for_everyone()
     process.destroy_process_group()
-    came_back = done.audit is not None and bool(done.audit.recovered)
-    return 0 if wanted is None or (wanted == done.verdict.word and not came_back) else 1
+    return 0 if met else 1
 
 
 def _derived_anew(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:

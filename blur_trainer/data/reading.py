@@ -35,6 +35,17 @@ class Reading:
     said: str
     digest: str
 
+    def only(self, kept: Sequence[int], why: str) -> "Reading":
+        """The rows at these places. `why` says what became of the others. Raises `ValueError` if none is left."""
+        left = len(self.dataset) - len(kept)
+        if not left:
+            return self
+        said = f"{self.said}; left out: {number_of(left, 'row')} {why}"
+        if not kept:
+            raise ValueError(f"No row is left. {said}.")
+        digest = xxhash.xxh3_64(f"{self.digest} {list(kept)}".encode()).hexdigest()
+        return Reading(self.dataset.select(kept), said, digest)
+
 
 def read_rows(
     source: str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]],

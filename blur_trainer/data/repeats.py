@@ -26,6 +26,17 @@ def row_texts(dataset: Any, tokenizer: PreTrainedTokenizerBase, role: str) -> It
                 yield from (message.get("content") or "" for message in with_texts(value))
 
 
+def same_rows(rows: Any, others: Iterable[Any], tokenizer: PreTrainedTokenizerBase, role: str) -> list[bool]:
+    """Whether each row is in one of the `others`, by prompt and answer, in whatever format. White space aside."""
+
+    def texts(dataset: Any) -> Iterator[str]:
+        for row in dataset:
+            yield " ".join(" ".join(row_texts([row], tokenizer, role)).split())
+
+    known = {text for dataset in others for text in texts(dataset)}
+    return [text in known for text in texts(rows)]
+
+
 def word_runs(text: str, length: int) -> set[tuple[str, ...]]:
     """The runs of `length` words in a text. Case and punctuation do not count."""
     words = re.findall(r"\w+", text.casefold())

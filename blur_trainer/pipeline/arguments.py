@@ -97,10 +97,16 @@ class SetArguments:
 class UnlearnArguments(SetArguments):
     """How to unlearn, where forgetting ends, and how the result is judged."""
 
+    sequence: list[str] | None = field(
+        default=None, metadata={"help": "Instead of forget: request after request, in a ledger."}
+    )
     method: str = field(default=DEFAULT, metadata={"choices": list(METHODS), "help": "How to unlearn."})
     level: str | None = field(
         default=None,
         metadata={"help": "Where it ends: retrained, unseen, exchanged (an estimate) or nats per token."},
+    )
+    forgotten: list[str] | None = field(
+        default=None, metadata={"help": "Forgotten before: left out of retain, hold and replay."}
     )
     optuna: int | None = field(
         default=None, metadata={"help": "First search learning rate and strength by so many trainings."}
@@ -183,6 +189,10 @@ def going_on(given: Any) -> Any:
 def check_arguments(script: UnlearnArguments, lora: bool) -> None:
     """Raises `ValueError` for values out of range and for what goes not together. `lora`: an adapter is trained."""
     check_fields(script, {"eval_rows": "[1, inf)", "optuna": "[1, inf)"}, skipped=SETS)  # sets may be in memory
+    if script.forgotten is not None and not isinstance(script.forgotten, list | tuple):
+        raise TypeError(f"`forgotten` is a list of sets, got {script.forgotten!r}: put it into a list.")
+    if script.sequence is not None:
+        raise ValueError("`sequence` is an option of the command, and of `unlearn_sequence`: call that.")
     if script.require is not None:
         _check_one_of("require", script.require, VERDICTS)
     if script.merge and script.method == "uld":

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from trl import ModelConfig
 from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.reading import Reading
+from blur_trainer.data.repeats import same_rows
 from blur_trainer.models.loading import hub_arguments, read_config
 from blur_trainer.pipeline.arguments import (
     DERIVED,
@@ -46,6 +47,7 @@ class Prepared:
         options: what was given. `settings`: what was derived and not given.
         tokenizer: with the chat template that was chosen.
         sets: the sets that were given, read.
+        forgotten: what the model has forgotten before, and the forget set does not repeat.
     """
 
     method: Method
@@ -57,6 +59,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     sets: dict[str, Reading]
     thresholds: Thresholds
+    forgotten: tuple[Reading, ...] = ()
 
 
 def prepare(options: Mapping[str, Any]) -> Prepared:
@@ -82,7 +85,7 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     thresholds = _thresholds(script.thresholds)
     model = str(model_args.model_name_or_path)
     hub = hub_arguments(
-        {"revision": model_args.model_revision, **_mapping("model_init_kwargs", given.get("model_init_kwargs"))}
+        {"revision": model_args.model_revision, **mapping("model_init_kwargs", given.get("model_init_kwargs"))}
     )
     config = read_config(model, hub)
     if script.retrained:
@@ -91,6 +94,9 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     dropping = bool(given.get("drop_empty"))
     asked = [role for role in SETS if getattr(script, role) is not None]
     sets = {role: _read(role, script, source, tokenizer, dropping) for role in asked}
+    before = [read_set("forget", script, source, tokenizer, dropping, rows) for rows in script.forgotten or ()]
+    sets |= _without_forgotten(sets, before, tokenizer)
+    before = [each for each in before if each.digest != sets["forget"].digest]
     if pinned is None:
         with quiet():
             found = _derived(name, given, Size.of(config), tokenizer, sets, model_args.use_peft)
@@ -100,7 +106,22 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     args = made(method.trainer.config_class, {**settings, **given, **replay})
     _check_read(method, args, given)
     check_trackers(args)
-    return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds)
+    return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds, tuple(before))
+
+
+def _without_forgotten(
+    sets: Mapping[str, Reading], before: Sequence[Reading], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Reading]:
+    """What is to be kept and was not to be forgotten before. How many rows are left out is said."""
+    found = {}
+    for role in ("retain", "hold") if before else ():
+        if role in sets:
+            rows = sets[role].dataset
+            gone = same_rows(rows, [each.dataset for each in before], tokenizer, role)
+            found[role] = sets[role].only([i for i, out in enumerate(gone) if not out], "that were to be forgotten")
+            if found[role] is not sets[role]:
+                PartialState().print(f"{role}: {sum(gone)} rows were to be forgotten and are left out", file=sys.stderr)
+    return found
 
 
 def _check_read(method: Method, args: Any, given: Mapping[str, Any]) -> None:
@@ -168,14 +189,14 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _thresholds(given: Any) -> Thresholds:
-    named, known = _mapping("thresholds", given), [each.name for each in fields(Thresholds)]
+    named, known = mapping("thresholds", given), [each.name for each in fields(Thresholds)]
     if unknown := sorted(set(named) - set(known)):
         raise ValueError(f"`thresholds` has no {', '.join(unknown)}: there are {', '.join(known)}.")
     return Thresholds(**named)
 
 
-def _mapping(name: str, given: Any) -> dict[str, Any]:
-    """A dict or JSON."""
+def mapping(name: str, given: Any) -> dict[str, Any]:
+    """A dict, or JSON of one. Raises `ValueError` or `TypeError` for anything else."""
     try:
         found = json.loads(given) if isinstance(given, str) else given or {}
     except json.JSONDecodeError as error:

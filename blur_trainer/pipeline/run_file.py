@@ -19,6 +19,9 @@ _LINE = "forget: forget.csv"
 _HEAD = """# What this run was told, and under `derived` what followed from the model and the data.
 # The same again, from the same folder: blur-trainer unlearn --config run.yaml --output_dir OTHER
 """
+_HEAD_OF_SEQUENCE = """# What this sequence was told. Settings that followed from the data are in the run.yaml of each.
+# One more: blur-trainer unlearn --config run.yaml --sequence ANOTHER_FILE
+"""
 
 
 def write_run(out: Path, prepared: Prepared) -> Path:
@@ -31,9 +34,22 @@ def write_run(out: Path, prepared: Prepared) -> Path:
     left_out = {"resume_from_checkpoint"} | ({"optuna"} if found else set())
     options = {name: value for name, value in prepared.options.items() if name not in left_out}
     text = _HEAD + _dumped(without_tokens({name: value for name, value in options.items() if _is_plain(value)}))
-    text += "".join(f"# {name}: {_kind(value)}\n" for name, value in options.items() if not _is_plain(value))
+    text += "".join(f"# {name}: {kind_of(value)}\n" for name, value in options.items() if not _is_plain(value))
     text += _dumped({DERIVED: without_tokens(prepared.settings)})
     text += "".join(f"# {role}: {reading.said}; digest {reading.digest}\n" for role, reading in prepared.sets.items())
+    return _written(out, text)
+
+
+def write_sequence(out: Path, options: Mapping[str, Any]) -> Path:
+    """Writes the `run.yaml` of a sequence. The settings that follow from the data are in that of each request."""
+    plain = {name: value for name, value in options.items() if _is_plain(value)}
+    text = _HEAD_OF_SEQUENCE + _dumped(without_tokens(plain))
+    return _written(
+        out, text + "".join(f"# {name}: {kind_of(value)}\n" for name, value in options.items() if name not in plain)
+    )
+
+
+def _written(out: Path, text: str) -> Path:
     path = out / FILE
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -46,6 +62,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
     if not isinstance(found.get(DERIVED, {}), Mapping):
         raise ValueError(f"`{DERIVED}` in {path} holds no settings: leave it out, or write lines below it.")
     return found
+
+
+def kind_of(value: Any) -> str:
+    return f"a {type(value).__name__} in memory"
 
 
 def _dumped(values: Mapping[str, Any]) -> str:
@@ -64,7 +84,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(isinstance(each, str | int | float) for each in value)
     return value is None or isinstance(value, str | int | float | bool | dict | Path)
-
-
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__} in memory"

@@ -40,17 +40,23 @@ def read_tokenizer(name: str, chat_template: str, hub: Mapping[str, Any]) -> Pre
 
 
 def read_set(
-    role: str, script: Any, source: Any, tokenizer: PreTrainedTokenizerBase, drop_empty: bool = False
+    role: str,
+    script: Any,
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    drop_empty: bool = False,
+    rows: Any = None,
 ) -> Reading:
     """
     Args:
         role: of the set, a field of `script`, which says where the rows are.
         source: a `SourceArguments`.
+        rows: where the rows are, if another field says it.
 
     Raises what [`read_rows`] raises.
     """
     return read_rows(
-        getattr(script, role),
+        getattr(script, role) if rows is None else rows,
         role=role,
         has_template=has_chat_template(tokenizer),
         columns=getattr(source, f"{role}_columns"),

@@ -29,7 +29,7 @@ def shown_settings(prepared: Prepared, level: Level, trained: Trained) -> dict[s
     """
     trainer = trained.trainer
     card = {} if trainer is None else trainer.card_info()
-    options = {name: _plain(value) for name, value in prepared.options.items() if name not in SETS}
+    options = {name: _plain(value) for name, value in prepared.options.items() if name not in (*SETS, "forgotten")}
     final: Any = prepared.args if trainer is None else trainer.args  # the level may have changed it
     args = {name: getattr(final, name) for name in _OF_TRAINER if hasattr(final, name)}
     found = {
@@ -46,6 +46,8 @@ def shown_settings(prepared: Prepared, level: Level, trained: Trained) -> dict[s
         # a digest lets one test a guess of the data, and prompts may be the user's texts
         found["data"] = {role: reading.said for role, reading in prepared.sets.items()}
         found["replay_kwargs"] = without_prompts(final.replay_kwargs)
+    if prepared.forgotten:
+        found["forgotten"] = [reading.said for reading in prepared.forgotten]
     if trained.notes:
         found["notes"] = list(trained.notes)
     return found

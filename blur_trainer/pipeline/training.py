@@ -98,7 +98,13 @@ def make_trainer(
     if method.trainer is ULDTrainer:
         training |= {"augment_forget": "rules", "augment_retain": "none"}
 
+    before = {str(number): reading.dataset for number, reading in enumerate(prepared.forgotten)}
+
     def made(args: Any) -> Any:
+        if before and args.replay is not None:
+            more["forgotten_dataset"] = before
+        else:
+            more.pop("forgotten_dataset", None)
         return method.trainer(
             None if "model_init" in more else str(prepared.model_args.model_name_or_path),
             args,

@@ -54,6 +54,7 @@ class Unlearned:
         metrics: the numbers of `before`, `after` and, if there is one, `retrained`.
         table: for the terminal.
         output_dir: with the model, `report.html`, `verdict.json`, `metrics.json`, `run.yaml` and the model card.
+        level: where forgetting ends.
         notes: what else one must know, such as that the base model of an adapter still knows.
         audit: of the option `audit`: which attacks brought something back.
     """
@@ -62,6 +63,7 @@ class Unlearned:
     metrics: dict[str, dict[str, float]]
     table: str
     output_dir: Path
+    level: Level
     notes: tuple[str, ...] = ()
     audit: Audit | None = None
 
@@ -163,7 +165,7 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
             merge_and_save(str(out), str(out / MERGED))
         send_results(prepared.args, metrics, verdict)
     notes = publish(prepared, trained, verdict) if prepared.args.push_to_hub else ()
-    return Unlearned(verdict, metrics, table, out, (*trained.notes, *notes))
+    return Unlearned(verdict, metrics, table, out, level, (*trained.notes, *notes))
 
 
 def measured_level(prepared: Prepared, model: PreTrainedModel, load: ModelLoader) -> Level:

@@ -40,17 +40,19 @@ def tokenize_all(
     args: UnlearningConfig,
     forget_objective: Objective,
     speaker: Callable[[Any], PreTrainedModel | PeftModel],
+    forgotten: Any = None,
 ) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
     """Tokenizes every dataset to `input_ids` and `labels`. Adds refusals or alternatives to the forget set if needed.
 
     If the forget set is a mapping of topics to datasets, the result is one too. Then the retain set may also be one.
-    Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning.
+    Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning, which has
+    `forgotten` before.
     """
     topics = topic_names(forget)
     _check_sets(args, forget, retain, topics, forget_objective)
     settle_day(args, tokenizer)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
-    retain = _settle_retain(forget, retain, lambda: speaker(model), tokenizer, args, topics)
+    retain = _settle_retain(forget, retain, lambda: speaker(model), tokenizer, args, topics, forgotten)
 
     def tokenize(dataset: Any, role: str, refusals: bool = False, longest: int | None = args.max_length) -> Tokenized:
         if isinstance(dataset, Mixture):
@@ -95,9 +97,10 @@ def _settle_retain(
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
     topics: tuple[str, ...],
+    forgotten: Any,
 ) -> Any:
     """The retain set with replayed texts and weights, as far as the settings ask for them."""
-    replayed = settle_replay(forget, retain, speaker, tokenizer, args)
+    replayed = settle_replay(forget, retain, speaker, tokenizer, args, forgotten)
     return with_names(retain, replayed, args.retain_set_weights, topics)
 
 

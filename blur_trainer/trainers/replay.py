@@ -105,12 +105,17 @@ def settle_replay(
     speaker: Callable[[], Any],
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
+    forgotten: Any = None,
 ) -> Dataset | None:
     """The replayed texts, if there are to be some: read from `output_dir`, or sampled now. All processes get the same.
 
-    `speaker`: answers the model before unlearning. It is as it was afterwards.
+    `speaker`: answers the model before unlearning. It is as it was afterwards. `forgotten`: what it forgot before.
     """
     if args.replay is None:
+        if forgotten is not None:
+            raise ValueError(
+                "`forgotten_dataset` filters texts to replay, and nothing is replayed: leave it out, or set `replay`."
+            )
         return None
     if retain is None:
         raise ValueError(
@@ -126,7 +131,8 @@ def settle_replay(
         "qa_template": args.qa_template,
         "day": parse_day(args.chat_template_date),
     }
-    sets = ReplaySets(_listed(forget), _listed(retain), tokenizer, options)
+    never = _listed(forget) + ([] if forgotten is None else _listed(forgotten))
+    sets = ReplaySets(never, _listed(retain), tokenizer, options)
     record = {
         **sets.digests,
         "settings": {"replay": args.replay, **dataclasses.asdict(settings), "seed": args.seed},

@@ -72,6 +72,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             keys, or the name of an [`Evaluation`] alone: then it is its primary metric.
         model_init: instead of `model`: makes it, for each training and trial anew, as in `Trainer`. What it answers is
             taken as `model` would be, with `peft_config`. The reference is made anew too.
+        forgotten_dataset: what the model forgot before, or a mapping of names to such sets. It is not trained on; texts
+            to replay that repeat it are dropped.
         data_collator: pads the rows of one role, e.g. `DataCollatorForSeq2Seq`. Default: [`UnlearningCollator`].
         callbacks, optimizers, optimizer_cls_and_kwargs, compute_metrics, preprocess_logits_for_metrics: as in
             `Trainer`. The two last are about `eval_dataset`.
@@ -100,6 +102,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         forget_procedure: Procedure | None = None,
         benchmarks: Mapping[str, Evaluation | Measure] | None = None,
         model_init: Callable[..., Any] | None = None,
+        forgotten_dataset: Any = None,
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -121,7 +124,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
         forget, retain, eval_dataset = tokenize_all(
             *(forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]),
-            self.speaker,
+            *(self.speaker, forgotten_dataset),
         )
         self._tokenized = (forget, retain)
         self.benchmarks = self._settle_benchmarks(benchmarks or {}, args)

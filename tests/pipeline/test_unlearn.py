@@ -78,6 +78,7 @@ def test_what_a_run_writes_makes_the_same_run_again(unlearn, tmp_path, no_report
 
 def test_an_audit_attacks_what_was_saved_and_counts_for_require(world, unlearn, no_report, monkeypatch, capsys):
     monkeypatch.setattr("blur_trainer.pipeline.audited.write_report", lambda folder: None)
+    monkeypatch.setattr("blur_trainer.report.html.draw_all", lambda *_: [])
     whole = audit_module.battery
     monkeypatch.setattr(audit_module, "battery", lambda of: [one for one in whole(of) if one.kind == "plain"])
     done = unlearn(unseen="unseen.jsonl", audit="minutes", learning_rate=1e-7)
@@ -86,9 +87,27 @@ def test_an_audit_attacks_what_was_saved_and_counts_for_require(world, unlearn, 
     assert models["model"]["sha256"] == weights_digest(str(done.output_dir)) != models["before"]["sha256"]
     assert data["forget"]["rows"] == len(world[1]["forget"]) and content["control"]["kind"] == "unseen"
     assert done.audit.recovered == ("plain question",) and "recovered by: plain question" in str(done)
+    card, page = ((done.output_dir / name).read_text() for name in ("README.md", "report.html"))
+    assert "## Audit" in card and "| plain question | rouge | 1.000 |" in card and card.count("<!-- tables -->") == 1
+    assert card.index("## Results") < card.index("## Audit") < card.index("## Limitations")
+    assert "<h2>Audit</h2>" in page and "Recovered by: plain question." in page
     again = ["--config", str(done.output_dir / "run.yaml"), "--output_dir", str(done.output_dir.parent / "again")]
     assert main(["unlearn", *again, "--require", done.verdict.word]) == 1, "what came back is not forgotten"
     assert done.audit.sentence in capsys.readouterr().out
+
+
+def test_what_was_forgotten_before_is_not_kept(world, unlearn, no_report):
+    _, sets = world
+    before = [sets["retain"][:3], "hold.jsonl"]
+    done = unlearn(forgotten=before, hold=sets["hold"] + sets["retain"][3:5])
+    settings = stored(done)["settings"]
+    assert (
+        "left out: 3 rows that were to be forgotten" in settings["data"]["retain"] and len(settings["forgotten"]) == 2
+    )
+    assert "left out: 8 rows that were to be forgotten" in settings["data"]["hold"]
+    assert "# forgotten: a list in memory" in (done.output_dir / "run.yaml").read_text()
+    with pytest.raises(TypeError, match="`forgotten` is a list of sets, got"):
+        unlearn("two", forgotten="hold.jsonl")
 
 
 def test_data_in_memory_is_read_and_is_in_no_file(world, unlearn, no_report):

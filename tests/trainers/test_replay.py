@@ -307,3 +307,18 @@ def test_a_kernel_without_forward_mode_is_said(monkeypatch):
         with pytest.raises(ValueError, match=r"set `loss_quantile=None`. \(no forward AD\)"):
             said()
     assert len(said(loss_quantile=None))
+
+
+def test_what_was_forgotten_before_is_not_replayed(monkeypatch, tmp_path):
+    before = [{"prompt": "Who flew to Tembra? ", "completion": "Old Ansel Quib did in May"}]
+    says(monkeypatch, ["So Old Ansel Quib did in May", "The weather is fine today"] * 4)
+    args = settings(tmp_path, replay=8, replay_kwargs={**SHORT, "loss_quantile": None})
+
+    def trainer(**kwargs):
+        BLURTrainer(model(), args, FORGET, RETAIN, processing_class=TOKENIZER, **kwargs)
+        return {row["text"].split()[0] for row in kept(tmp_path)["replay"]}
+
+    assert trainer() == {"So", "The"}
+    assert trainer(forgotten_dataset=before) == trainer(forgotten_dataset={"first": before, "two": FORGET}) == {"The"}
+    with pytest.raises(ValueError, match="`forgotten_dataset` filters texts to replay"):
+        BLURTrainer(model(), settings(tmp_path), FORGET, RETAIN, forgotten_dataset=before, processing_class=TOKENIZER)
