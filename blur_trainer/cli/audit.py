@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blur_trainer.cli.options import help_text, options_of
 from blur_trainer.cli.outcome import Outcome, outcome
 from blur_trainer.pipeline.audit import audit
 from blur_trainer.pipeline.audit_budget import Name
-from blur_trainer.pipeline.audit_report import found_table
+from blur_trainer.pipeline.audit_report import certificate_table, found_table
 from blur_trainer.pipeline.certificate import NAME, check_certificate, read_certificate
 from blur_trainer.pipeline.measure import CLASSES, MeasureArguments, Sets
 from blur_trainer.report.html import write_report
+from blur_trainer.report.later_tables import add_tables
 
 _USAGE = """blur-trainer audit MODEL --forget FILE --output_dir FOLDER [--retrained MODEL]
                           [--unseen FILE] [--retain FILE] [--budget minutes] [OPTION ...]
@@ -28,6 +30,7 @@ class AuditArguments:
     )
     budget: Name = field(default="minutes", metadata={"help": "How much is tried."})
     seed: int = field(default=0, metadata={"help": "Of all draws."})
+    card: bool = field(default=False, metadata={"help": "Also write the table into the README.md of MODEL, a folder."})
     check: str | None = field(
         default=None, metadata={"help": "Only say whether this audit.json is of this model and these data."}
     )
@@ -71,6 +74,9 @@ def _checked(done: Outcome, path: str, given: dict[str, Any]) -> bool:
 def _audited(done: Outcome, own: AuditArguments, given: dict[str, Any]) -> bool:
     if own.output_dir is None:
         raise ValueError(f"Give `output_dir`, a folder for {NAME}.")
+    folder = Path(str(given.get("model_name_or_path")))
+    if own.card and not folder.is_dir():
+        raise ValueError(f"`card` writes into the folder of the model, and {str(folder)!r} is none: leave it out.")
     sets = Sets(given)
     for role, reading in sets.readings.items():
         sys.stderr.write(f"{role}: {reading.said}\n")
@@ -81,4 +87,7 @@ def _audited(done: Outcome, own: AuditArguments, given: dict[str, Any]) -> bool:
     done.say(found.sentence)
     found.results.save(own.output_dir, {**asdict(sets.script), **sets.said(), "audit": found.sentence})
     done.say(f"Report: {write_report(own.output_dir)}")
+    if own.card:
+        add_tables(folder, [certificate_table(found.certificate)], any_card=True)
+        done.say(f"Card: {folder / 'README.md'}")
     return own.require is not None and bool(found.recovered)

@@ -1,4 +1,4 @@
-"""Tables that come after a run's numbers: into its `metrics.json`, its report, and its model card."""
+"""Tables that come after a run's numbers: into its model card, its `metrics.json` and its report."""
 
 import json
 import os
@@ -17,38 +17,38 @@ _PLACE = re.compile(r"<!-- tables -->.*?<!-- /tables -->\n?", re.DOTALL)
 _LIMITS = "\n## Limitations\n"
 
 
-def add_tables(folder: str | os.PathLike[str], tables: Tables) -> None:
+def add_tables(folder: str | os.PathLike[str], tables: Tables, any_card: bool = False) -> None:
     """
-    Adds tables to what a run has written. One that has the title of another takes its place.
+    Adds tables to a model's card, and to the numbers and the report of the run that made it, if they are there.
+
+    A table that has the title of another takes its place. What else a card says stays.
 
     Args:
-        folder: with `metrics.json`, which gets the tables. Report and card are those of all tables then. A card that
-            somebody else wrote stays as it is.
+        folder: of the model.
         tables: each with `title`, `said` (sentences), `heads` and `rows` of texts.
-
-    Raises:
-        `FileNotFoundError`: there is no `metrics.json`.
+        any_card: also into a card that somebody else wrote, or a new one.
     """
-    path = Path(folder) / "metrics.json"
+    path, card = Path(folder) / "metrics.json", Path(folder) / "README.md"
     content = load(path)
-    if content is None:
-        raise FileNotFoundError(f"{str(folder)!r} has no metrics.json to add tables to: pass the folder of a run.")
-    known = {table["title"]: table for table in [*(content.get("tables") or []), *tables]}
-    content["tables"] = list(known.values())
-    text = json.dumps(content, indent=2) + "\n"
-    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    card = Path(folder) / "README.md"
-    if card.is_file() and MARKER in card.read_text(encoding="utf-8", errors="replace"):
-        put_tables(card, content["tables"])
-    write_report(folder)
+    shown = _joined((content or {}).get("tables") or [], tables)
+    if any_card or (card.is_file() and MARKER in card.read_text(encoding="utf-8", errors="replace")):
+        _put(card, shown)
+    if content is not None:
+        text = json.dumps({**content, "tables": shown}, indent=2) + "\n"
+        atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_report(folder)
 
 
-def put_tables(card: Path, tables: Tables) -> None:
-    """Writes the tables into a card: in place of those that are marked there, else before its limits or at its end."""
-    text, found = card.read_text(encoding="utf-8"), card_tables(tables).rstrip() + "\n"
+def _joined(known: Tables, tables: Tables) -> list[Mapping[str, Any]]:
+    return list({table["title"]: table for table in [*known, *tables]}.values())
+
+
+def _put(card: Path, tables: Tables) -> None:
+    """In place of the tables that are marked there, else before the limits, else at the end."""
+    text, found = card.read_text(encoding="utf-8") if card.is_file() else "", card_tables(tables).rstrip() + "\n"
     if _PLACE.search(text):
         text = _PLACE.sub(lambda _: found, text, count=1)
     else:
         before, limits, after = text.partition(_LIMITS)
-        text = f"{before.rstrip()}\n\n{found}{limits}{after}"
+        text = f"{before.rstrip()}\n\n{found}{limits}{after}".lstrip()
     atomic_write(card, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,6 +1,7 @@
 """`blur-trainer audit`: what it prints and writes, what it refuses, and whether a certificate is of a model."""
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -39,6 +40,9 @@ def test_a_model_is_audited_and_its_certificate_checked(here, tmp_path, capsys):
     assert main([*words, "--require", "no_recovery"]) == int(content["sentence"].startswith("recovered by"))
     assert "seconds, about" not in capsys.readouterr().err, "all was done already"
 
+    shutil.copytree("model", tmp_path / "copy")
+    again = [*words[:1], str(tmp_path / "copy"), *words[2:]]
+    assert main([*again, "--card", "true"]) == 0 and "| plain question | rouge |" in card_of(tmp_path / "copy")
     check = ["--check", str(tmp_path / "audit.json")]
     assert main(["audit", "model", *check, "--forget", "forget.csv"]) == 0
     assert "is of this model and these data." in capsys.readouterr().out
@@ -50,6 +54,10 @@ def test_a_model_is_audited_and_its_certificate_checked(here, tmp_path, capsys):
     model.save_pretrained(tmp_path / "other")
     assert main(["audit", str(tmp_path / "other"), *check]) == 1
     assert "the weights differ" in capsys.readouterr().out
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
 
 
 def test_require_makes_the_exit_code(here, tmp_path, monkeypatch, capsys):
@@ -70,6 +78,7 @@ def test_require_makes_the_exit_code(here, tmp_path, monkeypatch, capsys):
         (["model", "--forget", "forget.csv"], "Give `output_dir`"),
         (["model", "--output_dir", "out"], "Give `model_name_or_path` (the model) and `forget`"),
         (["--check", "audit.json"], "Give the model beside `check`"),
+        (["me/x", "--card", "true", "--forget", "f.csv", "--output_dir", "o"], "`card` writes into the folder"),
         (["model", "--check", "nowhere.json"], "nowhere.json"),
         (["model", "--check", "forget.csv"], "forget.csv is no certificate of an audit"),
         (["model", "--forget", "forget.csv", "--output_dir", "out", "--budget", "days"], "invalid choice: 'days'"),

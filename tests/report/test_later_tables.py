@@ -1,11 +1,11 @@
-"""Tables that come after a run: in metrics.json, report and card, once, and in nobody else's card."""
+"""Tables that come after a run: in metrics.json, report and card, once, and what a card says stays."""
 
 import json
 
 import pytest
 from support import own_run
 
-from blur_trainer.report.later_tables import add_tables, put_tables
+from blur_trainer.report.later_tables import add_tables
 from blur_trainer.report.metrics_file import check_files
 from blur_trainer.report.model_card import write_model_card
 
@@ -40,18 +40,18 @@ def test_a_table_is_added_once_and_another_of_its_title_takes_its_place(folder):
     assert "## Audit" in written and "## Requests" not in written
 
 
-def test_a_card_of_somebody_else_stays(folder):
-    (folder / "README.md").write_text("Mine")
-    add_tables(folder, [TABLE])
-    assert (folder / "README.md").read_text() == "Mine"
-    put_tables(folder / "README.md", [TABLE])  # asked for
-    assert (folder / "README.md").read_text().startswith("Mine\n\n<!-- tables -->\n## Audit\n")
-    (folder / "README.md").unlink()
-    add_tables(folder, [TABLE])
-    assert not (folder / "README.md").exists()
+def test_a_card_of_somebody_else_keeps_what_it_says(folder):
+    (folder / "README.md").write_text("Mine\n")
     (folder / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match="to add tables to"):
-        add_tables(folder, [TABLE])
+    add_tables(folder, [TABLE])
+    assert (folder / "README.md").read_text() == "Mine\n"
+    for _ in range(2):
+        add_tables(folder, [TABLE], any_card=True)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("Mine\n\n<!-- tables -->\n## Audit\n") and card.count("## Audit") == 1
+    (folder / "README.md").unlink()
+    add_tables(folder, [TABLE], any_card=True)
+    assert (folder / "README.md").read_text().startswith("<!-- tables -->\n## Audit\n")
 
 
 @pytest.mark.parametrize("wrong", [{"title": "a"}, {"title": "a", "heads": ["b"], "rows": [["c", "d"]]}, {"heads": []}])
