@@ -65,7 +65,7 @@ def _checked(done: Outcome, path: str, given: dict[str, Any]) -> bool:
     if not given.get("model_name_or_path"):
         raise ValueError("Give the model beside `check`: blur-trainer audit MODEL --check audit.json.")
     sets = Sets(given) if given.get("forget") else None
-    wrong = check_certificate(path, str(given["model_name_or_path"]), sets)
+    wrong = check_certificate(path, str(given["model_name_or_path"]), sets, given.get("model_revision"))
     done.say(f"{path} is not of this: {'; '.join(wrong)}" if wrong else f"{path} is of this model and these data.")
     done.say(read_certificate(path)["sentence"])
     return bool(wrong)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -142,6 +144,8 @@ def generate_ids(
     batch_size: int = 16,
     stop_strings: Sequence[str] | None = None,
     ends: Sequence[int] = (),
+    beams: int = 1,
+    processors: Sequence[LogitsProcessor] = (),
     desc: str | None = None,
 ) -> list[list[int]]:
     """
@@ -150,11 +154,13 @@ def generate_ids(
     Args:
         prompt_ids: the tokens of each prompt, special tokens included.
         ends: tokens that end an answer beside those of the model's generation configuration.
+        beams: of a beam search; 1 is greedy.
+        processors: what changes the scores of the next token.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     stops = check_stop_strings(stop_strings)
     check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=max_new_tokens)
-    config = _greedy_config(model, tokenizer, max_new_tokens, ends)
+    config = _greedy_config(model, tokenizer, max_new_tokens, ends, beams)
     synced = is_sharded(model)  # then a process continues until the rows of all processes have ended
 
     def run(indices: list[int]) -> list[list[int]]:
@@ -165,6 +171,7 @@ def generate_ids(
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, width)] if stops else []),
+            logits_processor=LogitsProcessorList(processors),
             synced_gpus=synced,
         )
         return [until(row, config.eos_token_id) for row in output[:, width:].tolist()]
@@ -190,13 +197,14 @@ def generation_config(model: torch.nn.Module, config: GenerationConfig) -> Itera
 
 
 def _greedy_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, ends: Sequence[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, ends: Sequence[int], beams: int
 ) -> GenerationConfig:
     eos_ids, pad_id = special_ids(model, tokenizer)
     eos_ids = list(dict.fromkeys([*eos_ids, *ends]))
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=beams,
         use_cache=True,
         pad_token_id=pad_id,
         eos_token_id=eos_ids or None,

@@ -10,8 +10,8 @@ from blur_trainer.evaluation.inside.patching import unlearning_depth
 from blur_trainer.evaluation.inside.probes import probe_layers
 from blur_trainer.models.layers import find_layers
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.pipeline.audit_attacks import Attack, World
 from blur_trainer.pipeline.audit_judged import compared
+from blur_trainer.pipeline.audit_world import Attack, World
 
 #: by how much the depth may be below the retrained model's own, which is 1: independent trainings differ
 DEPTH_TOLERANCE = 0.25

@@ -87,7 +87,8 @@ def trust(attacks: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]
     with $b$ before and $a$ after relearning (R), or rounding to few bits (Q), each the least over its attacks and cut
     at 0; and their harmonic mean. R is 1 where the model regains nothing.
 
-    Source: Dorna et al., "OpenUnlearning" (2025), robustness of a metric. Differs from it: NF4 is not used here.
+    Source: Dorna et al., "OpenUnlearning" (2025), robustness of a metric. Differs from it: Q is the least over 8 bits,
+    4 bits and NF4, not NF4's alone.
     """
     before = next((one for one in attacks if one["kind"] == "plain"), None)
     if before is None:

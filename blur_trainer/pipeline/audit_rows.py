@@ -76,6 +76,10 @@ class Reader:
     def __call__(self, model: PreTrainedModel, rows: Sequence[Asked]) -> dict[str, list[float]]:
         """`rouge` of the greedy answer (ROUGE-L recall) and `probability` (geometric mean of its tokens'), per row."""
         known = Known.of(model, rows, self.batch_size, None)
+        return {"rouge": self.says(model, rows), "probability": [float(np.exp(-one.loss)) for one in known]}
+
+    def says(self, model: PreTrainedModel, rows: Sequence[Asked], **search: Any) -> list[float]:
+        """`rouge` of each answer. `search`: `beams` and `processors` of [`generate_ids`]; default: greedy."""
         written = generate_ids(
             model,
             self.tokenizer,
@@ -83,10 +87,10 @@ class Reader:
             max_new_tokens=max(len(row.answer) for row in rows),
             batch_size=self.batch_size,
             ends=closing_ids(self.tokenizer, {"forget": rows}),
+            **search,
         )
         pairs = zip(rows, written, strict=True)
-        said = [read_answer(self.tokenizer, row.prompt, row.answer, tokens) for row, tokens in pairs]
-        return {"rouge": [one.rouge for one in said], "probability": [float(np.exp(-one.loss)) for one in known]}
+        return [read_answer(self.tokenizer, row.prompt, row.answer, tokens).rouge for row, tokens in pairs]
 
     def begun(self, rows: Sequence[Asked], words: str) -> list[Asked]:
         """With the first words of an answer put into the model's mouth."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from blur_trainer.atomic_write import atomic_write
 from blur_trainer.models.weights_digest import weights_digest
+from blur_trainer.pipeline.audit_fit import is_cut
 from blur_trainer.pipeline.audit_judged import ALPHA, ERRORS, TOLERANCE, trust
 from blur_trainer.pipeline.measure import Sets
 from blur_trainer.report.results import package_versions
@@ -50,6 +51,8 @@ class Certificate:
         self.attacks: dict[str, dict[str, Any]] = {}
         self.planned: list[str] = []
         self.left_out: list[str] = []
+        #: of `fit`; `None` before it was decided
+        self.cut: dict[str, Any] | None = None
         if self.path.exists():
             stored = read_certificate(self.path)
             other = differences(stored["subject"], self._of)
@@ -59,6 +62,7 @@ class Certificate:
                     "move it away."
                 )
             self.attacks = {one["name"]: one for one in stored["attacks"]}
+            self.cut = stored.get("cut")
 
     def add(self, found: Mapping[str, Any]) -> None:
         """Writes down an attack that is done."""
@@ -73,7 +77,7 @@ class Certificate:
     def content(self) -> dict[str, Any]:
         attacks = list(self.attacks.values())
         judgement = {"alpha": ALPHA, "standard_errors": ERRORS, "tolerance": TOLERANCE}
-        budget = self._of["budget"]["name"]
+        budget = _budget_said(self._of["budget"]["name"], self.cut)
         content = {
             "sentence": sentence(attacks, self.planned, budget, self._control),
             "finished": not unfinished(attacks, self.planned),
@@ -84,6 +88,7 @@ class Certificate:
             "judgement": judgement,
             "planned": self.planned,
             "left_out": self.left_out,
+            "cut": self.cut,
             "attacks": attacks,
         }
         if self._control == "retrained":
@@ -103,6 +108,10 @@ def sentence(attacks: Sequence[Mapping[str, Any]], planned: Sequence[str], budge
     how = f"budget: {budget}; attacks: {judged}; control: {beside}"
     how += f"; not judged: {len(attacks) - judged}" * (judged < len(attacks))
     return f"no recovery under these attacks at this budget ({how})" if judged else f"nothing could be judged ({how})"
+
+
+def _budget_said(name: str, cut: Mapping[str, Any] | None) -> str:
+    return f"{name}, cut to fit" if is_cut(cut) else name
 
 
 def unfinished(attacks: Sequence[Mapping[str, Any]], planned: Sequence[str]) -> list[str]:
@@ -142,7 +151,7 @@ def _at(content: Mapping[str, Any], *path: str) -> Any:
     return content or None
 
 
-def check_certificate(path: str | Path, model: str, sets: Sets | None = None) -> list[str]:
+def check_certificate(path: str | Path, model: str, sets: Sets | None = None, revision: str | None = None) -> list[str]:
     """
     Whether a certificate is of this model and these data: what speaks against it, nothing where it is.
 
@@ -150,6 +159,7 @@ def check_certificate(path: str | Path, model: str, sets: Sets | None = None) ->
         path: of an `audit.json`.
         model: a folder, or a name on the Hub.
         sets: the data. Roles that are not given are not compared.
+        revision: of a model on the Hub.
 
     Raises:
         `ValueError`: the file is no certificate. `OSError`: there is no such file, or no such model.
@@ -157,12 +167,14 @@ def check_certificate(path: str | Path, model: str, sets: Sets | None = None) ->
     content = read_certificate(path)
     stored = content["subject"]
     found = []
-    if _at(stored, "models", "model", "sha256") != weights_digest(model):
+    if _at(stored, "models", "model", "sha256") != weights_digest(
+        model, **({"revision": revision} if revision else {})
+    ):
         found.append("the weights differ")
     for role, reading in ({} if sets is None else sets.readings).items():
         if _at(stored, "data", role, "digest") != reading.digest:
             found.append(f"the rows of `{role}` differ" if role in stored["data"] else f"`{role}` was not audited")
-    budget, control = stored["budget"]["name"], content["control"]["kind"]
+    budget, control = _budget_said(stored["budget"]["name"], content.get("cut")), content["control"]["kind"]
     if content["sentence"] != sentence(content["attacks"], content["planned"], budget, control):
         found.append("its sentence does not follow from its attacks")
     if unfinished(content["attacks"], content["planned"]):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from support.own_data import TEMPLATE, own_sets
+from support.audited import TINY, write_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
 from blur_trainer.evaluation.robustness.perturbed import noisy, pruned
 from blur_trainer.models.weights_digest import weights_digest
+from blur_trainer.pipeline import certificate as certificate_module
 from blur_trainer.pipeline.audit_attacks import outside
 from blur_trainer.pipeline.audit_budget import BUDGETS
 from blur_trainer.pipeline.audit_judged import compared, trust
@@ -22,32 +23,13 @@ from blur_trainer.pipeline.audit_report import found_table
 from blur_trainer.pipeline.audit_rows import parted
 from blur_trainer.pipeline.certificate import check_certificate, sentence
 from blur_trainer.pipeline.measure import Sets
-from blur_trainer.toy.memorize import memorize
-from blur_trainer.toy.model import tiny_llama, train_tokenizer
-
-TINY = replace(
-    BUDGETS["minutes"], rows=8, samples=4, k=2, new_tokens=8, steps=2, rates=(1e-3,), shots=1, probe_epochs=2,
-    probe_layers=2, probe_rows=16,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folders of a model that knows all, of two that never saw `forget`, and the sets."""
-    sets, folder = own_sets(), tmp_path_factory.mktemp("audited")
-    tokenizer = train_tokenizer([TEMPLATE.format(**row) for rows in sets.values() for row in rows], vocab_size=500)
-    for name, seed, roles in (
-        ("target", 0, ("forget", "retain")),
-        ("retrained", 0, ("retain",)),
-        ("again", 1, ("retain",)),
-    ):
-        known = [row for role in roles for row in sets[role]]
-        rows = bt.tokenize_dataset(known, tokenizer, role="known", max_length=64)
-        model = tiny_llama(tokenizer, hidden_size=48, num_layers=2, max_position_embeddings=128, seed=seed)
-        epochs = 20 if name == "target" else 12
-        memorize(model, tokenizer, rows, num_train_epochs=epochs, learning_rate=1e-2, seed=seed, disable_tqdm=True)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    folder = tmp_path_factory.mktemp("audited")
+    sets = write_models(folder)
     return folder, sets
 
 
@@ -85,7 +67,7 @@ def test_a_model_that_knows_all_fails_every_attack_that_reads_answers(audited):
     plain = attacks["plain question"]
     assert plain["numbers"]["rouge"] > 0.9 > plain["control"]["rouge"] + 0.2
     assert {one["kind"] for one in attacks.values()} == {"plain", "bits", "prompt", "weights", "relearning", "leak",
-                                                        "inside"}  # fmt: skip
+                                                        "inside", "search"}  # fmt: skip
     assert attacks["depth"]["numbers"]["depth"] == pytest.approx(0, abs=1e-6), "it is the model before unlearning"
     assert attacks["leak@2"]["more"]["unlearned"]["leak@2"] > attacks["leak@2"]["more"]["retrained"]["leak@2"]
     assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(found.certificate))
@@ -203,6 +185,11 @@ def test_a_certificate_is_of_one_model_and_these_rows(audited, world, options, t
     path, (folder, sets) = audited[1] / "audit.json", world
     assert check_certificate(path, str(folder / "target")) == []
     assert check_certificate(path, str(folder / "target"), Sets(options("target"))) == []
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(certificate_module, "weights_digest", lambda *name, **hub: asked.append((name, hub)) or "0")
+        check_certificate(path, "me/model", revision="v1")
+        assert asked == [(("me/model",), {"revision": "v1"})]
     assert check_certificate(path, str(folder / "again")) == ["the weights differ"]
     other = options("target") | {"forget": sets["forget"][1:], "unseen": sets["unseen"]}
     wrong = check_certificate(path, str(folder / "target"), Sets(other))

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, with_weights_changed
-from blur_trainer.evaluation.robustness.quantization import check_bits, quantize_dequantize
+from blur_trainer.evaluation.robustness.quantization import Bits, check_bits, quantize_dequantize
 from blur_trainer.evaluation.robustness.relearning import STEPS, Examples, check_relearning, relearn
 
 PROMPT_COLUMNS = ("prompt", "question", "paraphrased_question")
 
 
 def quantized(
-    model: PreTrainedModel, evaluation: Evaluation | Measure, *, bits: int = 4, group_size: int | None = 64
+    model: PreTrainedModel, evaluation: Evaluation | Measure, *, bits: Bits = 4, group_size: int | None = 64
 ) -> dict[str, float]:
     """
     The evaluation with the weights rounded to `bits` ([`quantize_dequantize`]): small steps of unlearning may vanish
@@ -42,7 +42,7 @@ def quantized(
             Unwrapped and whole. It is bit for bit as before afterwards.
         evaluation ([`Evaluation`] or `Callable`):
             What measures the model.
-        bits (`int`, *optional*, defaults to `4`), group_size (`int`, *optional*, defaults to `64`):
+        bits (`int` or `"nf4"`, *optional*, defaults to `4`), group_size (`int`, *optional*, defaults to `64`):
             See [`quantize_dequantize`].
 
     Raises:
@@ -85,7 +85,7 @@ def robustness(
     evaluation: Evaluation | Measure,
     *,
     relearning: Mapping[str, Examples] | None = None,
-    bits: Sequence[int] = (8, 4),
+    bits: Sequence[Bits] = (8, 4),
     prompted: Mapping[str, Evaluation | Measure] | None = None,
     retrained: PreTrainedModel | None = None,
     steps: Sequence[int] = STEPS,
@@ -109,7 +109,7 @@ def robustness(
         relearning (`Mapping`, *optional*):
             Name -> examples to relearn, such as `{"forget set": ..., "unrelated text": ...}`.
         bits (`Sequence[int]`, *optional*, defaults to `(8, 4)`):
-            Each is a row of the table.
+            Each is a row of the table; `"nf4"` may be among them.
         prompted (`Mapping`, *optional*):
             Name of a prefix -> the evaluation that puts it before its prompts ([`prefixed`]).
         retrained ([`~transformers.PreTrainedModel`], *optional*):
@@ -157,8 +157,9 @@ def robustness(
             points = relearn(retrained, examples, measure, **how)
             curves.append({"name": f"{name} (retrain)", "kind": "retrain", "points": points})
         for width in bits:
-            attack(f"{width} bit")
-            attacks.append({"name": f"{width} bit", "metrics": quantized(model, measure, bits=width)})
+            name = "NF4" if width == "nf4" else f"{width} bit"
+            attack(name)
+            attacks.append({"name": name, "metrics": quantized(model, measure, bits=width)})
         for name, other in prompted.items():
             attack(name)
             attacks.append({"name": name, "metrics": measure(model, other)})

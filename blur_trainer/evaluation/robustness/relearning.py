@@ -15,6 +15,7 @@ from blur_trainer.evaluation.base import Evaluation, Measure
 from blur_trainer.evaluation.batching import check_context, check_example, check_positive, pad
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.robustness.attacked import check_attackable, trainable, under_attack
+from blur_trainer.evaluation.robustness.low_rank import low_rank
 from blur_trainer.models.logit_difference import LogitDifferenceModel
 
 Examples: TypeAlias = Dataset | Sequence[dict[str, Any]]
@@ -31,6 +32,7 @@ def relearn(
     learning_rate: float = 1e-5,
     batch_size: int = 4,
     seed: int = 0,
+    rank: int | None = None,
     unchanged: Mapping[str, float] | None = None,
     desc: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -69,6 +71,9 @@ def relearn(
             Examples per step.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order of the examples.
+        rank (`int`, *optional*):
+            Train low-rank updates of this rank (LoRA) beside the weights instead of all weights; see
+            [`~blur_trainer.evaluation.robustness.low_rank.low_rank`]. They need a higher `learning_rate`.
         unchanged (`Mapping`, *optional*):
             What the evaluation says of the model as it is, where that is known: step 0 is then not measured again.
         desc (`str`, *optional*):
@@ -87,7 +92,8 @@ def relearn(
     rows, last = [check_example(index, example) for index, example in enumerate(examples)], steps[-1]
     points = [{"steps": 0, "metrics": dict(evaluation(model) if unchanged is None else unchanged)}]
     cuda = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
-    with under_attack(model), trainable(model) as parameters, torch.random.fork_rng(cuda):
+    chosen = trainable(model) if rank is None else low_rank(model, rank, seed)
+    with under_attack(model), chosen as parameters, torch.random.fork_rng(cuda):
         # float32 copies, for small steps; a float32 parameter needs no copy
         masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in parameters]
         optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
