@@ -10,7 +10,6 @@ GROUPS = {
     "Your own data": {
         "unlearn": "make a model forget your own data, measure it, and say whether it did",
         "evaluate": "measure any model on your own data; with the model before it also a verdict",
-        "attack": "try to bring the answers back: relearning, few bits",
         "audit": "a battery of attacks beside a control, and a certificate of what came back",
         "merge": "make one model of an adapter and its base",
     },

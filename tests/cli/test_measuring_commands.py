@@ -1,4 +1,4 @@
-"""`blur-trainer evaluate` and `attack`: what they print and write, what they refuse before anything is loaded."""
+"""`blur-trainer evaluate`: what it prints and writes, what it refuses before anything is loaded."""
 
 import json
 from dataclasses import fields
@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blur_trainer as bt
-from blur_trainer.cli.attack import AttackArguments
 from blur_trainer.cli.evaluate import EvaluateArguments
 from blur_trainer.cli.main import main
 from blur_trainer.pipeline.arguments import SetArguments, UnlearnArguments
@@ -71,17 +70,6 @@ def test_evaluate_judges_where_there_is_a_model_before(here, adapter, tmp_path, 
     assert shown["verdict"]["word"] == "broken" and shown["samples"] and not redacted["samples"]
 
 
-def test_attack_tries_to_bring_the_answers_back(here, capsys):
-    words = [*NAMES, "--retain", "retain.jsonl", *FEW, "--steps", "2", "--learning_rate", "1e-3"]
-    assert main(["attack", *words]) == 0
-    first = capsys.readouterr()
-    told = first.out.splitlines()
-    assert all(any(name in line for line in told) for name in ("forget set", "retain set", "8 bit", "4 bit"))
-    assert main(["attack", *words[:4], *FEW, "--steps", "2", "--learning_rate", "1e-3", "--seed", "1"]) == 0
-    assert "retain set" not in capsys.readouterr().out, "there was no retain set to relearn"
-
-
-@pytest.mark.parametrize("command", ["evaluate", "attack"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -100,14 +88,8 @@ def test_attack_tries_to_bring_the_answers_back(here, capsys):
         ([*NAMES, "--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
     ],
 )
-def test_what_is_wrong_is_named_before_anything_is_loaded(refused, command, words, message):
-    assert message in refused(command, *words)
-
-
-def test_numbers_of_an_attack_are_checked(refused):
-    assert "`steps` must be" in refused("attack", *NAMES, "--steps", "0")
-    assert "`learning_rate` must be" in refused("attack", *NAMES, "--learning_rate", "0")
-    assert "`seed` must be" in refused("attack", *NAMES, "--seed", "-1")
+def test_what_is_wrong_is_named_before_anything_is_loaded(refused, words, message):
+    assert message in refused("evaluate", *words)
 
 
 def test_a_report_goes_into_no_folder_of_a_run(refused):
@@ -122,14 +104,13 @@ def test_a_model_without_a_tokenizer(refused, folder, tmp_path):
     assert "has no tokenizer that can be loaded: name one by `tokenizer` (`--tokenizer`)" in told
 
 
-@pytest.mark.parametrize(("command", "classes"), [("evaluate", EvaluateArguments), ("attack", AttackArguments)])
-def test_help_is_one_screen(command, classes, capsys):
-    assert main([command, "--help"]) == 0
+def test_help_is_one_screen(capsys):
+    assert main(["evaluate", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
-    for each in (*fields(MeasureArguments), *fields(classes)):
+    for each in (*fields(MeasureArguments), *fields(EvaluateArguments)):
         assert any(line.strip().startswith(f"--{each.name}") for line in lines), each.name
-    assert main([command, "--help-all"]) == 0
+    assert main(["evaluate", "--help-all"]) == 0
     told = capsys.readouterr().out
     assert all(f"--{name} " in told for name in ("forget_columns", "model_revision", "chat_template"))
 

@@ -82,7 +82,6 @@ ON_ROWS = ["--forget", "forget.csv", "--retain", "retain.jsonl"]
 NAMED = {
     "unlearn": [*ON_ROWS, "--output_dir", "new"],
     "evaluate": ON_ROWS,
-    "attack": ON_ROWS,
     "audit": [*ON_ROWS, "--output_dir", "new"],
     "estimate": [],
 }
@@ -182,9 +181,7 @@ def test_report_refuses_a_folder_without_a_run(refused, tmp_path):
 # ---- all ----
 
 
-@pytest.mark.parametrize(
-    "command", ["unlearn", "evaluate", "attack", "audit", "merge", "estimate", "recipes", "report"]
-)
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "audit", "merge", "estimate", "recipes", "report"])
 def test_help_is_one_screen(command, capsys):
     try:
         assert main([command, "--help"]) == 0
@@ -195,7 +192,7 @@ def test_help_is_one_screen(command, capsys):
     assert lines[0].startswith(f"usage: blur-trainer {command}")
 
 
-@pytest.mark.parametrize("command", ["estimate", "recipes", "report", "merge", "evaluate", "attack", "audit"])
+@pytest.mark.parametrize("command", ["estimate", "recipes", "report", "merge", "evaluate", "audit"])
 def test_control_c_is_an_exit_code(command, folder, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -22,7 +22,6 @@ from support.cases import every
 from trl import TrlParser
 
 import blur_trainer
-from blur_trainer.cli.attack import AttackArguments
 from blur_trainer.cli.audit import AuditArguments
 from blur_trainer.cli.evaluate import EvaluateArguments
 from blur_trainer.cli.main import main as blur_trainer_command
@@ -367,9 +366,9 @@ def flags(parser: TrlParser) -> set[str]:
 
 
 def own_data_help() -> str:
-    """The options of `blur-trainer unlearn` with any method, of `evaluate`, `attack` and `audit`."""
+    """The options of `blur-trainer unlearn` with any method, of `evaluate` and of `audit`."""
     classes = [classes_of(method) for method in METHODS] + [(EvaluateArguments,)]
-    classes += [(AttackArguments,), (MeasureArguments, AuditArguments)]
+    classes += [(MeasureArguments, AuditArguments)]
     return "".join(help_text(each, "unlearn", "", "") for each in classes)
 
 

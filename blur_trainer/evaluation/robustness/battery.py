@@ -53,6 +53,11 @@ def quantized(
     return with_weights_changed(model, evaluation, lambda weight: quantize_dequantize(weight, bits, group_size))
 
 
+def _named(bits: Bits) -> str:
+    check_bits(bits, None)
+    return "NF4" if bits == "nf4" else f"{bits} bit"
+
+
 def prefixed(data: Mapping[str, Dataset], prefix: str) -> DatasetDict:
     """
     `data` of a benchmark with `prefix` before each text that the model is asked to continue or to answer (the columns
@@ -130,8 +135,7 @@ def robustness(
         check_attackable(attacked)
         if relearning:
             check_relearning(attacked, relearning, steps, learning_rate, batch_size)
-    for width in bits:
-        check_bits(width, None)
+    named = {width: _named(width) for width in bits}
     total = (unchanged is None) + len(relearning) * len(steps) + len(bits) + len(prompted)
     total += 0 if retrained is None else 1 + len(steps)
     with tqdm(desc="Attack: none", total=total, disable=not progress or rank_and_world()[0] > 0) as bar:
@@ -156,8 +160,7 @@ def robustness(
             attack(f"relearning {name} (retrain)")
             points = relearn(retrained, examples, measure, **how)
             curves.append({"name": f"{name} (retrain)", "kind": "retrain", "points": points})
-        for width in bits:
-            name = "NF4" if width == "nf4" else f"{width} bit"
+        for width, name in named.items():
             attack(name)
             attacks.append({"name": name, "metrics": quantized(model, measure, bits=width)})
         for name, other in prompted.items():
