@@ -97,6 +97,8 @@ def _derived_anew(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, An
 
 
 def _how_to_go_on(options: dict[str, Any]) -> str:
+    if options.get("sequence") is not None:
+        return "Give the same command again: it goes on at the first request that is not finished."
     if holds_run(str(options.get("output_dir", OUTPUT_DIR))):
         return "Go on with --resume_from_checkpoint true and the same options."
     return "Nothing was trained yet: give the same command again."

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.own_data import write_own_data
 
 import blur_trainer as bt
+from blur_trainer.cli import unlearn as command
 from blur_trainer.cli.main import main
 from blur_trainer.pipeline import audit as audit_module
 from blur_trainer.pipeline import sequence as module
@@ -65,6 +66,17 @@ def test_each_request_starts_from_the_one_before_and_old_ones_are_measured_again
     page, card = ((done.model / name).read_text() for name in ("report.html", "README.md"))
     assert "<h2>Requests</h2>" in page and "1: one.jsonl" in page
     assert "## Requests" in card and "| 2: two.jsonl | 4 |" in card and card.count("<!-- tables -->") == 1
+
+
+def test_the_file_of_a_sequence_goes_on_with_it(sequence, monkeypatch, capsys):
+    done = sequence("one.jsonl")
+    words = ["unlearn", "--config", str(done.output_dir / "run.yaml"), "--sequence"]
+    assert main([*words, "one.jsonl"]) == 0
+    told = capsys.readouterr().out
+    assert "1: one.jsonl" in told and f"The model is in {done.model}" in told and "Report:" not in told, "all was done"
+    monkeypatch.setattr(command, "run_sequence", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*words, "two.jsonl"]) == 130
+    assert "it goes on at the first request that is not finished" in capsys.readouterr().err
 
 
 def test_what_a_later_request_undoes_is_seen(sequence, world, tmp_path, capsys):
