@@ -41,7 +41,7 @@ class Requests:
         options: of a sequence. Those that are `None` count as left out.
 
     Attributes:
-        options: of each run, but for its own sets and folder. `hub`: where the first model is read.
+        options: of each run, but for its own sets and folder. `hub`: where the files of the first model are.
 
     Raises:
         `ValueError`, `TypeError`, `OSError`: what is wrong, with its remedy.
@@ -59,9 +59,10 @@ class Requests:
         self._source, model_args = made(SourceArguments, given), made(ModelConfig, {**NO_DTYPE, **given})
         check_arguments(self._script, model_args.use_peft)
         kwargs = mapping("model_init_kwargs", given.get("model_init_kwargs"))
-        self.hub = hub_arguments({"revision": model_args.model_revision, **kwargs})
+        hub = hub_arguments({"revision": model_args.model_revision, **kwargs})
+        self.hub = {name: value for name, value in hub.items() if name != "trust_remote_code"}
         name = self._script.tokenizer or str(model_args.model_name_or_path)
-        self._tokenizer = read_tokenizer(name, self._source.chat_template, self.hub)
+        self._tokenizer = read_tokenizer(name, self._source.chat_template, hub)
         self.options = given
         self._how = {key: given[key] for key in _READ if key in given}
         self._given = [self._read(rows, self._how) for rows in self._asked]

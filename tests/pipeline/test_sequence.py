@@ -223,6 +223,19 @@ def test_a_folder_of_something_else_is_refused(sequence, world, tmp_path):
         sequence("one.jsonl")
 
 
+def test_the_first_model_is_digested_as_it_is_read(sequence, monkeypatch):
+    asked = []
+
+    def digest(name, **hub):
+        asked.append((name, hub))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "weights_digest", digest)
+    with pytest.raises(ValueError, match="enough"):
+        sequence("one.jsonl", model_revision="v1", model_init_kwargs={"cache_dir": "c", "attn_implementation": "eager"})
+    assert asked == [("model", {"revision": "v1", "cache_dir": "c"})], "what a download takes, and no more"
+
+
 # ---- the ledger by hand ----
 
 
