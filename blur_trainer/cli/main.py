@@ -12,6 +12,7 @@ GROUPS = {
         "evaluate": "measure any model on your own data; with the model before it also a verdict",
         "audit": "a battery of attacks beside a control, and a certificate of what came back",
         "merge": "make one model of an adapter and its base",
+        "distill": "write what ULD's composed model says into ordinary weights, and judge them",
     },
     "Benchmarks, with tiny models or real ones": {
         "muse": "unlearn a MUSE corpus: books or news",

@@ -3,7 +3,7 @@
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT, JensUn
-from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Distillation, Margin, Uniform
 from blur_trainer.objectives.level import TargetLoss
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
@@ -27,6 +27,7 @@ FORGET_OBJECTIVES: dict[str, type[Objective]] = {
     "clamped_entropy": ClampedEntropy,
     "margin": Margin,
     "target_loss": TargetLoss,
+    "distill": Distillation,
 }
 RETAIN_OBJECTIVES: dict[str, type[Objective]] = {
     "nll": NLL,

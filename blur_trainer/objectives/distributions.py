@@ -61,6 +61,17 @@ class KL(ReferenceObjective):
 
 
 @dataclass(frozen=True)
+class Distillation(KL):
+    r"""`KL(p_teacher || p_theta)` on the forget set. The teacher, which has forgotten, is the trainer's `ref_model`.
+
+    Formula: $\mathrm{KL}\big(P^\mathrm{teacher}_t\|P_t\big)$
+    Bounded: below by 0.
+    Use it: to write what a composed model says (ULD, offset, WHP) into ordinary weights, with `kl` for retaining.
+    Source: Hinton et al., arXiv 1503.02531, at temperature 1.
+    """
+
+
+@dataclass(frozen=True)
 class JSD(ReferenceObjective):
     r"""Jensen-Shannon divergence to the reference, mean over the answer tokens: JensUn's retain objective.
 

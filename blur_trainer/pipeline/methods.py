@@ -44,6 +44,8 @@ def options_read(method: Method, args: Any) -> set[str]:
 
 
 DEFAULT = "blur"
+#: towards what a `LogitDifferenceModel` says: that is the model it is given, and its target is the one that is trained
+DISTILL = "distill"
 METHODS: dict[str, Method] = {
     "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.3}, layered=True),
     "rmu": Method("RMU", UnlearningTrainer, _RMU, layered=True),
@@ -56,4 +58,5 @@ METHODS: dict[str, Method] = {
     "undial": _sum("UNDIAL", "undial", leveled=False),
     "idk": _sum("IDK", "idk", leveled=False, forget_weight=0.1),
     "uld": Method("ULD", ULDTrainer, {}, leveled=False),
+    DISTILL: _sum("Distilled", "distill", leveled=False, retain_objective="kl"),
 }

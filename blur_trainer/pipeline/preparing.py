@@ -28,6 +28,7 @@ from blur_trainer.pipeline.methods import METHODS, Method
 from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
 from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
+from blur_trainer.pipeline.teacher import parted
 from blur_trainer.pipeline.trackers import check_trackers, named_trackers
 from blur_trainer.report.verdict import Thresholds
 from blur_trainer.saving.output_dir import check_output_dir
@@ -60,6 +61,7 @@ class Prepared:
     sets: dict[str, Reading]
     thresholds: Thresholds
     forgotten: tuple[Reading, ...] = ()
+    teacher: str | None = None
 
 
 def prepare(options: Mapping[str, Any]) -> Prepared:
@@ -83,10 +85,9 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     else:
         check_output_dir(str(given["output_dir"]))
     thresholds = _thresholds(script.thresholds)
-    model = str(model_args.model_name_or_path)
-    hub = hub_arguments(
-        {"revision": model_args.model_revision, **mapping("model_init_kwargs", given.get("model_init_kwargs"))}
-    )
+    kwargs = mapping("model_init_kwargs", given.get("model_init_kwargs"))
+    teacher, model_args = parted(name, model_args, hub_arguments(kwargs))
+    model, hub = str(model_args.model_name_or_path), hub_arguments({"revision": model_args.model_revision, **kwargs})
     config = read_config(model, hub)
     if script.retrained:
         read_config(script.retrained, {})  # a wrong name is refused now
@@ -106,7 +107,8 @@ def prepare(options: Mapping[str, Any]) -> Prepared:
     args = made(method.trainer.config_class, {**settings, **given, **replay})
     _check_read(method, args, given)
     check_trackers(args)
-    return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds, tuple(before))
+    more = (tuple(before), teacher)
+    return Prepared(method, script, args, model_args, dict(given), settings, tokenizer, sets, thresholds, *more)
 
 
 def _without_forgotten(

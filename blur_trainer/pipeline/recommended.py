@@ -9,8 +9,9 @@ from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.level import Level
 from blur_trainer.models.loading import hub_arguments, read_config
-from blur_trainer.pipeline.methods import DEFAULT, METHODS
+from blur_trainer.pipeline.methods import DEFAULT, DISTILL, METHODS
 from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
+from blur_trainer.pipeline.teacher import target_of
 
 
 def recommended(
@@ -44,6 +45,8 @@ def recommended(
     """
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}: choose among {', '.join(METHODS)}.")
+    if method == DISTILL:
+        model = target_of(model, {}).name
     size = Size.of(read_config(model, {}))
     tokenizer = AutoTokenizer.from_pretrained(model, **hub_arguments({}))
     sets = dict(zip(ROLES, (forget, retain), strict=True))

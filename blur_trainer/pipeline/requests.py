@@ -17,6 +17,7 @@ from blur_trainer.pipeline.arguments import (
     going_on,
 )
 from blur_trainer.pipeline.ledger import Ledger, Request
+from blur_trainer.pipeline.methods import DISTILL
 from blur_trainer.pipeline.preparing import NO_DTYPE, Prepared, mapping, prepare
 from blur_trainer.pipeline.run_file import kind_of
 from blur_trainer.pipeline.sets import made, read_set, read_tokenizer
@@ -151,8 +152,11 @@ def _check(given: dict[str, Any], asked: Any) -> None:
         raise ValueError(f"`sequence` takes a list of sets to forget, one or more, got {asked!r}.")
     if "-" in [each for each in asked if isinstance(each, str)]:
         raise ValueError("`sequence` reads its sets more than once, and standard input can be read once: give files.")
-    if given.get("method") == "uld":
-        raise ValueError("`sequence` is not for uld: it leaves two models, and the next request starts from one.")
+    if given.get("method") in ("uld", DISTILL):
+        raise ValueError(
+            "`sequence` is not for uld, which leaves two models, nor for distill, which starts from two: each request "
+            "starts from one."
+        )
     if isinstance(going_on(given.pop("resume_from_checkpoint", None)), str):
         raise ValueError("A sequence goes on by itself: leave `resume_from_checkpoint` out.")
     if process_count() > 1:

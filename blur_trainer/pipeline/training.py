@@ -97,6 +97,8 @@ def make_trainer(
     args.model_init_kwargs = load.options
     if method.trainer is ULDTrainer:
         training |= {"augment_forget": "rules", "augment_retain": "none"}
+    if prepared.teacher is not None:
+        training["ref_model"] = load(prepared.teacher)
 
     before = {str(number): reading.dataset for number, reading in enumerate(prepared.forgotten)}
 

@@ -34,7 +34,7 @@ from blur_trainer.scripts.output import write_output
 from blur_trainer.scripts.running import begin_run
 from blur_trainer.trainers.replay import REPLAY_NAME
 
-BEFORE, RETRAINED = "before", "retrained"
+BEFORE, TEACHER, RETRAINED = "before", "composed", "retrained"
 SAID = {
     "retrained": "what the retrained model loses on each row",
     "unseen": "the loss of the unseen rows",
@@ -127,6 +127,8 @@ def run(prepared: Prepared) -> Unlearned:
         )
         results = Results("Your own data", evaluation_of(prepared, level), samples=0 if script.redact else 3)
         results.add(BEFORE, "target", model)
+        if prepared.teacher is not None:
+            results.add(TEACHER, "unlearned", load(prepared.teacher))
         goal = Goal.of(prepared, level, model) if script.optuna is not None else None
         del model  # the trainer loads its own
         if goal is not None:

@@ -25,6 +25,7 @@ from blur_trainer.models.loading import load_lower, load_pretrained, read_config
 from blur_trainer.models.reference import CurrentModel, FrozenModel, Reference, adapter_reference, is_partitioned
 from blur_trainer.models.truncation import frozen_lower
 from blur_trainer.objectives.base import Objective
+from blur_trainer.objectives.distributions import Distillation
 from blur_trainer.objectives.preference import reference_logps
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.cpu import engine_requested
@@ -54,6 +55,11 @@ def make_reference(
         )
     if not readers:
         return None
+    if ref_model is None and any(isinstance(o, Distillation) for o in objectives.values()):
+        raise ValueError(
+            "`distill` is towards a model that has forgotten: pass it as `ref_model`. Without one it would be towards "
+            "the model before training, and forget nothing."
+        )
     if ref_model is not None:
         return FrozenModel(ref_model)
     if isinstance(model, PeftModel):

@@ -10,7 +10,7 @@ from support.models import VOCAB, collate, examples, tiny_llama
 from blur_trainer.models.logps import without_first
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.objectives import distribution_losses as losses
-from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Distillation, Margin, Uniform
 from blur_trainer.objectives.losses import kl_loss, uniform_loss
 from blur_trainer.trainers.setup import check_objectives, reads_logps_only
 
@@ -32,6 +32,7 @@ LOSSES = {
     "margin": lambda z, ref, labels: losses.margin_loss(z, labels),
     "jsd": losses.jsd_loss,
     "kl": kl_loss,
+    "distill": kl_loss,
 }
 OBJECTIVES = {
     "undial": UNDIAL(),
@@ -41,6 +42,7 @@ OBJECTIVES = {
     "margin": Margin(),
     "jsd": JSD(),
     "kl": KL(),
+    "distill": Distillation(),
 }
 
 
@@ -194,7 +196,7 @@ def test_jsd_is_0_at_the_reference_and_at_most_log_2_per_token():
 
 
 def test_what_they_need():
-    assert {name for name, each in OBJECTIVES.items() if each.needs_reference} == {"undial", "jsd", "kl"}
+    assert {name for name, each in OBJECTIVES.items() if each.needs_reference} == {"undial", "jsd", "kl", "distill"}
     assert all(each.needs_logits and not reads_logps_only(each) for each in OBJECTIVES.values())
     check_objectives({"forget": UNDIAL(), "retain": JSD()}, precompute=False)
     with pytest.raises(ValueError, match=r"reads no reference log-probabilities \(UNDIAL.*choose `npo`"):

@@ -7,7 +7,7 @@ from support.own_data import TEMPLATE, own_sets
 from support.tiny_tokenizer import CHAT_TEMPLATE
 
 import blur_trainer as bt
-from blur_trainer.pipeline.methods import METHODS
+from blur_trainer.pipeline.methods import DISTILL, METHODS
 from blur_trainer.pipeline.preparing import prepare
 from blur_trainer.pipeline.unlearn import measured_level
 from blur_trainer.scripts.loading import ModelLoader
@@ -33,7 +33,8 @@ def prepared(model, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    "method", [m if m in ("blur", "npo", "uld") else pytest.param(m, marks=pytest.mark.full) for m in METHODS]
+    "method",
+    [m if m in ("blur", "npo", "uld") else pytest.param(m, marks=pytest.mark.full) for m in METHODS if m != DISTILL],
 )
 def test_they_are_those_of_unlearn(model, tmp_path, method):
     found = bt.recommended(model, SETS["forget"], SETS["retain"], method=method, level=3.0)

@@ -16,7 +16,7 @@ from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
 from blur_trainer.objectives.activations import RMU, ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
-from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
+from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Distillation, Margin, Uniform
 from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
@@ -101,6 +101,7 @@ def test_sum_weights_from_the_command_line():
         ("clamped_entropy", ClampedEntropy()),
         ("margin", Margin()),
         ("target_loss", TargetLoss()),
+        ("distill", Distillation()),
     ],
 )
 def test_every_forget_name(name, expected):
@@ -122,6 +123,7 @@ def test_every_forget_name(name, expected):
         "clamped_entropy",
         "margin",
         "target_loss",
+        "distill",
     }
     assert parse(BLURConfig, "--forget_objective", name).build_forget_objective() == expected
 
