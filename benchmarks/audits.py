@@ -3,8 +3,10 @@
     python benchmarks/audits.py --world WORLD --out RESULTS --jobs 2                 # ten minutes of a core each
     python benchmarks/audits.py --world WORLD --out RESULTS --jobs 12 --device cuda  # several processes on one GPU
     python benchmarks/audits.py --world WORLD --out RESULTS --table                  # what there is so far
+    python benchmarks/audits.py --world embedded-tofu --out RESULTS                  # two minutes of a core each
 
-`WORLD`: a folder as of benchmarks/evidence_world.py. The strengths are those of the five seeds in docs/evidence.md. The
+`WORLD`: a folder as of benchmarks/evidence_world.py. In `embedded-tofu` and `embedded-muse` the methods are those of
+`unlearn`, with the settings that it derives. The strengths are those of the five seeds in docs/evidence.md. The
 audit is `blur_trainer.audit` with the budget `minutes`, beside the retrained model; leak@32 of 64 samples is drawn for
 the same rows. The target itself is the row of what all attacks find. Resumes: an audit that is done is not made again.
 """
@@ -23,23 +25,35 @@ from typing import Any
 
 from evidence import baselines, prepared, quiet, replay_texts
 from evidence_table import LABELS
+from own_worlds import EMBEDDED, world
 from tabulate import tabulate
+
+from blur_trainer.pipeline.methods import METHODS
 
 #: method -> strength; the first are the winners and losers of docs/evidence.md
 STRENGTHS = {
     "blur-rmu-level": 0.1, "blur-target": 0.1, "blur-npo": 0.03, "uld": -1.0, "pdu": 300.0, "rmu": 0.001,
     "graddiff": 0.1, "blur-sam": 0.01, "undial": 1.0, "npo": 0.03, "rmu-level": 0.003, "simnpo": 0.3, "ngdiff": 0.001,
 }  # fmt: skip
+#: of `unlearn`, in an embedded world
+DERIVED = ("blur", "blur-target", "blur-npo", "uld", "rmu", "graddiff", "undial", "npo", "simnpo")
 SAMPLES, K = 64, 32
-_SETS = {"forget": "forget.csv", "retain": "retain.jsonl", "hold": "hold.jsonl"}
+_SETS = ("forget", "retain", "hold")
 
 
-def made(job: Mapping[str, Any], folder: Path) -> Path:
+def made(job: Mapping[str, Any], of: Any, folder: Path) -> str:
     """The folder of the unlearned model; trains it, if it is not there."""
-    if job["method"] in ("target", "retrain"):
-        return Path(job["world"]) / job["method"]
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    if job["method"] == "target":
+        return of.target
+    if (folder / "done").exists():
+        return str(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    if job["world"] in EMBEDDED:
+        import blur_trainer as bt
+
+        sets, how = {role: of.sets[role] for role in _SETS}, {"use_cpu": job["device"] == "cpu", "disable_tqdm": True}
+        bt.unlearn(of.target, **sets, output_dir=folder, method=job["method"], seed=job["seed"], **how)
+    else:
         trainer = prepared(dict(job), folder)
         trainer.train()
         model = trainer.model
@@ -48,8 +62,8 @@ def made(job: Mapping[str, Any], folder: Path) -> Path:
             model.config.weight = job["strength"]
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        (folder / "done").touch()
-    return folder
+    (folder / "done").touch()
+    return str(folder)
 
 
 def one_audit(job: dict[str, Any]) -> dict[str, Any]:
@@ -57,17 +71,16 @@ def one_audit(job: dict[str, Any]) -> dict[str, Any]:
     quiet(1)
     import blur_trainer as bt
 
-    start, world = time.perf_counter(), Path(job["world"])
-    out = Path(job["out"]) / f"{job['method']} {job['seed']}"
-    model = made(job, out / "model")
+    of = world(job["world"], Path(job["out"]) / "models")
+    start, out = time.perf_counter(), Path(job["out"]) / f"{job['method']} {job['seed']}"
+    model = made(job, of, out / "model")
     trained = time.perf_counter() - start
-    sets = {role: str(world / file) for role, file in _SETS.items()}
-    options = {"model_name_or_path": str(model), **sets, "retrained": str(world / "retrain"), "batch_size": 48}
+    options = {"model_name_or_path": model, **{role: of.sets[role] for role in _SETS}, "retrained": of.retrained}
     if job["method"] != "target":
-        options["before"] = str(world / "target")
-    found = bt.audit(options, out / "audit", seed=job["seed"])
+        options["before"] = of.target
+    found = bt.audit({**options, "batch_size": 48}, out / "audit", seed=job["seed"])
     audited = time.perf_counter() - start - trained
-    leak = leaks(str(model), options, job)
+    leak = leaks(model, options, job)
     return {
         "method": job["method"], "seed": job["seed"], "sentence": found.sentence,
         "attacks": [{key: value for key, value in one.items() if key not in ("rows", "more")}
@@ -162,14 +175,14 @@ def look_inside(rows: Sequence[Mapping[str, Any]], name: str, number: str) -> st
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """ROUGE; probability after the strongest attack of each kind. In brackets: in how many seeds it came back."""
     lines = []
-    for method in ["target", *STRENGTHS]:
+    for method in dict.fromkeys(["target", *STRENGTHS, *DERIVED]):
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
         back = [sum(bool(one["recovered"]) for one in row["attacks"]) for row in own]
         leak, bound = (max(row["leak"][key] for row in own) for key in (f"leak@{K}", "leak_bound"))
         lines.append([
-            LABELS.get(method, method), len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}",
+            LABELS.get(method, METHODS[method].label if method in METHODS else method), len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}",
             *(cell(own, kinds) for kinds in COLUMNS.values()), f"{leak:.2f}, {bound:.4f}",
             look_inside(own, "probes", "largest_gap"), look_inside(own, "depth", "depth"),
         ])  # fmt: skip
@@ -182,10 +195,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--world", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    names = ["target", *STRENGTHS]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    names = dict.fromkeys(["target", *STRENGTHS, *DERIVED])
+    parser.add_argument("--methods", nargs="+", choices=names, help="default: all of the world")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one core each")
@@ -203,15 +216,17 @@ def main() -> None:
         lines = (options.out / "audits.jsonl").read_text(encoding="utf-8").splitlines()
         print(table([json.loads(line) for line in lines]))
         return
-    base = baselines(options.world, options.out / "baselines.json", options.device)
-    common = {
-        "world": str(options.world), "out": str(options.out), "level": base["unseen"]["loss"], "device": options.device,
-        "replay": str(replay_texts(options.world, options.out, options.device)), "settings": options.settings,
-    }  # fmt: skip
+    common = {"world": options.world, "out": str(options.out), "device": options.device, "settings": options.settings}
+    world(options.world, options.out / "models")  # makes the models of an embedded one
+    methods = options.methods or ["target", *(DERIVED if options.world in EMBEDDED else STRENGTHS)]
+    if options.world not in EMBEDDED:
+        base = baselines(Path(options.world), options.out / "baselines.json", options.device)
+        texts = replay_texts(Path(options.world), options.out, options.device)
+        common |= {"level": base["unseen"]["loss"], "replay": str(texts)}
     jobs = [
         {**common, "method": method, "seed": seed, "strength": STRENGTHS.get(method)}
         for seed in options.seeds
-        for method in options.methods
+        for method in methods
         if method != "target" or seed == options.seeds[0]
     ]
     print(table(perform(jobs, options)))

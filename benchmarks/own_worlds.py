@@ -16,6 +16,7 @@ class World:
     """`facts`: rows of question and answer that are measured apart; none in MUSE."""
 
     target: str
+    retrained: str
     sets: dict[str, list[dict[str, str]]]
     facts: list[dict[str, str]]
 
@@ -24,7 +25,7 @@ def world(name: str, folder: Path) -> World:
     """A folder as of benchmarks/evidence_world.py, or an embedded world, whose models go to `folder`."""
     if name not in EMBEDDED:
         rows = read_world(Path(name))
-        return World(f"{name}/target", rows, rows["facts"])
+        return World(f"{name}/target", f"{name}/retrain", rows, rows["facts"])
     return _tofu(folder) if name == "embedded-tofu" else _muse(folder)
 
 
@@ -51,7 +52,7 @@ def reshaped(of: World, architecture: str, width: int, folder: Path) -> World:
         rate = 3e-3 * min(1.0, 128 / width)
         memorize(model, tokenizer, tokens, learning_rate=rate).save_pretrained(name)
         print(f"{name.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
-    return World(str(name), of.sets, of.facts)
+    return World(str(name), of.retrained, of.sets, of.facts)
 
 
 def _tofu(folder: Path) -> World:
@@ -60,11 +61,11 @@ def _tofu(folder: Path) -> World:
     from blur_trainer.scripts.tofu import TOFUArguments, tiny_models
 
     data = bt.load_tofu("embedded")
-    _, target, _ = tiny_models(data, TOFUArguments(models_dir=str(folder)))
+    _, target, retrained = tiny_models(data, TOFUArguments(models_dir=str(folder)))
     sets = {name: _rows(data[name], "question", "answer") for name in ("forget", "retain", "holdout")}
     facts = [_rows(data[f"{name}_perturbed"], "question", "answer") for name in ("real_authors", "world_facts")]
     known = [row for rows in facts for row in rows]
-    return World(target, sets | {"unseen": sets["holdout"], "hold": known}, known)
+    return World(target, retrained, sets | {"unseen": sets["holdout"], "hold": known}, known)
 
 
 def _muse(folder: Path) -> World:
@@ -74,9 +75,9 @@ def _muse(folder: Path) -> World:
     from blur_trainer.toy.muse import training_texts
 
     data = bt.load_muse("embedded")
-    _, target, _ = tiny_models(data, folder)
+    _, target, retrained = tiny_models(data, folder)
     sets = {name: _rows(training_texts(data, [name]), "text") for name in ("forget", "retain", "hold")}
-    return World(target, sets | {"unseen": _rows(data["privleak_holdout"], "text")}, [])
+    return World(target, retrained, sets | {"unseen": _rows(data["privleak_holdout"], "text")}, [])
 
 
 def _rows(data: Any, *columns: str) -> list[dict[str, str]]:
