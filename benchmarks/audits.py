@@ -182,7 +182,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         back = [sum(bool(one["recovered"]) for one in row["attacks"]) for row in own]
         leak, bound = (max(row["leak"][key] for row in own) for key in (f"leak@{K}", "leak_bound"))
         lines.append([
-            LABELS.get(method, METHODS[method].label if method in METHODS else method), len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}",
+            LABELS.get(method, METHODS[method].label if method in METHODS else method),
+            len(own), f"{fmean(back):.1f} of {len(own[0]['attacks'])}",
             *(cell(own, kinds) for kinds in COLUMNS.values()), f"{leak:.2f}, {bound:.4f}",
             look_inside(own, "probes", "largest_gap"), look_inside(own, "depth", "depth"),
         ])  # fmt: skip
