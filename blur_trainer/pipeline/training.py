@@ -29,7 +29,8 @@ _ADAPTER = (
 )
 _ASSISTANT = (
     "The assistant alone forgets: the base model still knows, and whoever takes the assistant off has it back. Load "
-    "both with `blur_trainer.LogitDifferenceModel.from_pretrained`."
+    "both with `blur_trainer.LogitDifferenceModel.from_pretrained`, or write both into ordinary weights with "
+    "`blur-trainer distill`."
 )
 
 
