@@ -94,7 +94,8 @@ def trust(attacks: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]
     if before is None:
         return {}
     found: dict[str, float] = {}
-    pairs = {kind: [one for one in attacks if one["kind"] == kind] for kind in ("relearning", "bits")}
+    done = [one for one in attacks if metric in one["numbers"] and metric in one["control"]]  # others could not be done
+    pairs = {kind: [one for one in done if one["kind"] == kind] for kind in ("relearning", "bits")}
     unlearned, retrained = before["numbers"].get(metric), before["control"].get(metric)
     if unlearned is None or retrained is None:
         return {}

@@ -264,6 +264,8 @@ def test_trust_of_a_metric_by_hand():
     found = trust(attacks, "rouge")
     assert found == pytest.approx({"R": 0.25, "Q": 0.5, "harmonic_mean": 1 / 3})
     assert trust([one("plain", 0.2, 0.1), one("relearning", 0.1, 0.3)], "rouge") == {"R": 1.0}
+    undone = {"kind": "relearning", "numbers": {}, "control": {}}  # what this model does not allow
+    assert trust([one("plain", 0.2, 0.1), one("relearning", 0.1, 0.3), undone], "rouge") == {"R": 1.0}
     assert trust([], "rouge") == {}
 
 
