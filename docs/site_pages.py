@@ -21,6 +21,7 @@ PAGES = {
     "docs/index.md": "pages.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/results.md": "results.md",
     "examples/unlearn_your_data.ipynb": "notebook.md",
 }
