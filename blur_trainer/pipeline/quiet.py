@@ -9,9 +9,6 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from blur_trainer.scripts.command_line import OLD_NAMES
 
-#: said by torch on a machine without an accelerator, whose loaders pin nothing anyway
-_NO_PINNING = "'pin_memory' argument is set"
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -21,7 +18,6 @@ def quiet() -> Iterator[None]:
     disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _NO_PINNING, UserWarning)
             for message in OLD_NAMES:
                 warnings.filterwarnings("ignore", message, FutureWarning)
             yield

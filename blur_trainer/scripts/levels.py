@@ -1,6 +1,7 @@
 """Where forgetting ends, as a command line says it: `--level`."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def _said(level: Level) -> Level:
         "exchanged": "an estimate, from answers that are pieced together",
         "given": "as given",
     }[level.source]
-    PartialState().print(f"Forgetting ends at {level.nats:.2f} nats per token{spread}: {what}.")
+    PartialState().print(f"Forgetting ends at {level.nats:.2f} nats per token{spread}: {what}.", file=sys.stderr)
     return level
 
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # 4. Evaluation. PrivLeak's zero is the retrained model: ours, or the published one
     evaluation = make_evaluation(given, data, models, AUC_RETRAIN.get(corpus))
     results = Results(f"MUSE ({corpus})", evaluation, plane={"x": "forget_knowmem", "y": "retain_knowmem"})
-    PartialState().print("Evaluating the target")
+    PartialState().print("Evaluating the target", file=sys.stderr)
     results.add("target", "target", given.load(models.target))
 
     # 5. Unlearn, stage after stage: the method, and BLUR-NPO as published

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"TOFU {script.split}{' (embedded)' if is_embedded(given) else ''}"
     x = "forget_quality_log10" if evaluation.retain_reference else "forget_probability"
     results = Results(name, evaluation, plane={"x": x, "y": "model_utility"})
-    PartialState().print("Evaluating the target")
+    PartialState().print("Evaluating the target", file=sys.stderr)
     results.add("target", "target", given.load(models.target))
 
     # 5. Unlearn: the method, and those it is compared with
@@ -91,7 +91,7 @@ def load_data(given: Given) -> DatasetDict:
     if script.max_rows is not None:
         data = limit_rows(data, script.max_rows)  # the same of every seed, which are compared
     if "holdout" not in data:
-        PartialState().print("No membership inference, no PrivLeak: the data has no holdout set.")
+        PartialState().print("No membership inference, no PrivLeak: the data has no holdout set.", file=sys.stderr)
     return data
 
 
@@ -138,7 +138,7 @@ def make_evaluation(given: Given, data: DatasetDict, models: Models) -> TOFUEval
     elif models.retrained:
         reference = TOFUEvaluation(data, models.tokenizer, **how).reference(given.load(models.retrained))
     else:
-        PartialState().print("No forget quality: pass --retain_model or --retain_log.")
+        PartialState().print("No forget quality: pass --retain_model or --retain_log.", file=sys.stderr)
     return TOFUEvaluation(data, models.tokenizer, reference=reference, **how)
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation = make_evaluation(given, questions, topics, models)
     names = evaluation.primary_metrics
     results = Results("WMDP (invented)" if tiny else "WMDP", evaluation, plane={"x": names[0], "y": names[-1]})
-    PartialState().print("Evaluating the target")
+    PartialState().print("Evaluating the target", file=sys.stderr)
     results.add("target", "target", given.load(models.target))
 
     # 5. Unlearn: the method, and those it is compared with
@@ -121,7 +121,7 @@ def unlearn(
             benchmarks={"wmdp": results.evaluation} if config.eval_strategy != "no" else None,
             **sets,
         )
-        PartialState().print(f"{label}: {trainer.trained}")
+        PartialState().print(f"{label}: {trainer.trained}", file=sys.stderr)
         train_and_save(trainer, label)
         model = trainer.model
     results.add(label, "unlearned" if first else "baseline", model, time.time() - start)

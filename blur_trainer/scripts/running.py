@@ -3,11 +3,14 @@
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers import ProgressCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig
@@ -37,6 +40,8 @@ def begin(script: Any, args: TrainingArguments, model_args: ModelConfig) -> Path
 def begin_run(args: TrainingArguments) -> Path:
     """As `begin`, for a run that attacks nothing."""
     check_launch(args, f"start `accelerate launch {_program()}` with the same arguments")
+    with redirect_stdout(sys.stderr):  # accelerate imports DeepSpeed here, which goes on talking to the stdout it finds
+        extract_model_from_parallel(nn.Identity())
     if not PartialState().is_local_main_process:
         datasets.disable_progress_bars()
         disable_progress_bar()
@@ -79,12 +84,14 @@ def train_and_save(trainer: UnlearningTrainer, label: str) -> UnlearningTrainer:
     Raises:
         TrainingInterrupted: on Ctrl+C or SIGTERM, after the checkpoint of the step: exit code 130 or 143.
     """
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressBarCallback(label))
     args = trainer.args
+    trainer.remove_callback(ProgressCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(ProgressBarCallback(label))
     begun = args.resume_from_checkpoint and any(Path(str(args.output_dir)).glob("checkpoint-*"))
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
+        with redirect_stdout(sys.stderr):  # without a bar, Trainer prints what it logs
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if begun else None)
     except TrainingInterrupted as error:
         remedy = "Go on with --resume_from_checkpoint true and the same arguments."
         PartialState().print(f"{error.where}. {remedy}", file=sys.stderr)

@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForCausalLM,
@@ -43,9 +44,8 @@ class _Progress(ProgressCallback):
         self.desc = desc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.desc)
+        self.current_step = 0
+        self.training_bar = tqdm(desc=self.desc, total=state.max_steps, dynamic_ncols=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         pass

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from blur_trainer.atomic_write import atomic_write
 
@@ -95,9 +97,22 @@ class ProgressBarCallback(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.desc)
+        self.current_step = 0
+        if state.is_world_process_zero:  # with its name from the start: the base's first line has none
+            self.training_bar = tqdm(desc=self.desc, total=state.max_steps, dynamic_ncols=True)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.prediction_bar is None and has_length(eval_dataloader):
+            desc, total = f"{self.desc}, evaluation", len(eval_dataloader)
+            self.prediction_bar = tqdm(desc=desc, total=total, leave=self.training_bar is None, dynamic_ncols=True)
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

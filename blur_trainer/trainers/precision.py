@@ -54,6 +54,8 @@ class ByDevice(_Base):
         if given == (None, None) and not engine_requested(self, "fsdp"):
             left_open.add("activation_checkpointing")
             self.activation_checkpointing = not self.use_cpu and torch.accelerator.is_available()
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn of it
         self.by_device = frozenset(left_open)
 
     def find_unused_parameters(self) -> None:

@@ -88,9 +88,8 @@ def test_the_table_is_printed(first):
     lines = printed.splitlines()
     names = [line.split()[0] for line in lines if line.startswith(("target", "retrain", *NAMES))]
     assert names == ["target", *NAMES, "retrain", "target", "retrain"]
-    (level,) = [line for line in lines if line.startswith("Forgetting ends at ")]
-    assert level.endswith("what the target loses on rows that nobody saw.")
-    assert float(level.split()[3]) == pytest.approx(training_args(folder).forget_level, abs=0.01)
+    assert lines[0] == "" and "Forgetting ends at" not in printed, "more than the result"
+    assert training_args(folder).forget_level > 1
     assert training_args(folder / "gru").forget_level is None  # only of the method that has no end of its own
     assert lines[-1] == f"Report: {folder / 'report.html'}"
 

@@ -180,7 +180,7 @@ def test_all_processes_wait_for_a_memorized_model(tmp_path, monkeypatch, is_main
 
 def test_all_processes_wait_until_a_trained_model_is_written(tmp_path, monkeypatch):
     process, order = Processes(), []
-    trainer = SimpleNamespace(args=SimpleNamespace(resume_from_checkpoint=None, output_dir=tmp_path))
+    trainer = SimpleNamespace(args=SimpleNamespace(resume_from_checkpoint=None, output_dir=tmp_path, disable_tqdm=True))
     for name in ("train", "remove_callback", "add_callback", "save_model", "save_state"):
         setattr(trainer, name, lambda *args, name=name, **kwargs: order.append((name, process.waits)))
     monkeypatch.setattr(running, "PartialState", lambda: process)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -386,7 +387,8 @@ def test_the_users_callbacks_come_after_ours(tmp_path):
 
 
 def test_the_progress_bar_is_named_and_shows_both_losses(tmp_path, capsys):
-    trainer = BLURTrainer(tiny_llama(), settings(tmp_path / "run", disable_tqdm=False), FORGET, RETAIN)
+    args = settings(tmp_path / "run", disable_tqdm=False, eval_strategy="epoch")
+    trainer = BLURTrainer(tiny_llama(), args, FORGET, RETAIN, eval_dataset=RETAIN)
     trainer.remove_callback(ProgressCallback)
     bar = ProgressBarCallback("BLUR-NPO")
     trainer.add_callback(bar)
@@ -406,3 +408,6 @@ def test_the_progress_bar_is_named_and_shows_both_losses(tmp_path, capsys):
         assert desc.startswith("BLUR-NPO") and f"loss/forget={loss:.3g}" in postfix and "loss/retain=" in postfix
     out = capsys.readouterr()
     assert "'learning_rate'" not in out.out + out.err, "the dictionary is printed all the same"
+    lines = [line.strip() for line in re.split(r"[\r\n]", out.err) if "it/s]" in line]
+    assert any(line.startswith("BLUR-NPO, evaluation:") for line in lines)
+    assert all(line.startswith("BLUR-NPO") for line in lines), "a bar has no name"

@@ -55,6 +55,11 @@ def test_a_gpu_gets_bfloat16_and_checkpointing_and_a_cpu_neither(gpu):
     assert chosen(use_cpu=True) == (False, False)
 
 
+def test_memory_is_pinned_for_a_gpu_only(gpu):
+    """torch warns of it on a CPU, where nobody asked for it."""
+    assert BLURConfig("out").dataloader_pin_memory and not BLURConfig("out", use_cpu=True).dataloader_pin_memory
+
+
 @pytest.mark.parametrize(
     "what, given, expected",
     [

@@ -44,7 +44,7 @@ def gradient_norms(
     r"""
     Norm of the gradient of each text's loss. It is small for a text that the model was trained on.
 
-    $$s = \Big\lVert \nabla_\theta \frac{1}{T} \sum_{t=1}^{T} -\log p_\theta(y_t \mid x_{<t}) \Big\rVert_2$$
+    $$s = \left\lVert \nabla_\theta \frac{1}{T} \sum_{t=1}^{T} -\log p_\theta(y_t \mid x_{<t}) \right\rVert_2$$
 
     over all parameters that require gradients. It makes one backward pass per text and does not change `.grad`.
 
