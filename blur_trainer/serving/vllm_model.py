@@ -1,26 +1,22 @@
 """The logit-difference model for vLLM: target and assistant over one set of weights, each with its own KV cache."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
-from blur_trainer.models.logit_composition import check_composition, composition_named
-from blur_trainer.models.named_model import adapter_inside, own_folder
-from blur_trainer.models.origin import find
+from blur_trainer.models.logit_composition import composition_named
 from blur_trainer.models.truncation import shortened
+from blur_trainer.serving.folder import check_served, tensors_of
 from blur_trainer.serving.vllm_adapter import put_adapter
 from blur_trainer.serving.vllm_sharing import share_weights
 
 TARGET = "target."  # what the target's tensors are called in the stream of all weights
-LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
 class ServedLogitDifference(nn.Module):
@@ -53,11 +49,17 @@ class ServedLogitDifference(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        _check(config, vllm_config)
+        model_config = vllm_config.model_config
+        config: Any = model_config.hf_config
+        check_served(config, vllm_config.load_config.load_format, vllm_config.quant_config is not None)
         self.config, self.composition = config, composition_named(config.composition)
-        self.hidden_size = vllm_config.model_config.get_hidden_size()
-        self._find_weights(vllm_config.model_config)
+        self.hidden_size = model_config.get_hidden_size()
+        self.lora, adapter, place = tensors_of(model_config.model, model_config.revision, config)
+        # vLLM's loader reads these two: the adapter alone from this folder, then the target from its own
+        self.allow_patterns_overrides = [adapter]
+        self.secondary_weights = [
+            DefaultModelLoader.Source(place.name, place.revision, prefix=TARGET, fall_back_to_pt=False)
+        ]
         text = config.text_config
         self.target = init_vllm_registered_model(
             vllm_config, hf_config=text, prefix=maybe_prefix(prefix, "target"), architectures=text.architectures
@@ -78,18 +80,6 @@ class ServedLogitDifference(nn.Module):
                 )
             share_weights(part, self.target)
             self.others[name] = part
-
-    def _find_weights(self, model_config: Any) -> None:
-        """Says where vLLM's loader finds the tensors: the adapter's in this folder, the target's in its own."""
-        name, config = model_config.model, self.config
-        folder = own_folder(name, **({"revision": model_config.revision} if model_config.revision else {}))
-        inside = adapter_inside(folder)
-        self.lora = LoraConfig.from_pretrained(str(folder / (inside or "")))
-        place = find(config.target, (config.origins or {}).get(config.target), _beside(name), "target")
-        self.allow_patterns_overrides = ["/".join(filter(None, (inside, "adapter_model.safetensors")))]
-        self.secondary_weights = [
-            DefaultModelLoader.Source(place.name, place.revision, prefix=TARGET, fall_back_to_pt=False)
-        ]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.target.embed_input_ids(input_ids)
@@ -131,20 +121,3 @@ class ServedLogitDifference(nn.Module):
             put = put_adapter(self.others["assistant"], adapter, self.lora)
             loaded |= {f"others.assistant.{name}" for name in put}
         return loaded
-
-
-def _beside(name: str) -> Path | None:
-    return Path(name) if Path(name).is_dir() else None
-
-
-def _check(config: Any, vllm_config: VllmConfig) -> None:
-    check_composition(config.weight, config.top_logit_filter)  # `--hf-overrides` may have set them
-    loading = vllm_config.load_config.load_format
-    if config.target is None or not config.num_assistant_layers:
-        raise ValueError(f"config.json names no target (target={config.target!r}): write its folder or hub id there.")
-    if config.assistant is not None:
-        raise ValueError(f"The assistant is over another model ({config.assistant!r}): serve this one by transformers.")
-    if vllm_config.quant_config is not None:
-        raise ValueError("quantization: not supported for a logit-difference model; serve the target's own weights.")
-    if loading not in LOAD_FORMATS:
-        raise ValueError(f"load_format={loading!r}: a logit-difference model is loaded by one of {LOAD_FORMATS}.")

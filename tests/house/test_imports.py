@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
         *("objectives", "evaluation", "report", "saving"),
     },
     "uld": {"constants", "checks", "data", "models", "objectives", "evaluation", "trainers"},
+    "serving": {"models"},
     "memory": {"models", "objectives", "trainers"},
     "scripts": {
         *("checks", "atomic_write", "toy", "recipes", "data", "models", "evaluation", "report", "saving", "trainers"),
