@@ -243,8 +243,9 @@ def test_index_leads_to_every_page():
 
 @cache
 def package() -> dict[str, ModuleType]:
-    """Every module of the package by its name."""
-    names = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "blur_trainer").rglob("*.py")]
+    """Every module of the package by its name, but those that import vLLM, which has an environment of its own."""
+    paths = [path for path in (ROOT / "blur_trainer").rglob("*.py") if "\nfrom vllm." not in path.read_text()]
+    names = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     dotted = {".".join(parts).removesuffix(".__init__") for parts in names}
     return {name: importlib.import_module(name) for name in sorted(dotted)}
 
@@ -356,7 +357,8 @@ def flags(parser: TrlParser) -> set[str]:
     launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser().format_help()
     for module in ("accelerate.commands.launch", "deepspeed.launcher.runner"):  # whose help hides some
         launcher += Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
+    scripts = [*(ROOT / "benchmarks").rglob("*.py"), ROOT / "examples" / "serve_uld.py"]
+    benchmarks = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
     own = "\n".join(re.findall(r'add_argument\((".*)', benchmarks))
     configs = {trainer.config_class for _, trainer, *_ in tofu.METHODS.values()}
     others = "\n".join(TrlParser((tofu.TOFUArguments, config)).format_help() for config in configs)
