@@ -1,6 +1,6 @@
 """Serve a model of ULD, offset unlearning or WHP with vLLM and ask it questions over the OpenAI-compatible API.
 
-python examples/serve_uld.py forgetful "Question: Who wrote it?\nAnswer:"      # starts `vllm serve`, asks, stops it
+python examples/serve_uld.py forgetful "Question: Who wrote it?\nAnswer:"      # starts a server, asks, stops it
 python examples/serve_uld.py forgetful "..." --url http://127.0.0.1:8000       # asks a server that runs already
 python examples/serve_uld.py forgetful "..." -- --dtype float32 --max-model-len 2048     # what follows goes to vLLM
 
@@ -10,7 +10,6 @@ server needs this package in vLLM's environment: docs/serving.md says how. Nothi
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -49,17 +48,16 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+", help=r"texts to go on with; \n is a new line")
     parser.add_argument("--url", help="of a running server; default: start one")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--vllm", default="vllm", help="vLLM's command, e.g. another environment's bin/vllm")
+    parser.add_argument("--python", default=sys.executable, help="that of vLLM's environment; default: this one")
     parser.add_argument("--max_tokens", type=int, default=32)
     parser.add_argument("--wait", type=float, default=600, help="seconds for the server to start")
     options = parser.parse_args(words[:cut])
 
     url, server = options.url, None
     if url is None:
-        command = [options.vllm, "serve", options.folder, "--host", "127.0.0.1", "--port", str(options.port)]
-        if shutil.which(options.vllm) is None:
-            raise SystemExit(f"There is no command {options.vllm!r}: install vLLM (docs/serving.md), or give --vllm.")
-        url, server = f"http://127.0.0.1:{options.port}", subprocess.Popen([*command, *words[cut + 1 :]])
+        command = [options.python, "-m", "vllm.entrypoints.openai.api_server", "--model", options.folder]
+        command += ["--host", "127.0.0.1", "--port", str(options.port), *words[cut + 1 :]]
+        url, server = f"http://127.0.0.1:{options.port}", subprocess.Popen(command)
     try:
         if server is not None:
             wait_for(url, server, options.wait)
