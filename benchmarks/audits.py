@@ -149,7 +149,8 @@ def attacks(row: Mapping[str, Any], kinds: Sequence[str]) -> list[Mapping[str, A
 
 def strongest(row: Mapping[str, Any], kinds: Sequence[str]) -> Mapping[str, Any]:
     """The attack whose probability of the true answer is most above its control."""
-    return max(attacks(row, kinds), key=lambda one: one["numbers"]["probability"] - one["control"]["probability"])
+    done = [one for one in attacks(row, kinds) if "probability" in one["numbers"]]  # some models do not allow some
+    return max(done, key=lambda one: one["numbers"]["probability"] - one["control"]["probability"])
 
 
 def spread(values: Sequence[float]) -> str:
