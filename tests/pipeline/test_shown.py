@@ -23,6 +23,7 @@ def prepared(redact=False, push_to_hub=False, **options):
         settings={"learning_rate": 1e-3, "gamma": 0.1, "forget_objective_kwargs": {"layer": 2}},
         options={"forget": [{"text": SECRET}], "hold": [{"text": SECRET}], "limit": 40, **options},
         sets={"forget": SimpleNamespace(said="data in memory: 1 row", digest="abcd")},
+        forgotten=(),
     )
 
 

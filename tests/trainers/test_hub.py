@@ -14,6 +14,7 @@ from support.runs import settings
 from support.tiny_tokenizer import tiny_tokenizer
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from blur_trainer.models.carried_code import MODULES
 from blur_trainer.saving.manifest import MANIFEST_NAME
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig
@@ -189,7 +190,7 @@ def test_uld_goes_up_without_the_target(hub, tmp_path):
     trainer.train()
     trainer.push_to_hub()
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    beside = {"README.md", "config.json", "generation_config.json"}
+    beside = {"README.md", "config.json", "generation_config.json"} | {f"{name}.py" for name in MODULES}
     assert [set(files) for files in hub.files] == [
         adapter | beside,
         {f"assistant/{name}" for name in adapter} | beside,
