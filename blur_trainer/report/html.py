@@ -25,6 +25,7 @@ from blur_trainer.report.tables import (
     heading,
     robustness_columns,
     robustness_rows,
+    role_of,
     spread_texts,
     values,
 )
@@ -200,9 +201,14 @@ def _methods(rows: Items) -> list[int]:
 
 
 def _best(column: Mapping[str, Any], rows: Items) -> list[bool]:
-    """Which rows to highlight: the best of at least two methods, and all that are printed the same."""
+    """
+    Which rows to highlight: the best of at least two methods, and all that are printed the same. Of what is to be
+    forgotten it is the nearest to the retrained model, where there is one: more than that is not asked for.
+    """
     goal, texts, numbers = goal_of(column), cells(column, rows), values(column, rows)
     aim = best_value(column, rows)
+    if goal == "min" and role_of(column) == "forget" and aim is not None:
+        goal = "near"
     scores = {"min": lambda x: x, "max": lambda x: -x, "zero": abs, "near": lambda x: abs(x - aim)}
     methods = [i for i in _methods(rows) if numbers[i] is not None and numbers[i] == numbers[i]]
     if goal is None or len(methods) < 2 or (goal == "near" and (aim is None or aim != aim)):

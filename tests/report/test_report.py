@@ -202,8 +202,8 @@ def test_the_table_shows_the_numbers_of_the_json(full):
 def test_the_best_methods_are_highlighted(full):
     folder, _ = full
     best = re.findall(r'class="best">([^<]*)<', (folder / "report.html").read_text(encoding="utf-8"))
-    # neither target nor retrained, and no column without a goal
-    assert best == ["92.0", "97.2", "12.0", "0.4"]
+    # neither target nor retrained, and no column without a goal; of what is forgotten the nearest to the retrained 22.0
+    assert best == ["21.3", "92.0", "97.2", "12.0"]
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,14 @@ def test_the_best_methods_are_highlighted(full):
         ("near", [9.0, 2.0, 7.0, 5.5], [False, False, True, False]),
         ("near", [9.0, 2.0, 7.0, None], [False] * 4),
         ("near 3", [9.0, 2.0, 7.0, 7.0], [False, True, False, False]),
+        ("forget", [9.0, 0.0, 5.0, 4.0], [False, False, True, False]),
+        ("forget", [9.0, 0.0, 5.0, None], [False, True, False, False]),
     ],
 )
 def test_best(goal, numbers, expected):
     goal, _, near = (goal or "").partition(" ")
-    column = {"name": "m", **({"goal": goal} if goal else {}), **({"near": float(near)} if near else {})}
+    goal, role = ("min", {"role": "forget"}) if goal == "forget" else (goal, {})
+    column = {"name": "m", **({"goal": goal} if goal else {}), **({"near": float(near)} if near else {}), **role}
     kinds = ("target", "unlearned", "baseline", "retrain")
     rows = [{"name": kind, "kind": kind, "metrics": {"m": n}} for kind, n in zip(kinds, numbers, strict=True)]
     assert report._best(column, rows) == expected
