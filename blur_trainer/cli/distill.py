@@ -22,4 +22,4 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(help_text([UnlearnArguments], "distill", _USAGE, _MORE))
         return 0
     named = [] if words[0].startswith("-") else ["--model_name_or_path", words.pop(0)]
-    return unlearn.main(["--method", DISTILL, *named, *words])
+    return unlearn.main(["--method", DISTILL, *named, *words], "distill")

@@ -40,8 +40,11 @@ _MORE = """Everything else follows from model and data if left out. Often wanted
 All options of reading, training and model: --help-all, for one method: --method npo --help-all."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code 1 if the verdict is not the one of `--require`, 2 for wrong options, 130 after Ctrl-C."""
+def main(arguments: Sequence[str], command: str = "unlearn") -> int:
+    """
+    Exit code 1 if the verdict is not the one of `--require`, 2 for wrong options, 130 after Ctrl-C. `command`: as
+    messages name it.
+    """
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(help_text([UnlearnArguments], "unlearn", _USAGE, _MORE))
         return 0
@@ -64,10 +67,10 @@ def main(arguments: Sequence[str]) -> int:
                 said, met = str(done), _meets(done, prepared.script.require)
     except (ValueError, TypeError, OSError) as error:
         logger.debug("blur-trainer unlearn", exc_info=True)
-        PartialState().print(f"blur-trainer unlearn: {error}", file=sys.stderr)
+        PartialState().print(f"blur-trainer {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        PartialState().print(f"\nblur-trainer unlearn: interrupted. {_how_to_go_on(options)}", file=sys.stderr)
+        PartialState().print(f"\nblur-trainer {command}: interrupted. {_how_to_go_on(options)}", file=sys.stderr)
         return 130
     return _said(said, met)
 

@@ -82,7 +82,8 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_trained(folder, mod
     monkeypatch.chdir(folder)
     words = [f"--{role}={name}" for role, name in SETS.items()]
     assert main(["distill", model, *words, *more, "--output_dir", "never"]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "blur-trainer distill: " in said
     assert not (folder / "never").exists()
 
 

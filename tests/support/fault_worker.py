@@ -31,7 +31,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.forking import exit_after
 from support.models import examples, tiny_llama
 from support.parity import ENGINES
 from support.runs import settings
@@ -103,15 +103,7 @@ def forked(work: Callable[[], int], log: Path, **environment: str) -> int:
     os.environ.update(environment)
     faulthandler.dump_traceback_later(30)  # into the log, if it hangs
     signal.alarm(60)  # the end of it then: also of a child whose parent is gone
-    code = 1
-    try:
-        code = work()
-    except BaseException:  # noqa: BLE001  nothing of the child may go on in the parent's code
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    exit_after(work)
 
 
 def waited(child: int, seconds: float = 90.0) -> int | None:

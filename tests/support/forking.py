@@ -14,8 +14,10 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 
 def child(rank: int, environment: dict[str, str], script: Path, arguments: list[str]) -> int:
@@ -23,14 +25,23 @@ def child(rank: int, environment: dict[str, str], script: Path, arguments: list[
     started = os.fork()
     if started:
         return started
-    code = 1
-    try:
+
+    def work() -> int:
         os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         sys.argv = [str(script), *arguments]
         gc.enable()
         runpy.run_path(str(script), run_name="__main__")
-        code = 0
-    except BaseException:  # noqa: BLE001  nothing of the child may go on in the parent's code
+        return 0
+
+    exit_after(work)
+
+
+def exit_after(work: Callable[[], int]) -> NoReturn:
+    """Ends a forked process by the code that `work` gives, 1 if it fails: nothing may go on in the parent's code."""
+    code = 1
+    try:
+        code = work()
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
         sys.stdout.flush()
