@@ -4,3 +4,6 @@
 IGNORE_INDEX = -100
 #: the two roles, always in this order: of gradients, weights, batches and columns
 ROLES = ("forget", "retain")
+
+#: a column of the forget set, made by the trainer: how many tokens a retain example begins with, too
+SHARED_START = "shared_start"

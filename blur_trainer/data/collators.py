@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from blur_trainer.constants import ROLES
+from blur_trainer.constants import ROLES, SHARED_START
 from blur_trainer.data.columns import LEVEL
 
 
@@ -31,8 +31,8 @@ class UnlearningCollator:
 
     B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). If the examples have the columns, B also
     holds `ref_logps`, float32 (B,); `refusal`, another B from `refusal_input_ids`, `refusal_labels` and
-    `refusal_ref_logps`; `forget_level` and `weight`, float32 (B,); and `topic`, int64 (B,). Other columns are left
-    out.
+    `refusal_ref_logps`; `forget_level` and `weight`, float32 (B,); and `topic` and `shared_start`, int64 (B,).
+    Other columns are left out.
     """
 
     pad_token_id: int
@@ -62,8 +62,9 @@ class UnlearningCollator:
         if any(LEVEL in example for example in examples):
             levels = [float(_get(example, LEVEL, role)) for example in examples]
             batch[LEVEL] = torch.tensor(levels, dtype=torch.float32)
-        if any("topic" in example for example in examples):
-            batch["topic"] = torch.tensor([int(_get(example, "topic", role)) for example in examples])
+        for column in ("topic", SHARED_START):
+            if any(column in example for example in examples):
+                batch[column] = torch.tensor([int(_get(example, column, role)) for example in examples])
         if any("weight" in example for example in examples):
             weights = [float(_get(example, "weight", role)) for example in examples]
             batch["weight"] = torch.tensor(weights, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields, check_value
+from blur_trainer.constants import SHARED_START
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import hidden_size
 from blur_trainer.models.reference import Reference
@@ -43,12 +44,15 @@ class ActivationObjective(Objective):
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         # compute the target first, so that the reference's activations are freed before the model's graph is built
         target = self.target(hidden_size(model), batch, reference)
-        mask = batch["attention_mask"] if self.masked else None
+        mask = self.mask(batch) if self.masked else None
         return activation_loss(activations(model, batch, self.layer), target, mask)
 
+    def mask(self, batch: Batch) -> Tensor:
+        """The positions that count, `(B, T)`."""
+        return batch["attention_mask"]
+
     def items(self, batch: Batch) -> Tensor:
-        mask = batch["attention_mask"]
-        return mask.sum(-1) if self.masked else torch.ones_like(mask).sum(-1)
+        return (self.mask(batch) if self.masked else torch.ones_like(batch["attention_mask"])).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class RMU(ActivationObjective):
         coefficient: the length of the target vector, one number or one per topic.
         topics: names. A trainer sets them if it gets several forget sets by name.
         seed: seed of the vectors.
+        skip_shared_start: leave out the start of each example that a retain example has, too, such as a system prompt
+            or `Question: What is`. A causal model has the same activations there, so that they cannot be steered here
+            and held there. Default: as published, all positions.
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.
@@ -74,12 +81,18 @@ class RMU(ActivationObjective):
     coefficient: float | Mapping[str, float] = 6.5
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
+    skip_shared_start: bool = False
     #: cached vectors by size, `coefficient * vectors` by size and device, and those of `restore` as "restored"
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "topics", tuple(self.topics))
+        object.__setattr__(self, "needs_shared_start", self.skip_shared_start)
+        if self.skip_shared_start and not self.masked:
+            raise ValueError(
+                "RMU: `masked=False` counts every position, so `skip_shared_start` has no effect: drop one."
+            )
         if not self.topics or len(set(self.topics)) != len(self.topics):
             raise ValueError(f"RMU: `topics` must be different names, at least one, got {self.topics}.")
         if isinstance(self.coefficient, Mapping):
@@ -137,6 +150,16 @@ class RMU(ActivationObjective):
             )
         self._kept.clear()
         self._kept["restored"] = vectors
+
+    def mask(self, batch: Batch) -> Tensor:
+        attended = batch["attention_mask"]
+        if not self.skip_shared_start:
+            return attended
+        if SHARED_START not in batch:
+            raise ValueError(
+                f"RMU: `skip_shared_start` needs `batch[{SHARED_START!r}]`, `(B,)`; a trainer makes it from the sets."
+            )
+        return attended * (attended.cumsum(-1) > batch[SHARED_START][:, None])
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
         device = batch["input_ids"].device

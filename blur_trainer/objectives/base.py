@@ -38,6 +38,8 @@ class Objective:
     needs_alternatives: ClassVar[bool] = False
     #: needs `batch["forget_level"]` `(B,)`, nats per token: the forget set's column `forget_level`
     needs_level: ClassVar[bool] = False
+    #: needs `batch["shared_start"]` `(B,)`, int64: so many tokens of the example a retain example begins with, too
+    needs_shared_start: ClassVar[bool] = False
 
     @property
     def top_layer(self) -> int | None:

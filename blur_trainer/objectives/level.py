@@ -16,7 +16,10 @@ from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.losses import target_loss
 
 #: what a trainer asks of an objective, beside its methods
-_ASKED = ("per", "needs_reference", "needs_reference_logits", "needs_logits", "needs_refusal", "needs_alternatives")
+_ASKED = (
+    *("per", "needs_reference", "needs_reference_logits", "needs_logits"),
+    *("needs_refusal", "needs_alternatives", "needs_shared_start"),
+)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def derived(
     if chosen.layered:
         layer = min(size.layers - 1, max(1, round(_DEPTH * size.layers)))
         settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
+        settings["forget_objective_kwargs"]["skip_shared_start"] = True
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer

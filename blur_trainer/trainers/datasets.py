@@ -18,6 +18,7 @@ from blur_trainer.data.levels import has_levels
 from blur_trainer.data.notices import shown
 from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
+from blur_trainer.data.shared_start import with_shared_starts
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.alternatives import settle_alternatives
@@ -86,8 +87,22 @@ def tokenize_all(
             evaluation = {name: tokenize(dataset, f"eval_{name}") for name, dataset in evaluation.items()}
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
+    if forget_objective.needs_shared_start:
+        forget = _with_shared_starts(forget, retain)
     _say_what_is_trained(forget, retain, tokenizer, args.should_log)
     return forget, retain, evaluation
+
+
+def _with_shared_starts(forget: Any, retain: Any) -> Any:
+    kept = [rows for _, rows in _named("retain", retain)]
+    if any(not isinstance(rows, datasets.Dataset) for rows in [*dict(_named("forget", forget)).values(), *kept]):
+        raise TypeError(
+            "`skip_shared_start` compares the forget set with the whole retain set, and one of them is a stream: load "
+            "it, or leave the option out."
+        )
+    if isinstance(forget, Mapping):
+        return {topic: with_shared_starts(rows, kept) for topic, rows in forget.items()}
+    return with_shared_starts(forget, kept)
 
 
 def _settle_retain(

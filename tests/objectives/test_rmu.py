@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from support import reference
@@ -65,6 +66,58 @@ def test_unmasked_is_the_plain_mean_over_the_batch():
     torch.testing.assert_close(objective(trained, batch), want)
     assert objective.num_items(batch) == batch["input_ids"].numel()
     assert RMU(LAYER).num_items(batch) == batch["attention_mask"].sum() < batch["input_ids"].numel()
+
+
+# ---- what forget and retain examples begin with alike ----
+
+
+def test_a_shared_start_is_not_steered():
+    batch, trained = collate(examples(4, low=7)), model()
+    batch["shared_start"] = torch.tensor([0, 1, 3, 6])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = trained(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
+    goal = COEFFICIENT * control_vector("forget", WIDTH, 0)
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    want = [((hidden[b, t] - goal) ** 2).mean() for b in range(4) for t in range([0, 1, 3, 6][b], lengths[b])]
+    objective = RMU(LAYER, coefficient=COEFFICIENT, skip_shared_start=True)
+    torch.testing.assert_close(objective(trained, batch), torch.stack(want).mean())
+    assert objective.num_items(batch) == len(want)
+    padded = {name: value.roll(3, 1) if value.dim() == 2 else value for name, value in batch.items()}
+    assert objective.mask(padded).sum(-1).tolist() == objective.mask(batch).sum(-1).tolist()  # of any side of padding
+
+
+@pytest.mark.parametrize("level", [None, 20.0])
+def test_a_trainer_counts_the_shared_start(level, tmp_path):
+    """Rows that differ from the retain rows from their third token on. With a level nothing changes."""
+    forget = [{"input_ids": [5, 6, 7 + i, 9], "labels": [-100, 6, 7 + i, 9]} for i in range(4)]
+    retain = [{"input_ids": [5, 6, 30 + i], "labels": [5, 6, 30 + i]} for i in range(4)]
+    args = settings(tmp_path, max_steps=1, forget_level=level, **FIXED)
+    trainer = BLURTrainer(model(), args, forget, retain, **objectives(skip_shared_start=True))
+    item = trainer.train_dataset[0]
+    assert item["forget"]["shared_start"] == 2 and "shared_start" not in item["retain"]
+    assert trainer.objectives["forget"].num_items(trainer.data_collator([item])["forget"]) == 2
+    trainer.train()
+
+
+def test_topics_count_the_shared_start_against_all_retain_rows(tmp_path):
+    args = settings(tmp_path, max_steps=2, **FIXED)
+    row = lambda *ids: {"input_ids": list(ids), "labels": list(ids)}  # noqa: E731
+    forget = {"a": [row(5, 6, 7)] * 2, "b": [row(8, 9, 10)] * 2}
+    retain = {"a": [row(8, 9, 11)] * 2, "b": [row(5, 12)] * 2}
+    trainer = BLURTrainer(model(), args, forget, retain, **objectives(skip_shared_start=True))
+    starts = [trainer.train_dataset[place]["forget"]["shared_start"] for place in range(4)]
+    assert sorted(starts) == [1, 1, 2, 2]
+    trainer.train()
+
+
+def test_a_shared_start_needs_the_whole_sets(tmp_path):
+    stream = Dataset.from_list(RETAIN).to_iterable_dataset()
+    with pytest.raises(TypeError, match="compares the forget set with the whole retain set, and one of them is a str"):
+        BLURTrainer(*(model(), settings(tmp_path, max_steps=1), FORGET, stream), **objectives(skip_shared_start=True))
+    with pytest.raises(ValueError, match="`masked=False` counts every position"):
+        RMU(LAYER, masked=False, skip_shared_start=True)
+    with pytest.raises(ValueError, match="a trainer makes it from the sets"):
+        RMU(LAYER, skip_shared_start=True)(model(), collate(FORGET[:2]))
 
 
 # ---- control vectors ----
