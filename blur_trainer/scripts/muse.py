@@ -25,7 +25,7 @@ _TINY = {  # for a Llama of 1M parameters that knows its texts by heart; docs/qu
 TINY = _TINY | {
     "forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}, "gamma": 0.15,
     "retain_objective": "kl", "replay": 2048, "learning_rate": 5e-4, "lr_scheduler_type": "linear",
-    "num_train_epochs": 30, "eval_steps": 42, "per_device_eval_batch_size": 64,  # of what is replayed
+    "num_train_epochs": 30, "eval_steps": 42,
 }  # fmt: skip
 #: BLUR as published: NPO without an end. All that makes it the method, whatever the command line says of another
 PUBLISHED = {
