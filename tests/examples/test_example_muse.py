@@ -354,9 +354,7 @@ def wholes(tmp_path_factory, local):
 @pytest.mark.parametrize(
     "case", [case if "LoRA" in case else pytest.param(case, marks=pytest.mark.full) for case in INTERRUPTED]
 )
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(
-    case, main, out, local, wholes, monkeypatch, unreported
-):
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch, unreported):
     """SIGTERM in the second step of one of several trainings: those before it are not repeated, those after it run."""
     more, where = INTERRUPTED[case]
     arguments = ["--data_dir", local, "--num_train_epochs", 3, "--eval_strategy", "no", "--disable_tqdm", "True", *more]
