@@ -16,6 +16,7 @@ from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.encoding import leading_special_ids
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.repeats import own_runs, repeating, row_texts
+from blur_trainer.evaluation.batching import check_context
 from blur_trainer.evaluation.distributed import rank_and_world
 from blur_trainer.evaluation.sampling import sample_ids
 from blur_trainer.evaluation.scoring import special_ids
@@ -116,16 +117,26 @@ def replayed(
 def _sampled(
     model: Any, tokenizer: PreTrainedTokenizerBase, begun: Sequence[Prompt], settings: ReplaySettings, **how: Any
 ) -> list[Row]:
-    """One text for each prompt. `how`: as of [`~blur_trainer.evaluation.sampling.sample_ids`]."""
-    found = sample_ids(
-        *(model, tokenizer, [ids for ids, _ in begun]),
-        num=1,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        **how,
-    )
-    return [_row(tokenizer, ids, masked, said) for (ids, masked), (said,) in zip(begun, found, strict=True)]
+    """One text for each prompt. `how`: as of [`~blur_trainer.evaluation.sampling.sample_ids`].
+
+    First a quarter of the tokens of all texts, then the rest of those that have not ended. A batch is written until its
+    longest text ends, so a few long texts among many short ones would make all batches long.
+    """
+    prompt_ids, most = [ids for ids, _ in begun], settings.max_new_tokens
+    check_context(model, [len(ids) for ids in prompt_ids], what="prompt", max_new_tokens=most)
+    how |= {"num": 1, "temperature": settings.temperature, "top_p": settings.top_p}
+    ends, _ = special_ids(model, tokenizer)
+    found: list[list[int]] = [[] for _ in prompt_ids]
+    going = list(range(len(prompt_ids)))
+    for tokens in (most // 4, most - most // 4):
+        if not tokens or not going:
+            continue
+        prompts = [[*prompt_ids[i], *found[i]] for i in going]
+        said = [more for (more,) in sample_ids(model, tokenizer, prompts, max_new_tokens=tokens, **how)]
+        for index, more in zip(going, said, strict=True):
+            found[index] += more
+        going = [i for i, more in zip(going, said, strict=True) if len(more) == tokens and more[-1] not in ends]
+    return [_row(tokenizer, ids, masked, text) for (ids, masked), text in zip(begun, found, strict=True)]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, prompt: list[int], masked: bool, found: list[int]) -> Row:

@@ -28,10 +28,11 @@ def cases(*kinds):
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    worker.memorize(str(folder))
     script = SUPPORT / "distributed_evaluation_worker.py"
     wanted = [*chosen(request, "case"), *(f"{engine}-full" for engine in chosen(request, "engine"))]
     wanted += [f"ddp-{model}" for model in chosen(request, "attack")]
+    alone = {"full", *chosen(request, "model"), *chosen(request, "trained")}
+    worker.memorize({case.split("-")[-1] for case in wanted} | alone, str(folder))
     forked(script, str(folder), ",".join(dict.fromkeys(wanted)), DS_ACCELERATOR="cpu")
     return folder
 

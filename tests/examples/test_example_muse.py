@@ -63,6 +63,12 @@ def attacked_briefly(monkeypatch):
 
 
 @pytest.fixture
+def unreported(monkeypatch):
+    """No report is drawn, where a test does not look at it."""
+    monkeypatch.setattr("blur_trainer.scripts.output.write_report", str)
+
+
+@pytest.fixture
 def out(tmp_path, local):
     return with_ignorant_models(tmp_path / "run", bt.load_muse("news", local))
 
@@ -230,7 +236,7 @@ def test_sequence_goes_on_with_what_the_last_stage_left(main, tmp_path, training
     assert metrics["settings"]["sequence"] is True
 
 
-def test_scale_begins_with_the_target_each_time(main, out, local, trainings, capfd):
+def test_scale_begins_with_the_target_each_time(main, out, local, trainings, capfd, unreported):
     before = {name: contents(out / name) for name in ("target", "retrain")}
     main("--data_dir", local, "--scale", *QUICK, *BRIEFLY, "--output_dir", out)
     assert [distance(stage.weights, of_target(out)) for stage in trainings] == [0.0] * 4
@@ -348,7 +354,7 @@ def wholes(tmp_path_factory, local):
 @pytest.mark.parametrize(
     "case", [case if "LoRA" in case else pytest.param(case, marks=pytest.mark.full) for case in INTERRUPTED]
 )
-def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch):
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(case, main, out, local, wholes, monkeypatch, unreported):
     """SIGTERM in the second step of one of several trainings: those before it are not repeated, those after it run."""
     more, where = INTERRUPTED[case]
     arguments = ["--data_dir", local, "--num_train_epochs", 3, "--eval_strategy", "no", "--disable_tqdm", "True", *more]

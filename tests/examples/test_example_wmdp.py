@@ -151,9 +151,11 @@ def test_a_second_run_into_the_same_folder_is_refused(first, main):
 
 @pytest.fixture(scope="module")
 def quick(main, first, tmp_path_factory):
-    """Two steps of every method."""
+    """Two steps of every method, without a report: the first run draws one."""
     folder = tmp_path_factory.mktemp("quick") / "run"
-    main(*QUICK, "--compare", *list(wmdp.METHODS)[1:], "--output_dir", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blur_trainer.scripts.output.write_report", str)
+        main(*QUICK, "--compare", *list(wmdp.METHODS)[1:], "--output_dir", folder)
     return folder
 
 

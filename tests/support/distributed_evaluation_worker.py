@@ -72,9 +72,9 @@ def build(name: str, folder: str) -> torch.nn.Module:
     return model
 
 
-def memorize(folder: str) -> None:
+def memorize(names: set[str], folder: str) -> None:
     """Else every ROUGE would be 0, and equal without proving anything. Once: processes must not differ by a bit."""
-    for name in MODELS:
+    for name in names:
         model = build(name, folder)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(30):

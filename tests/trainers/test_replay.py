@@ -17,6 +17,7 @@ from blur_trainer.data.repeats import own_runs, repeating, row_texts
 from blur_trainer.trainers import replay_rows
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.replay import REPLAY_NAME, replay, settle_replay
+from blur_trainer.trainers.replay_config import ReplaySettings
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 
 TOKENIZER = tiny_tokenizer()
@@ -47,9 +48,9 @@ def kept(folder):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """How often the model is asked."""
-    calls, real = [], replay_rows.sample_ids
-    monkeypatch.setattr(replay_rows, "sample_ids", lambda *a, **k: calls.append(k) or real(*a, **k))
+    """How often texts are sampled."""
+    calls, real = [], replay_rows._sampled
+    monkeypatch.setattr(replay_rows, "_sampled", lambda *a, **k: calls.append(k) or real(*a, **k))
     return calls
 
 
@@ -100,6 +101,22 @@ def test_a_text_that_did_not_end_gets_no_end(monkeypatch, tmp_path):
     assert list(trainer.train_dataset.retain["input_ids"])[4:] == list(rows["input_ids"])
 
 
+def test_a_text_that_goes_on_is_the_one_of_a_single_pass(monkeypatch):
+    """The likeliest token each time, so that both draw the same. What has ended is not continued."""
+    of, calls, real = model(), [], replay_rows.sample_ids
+    start = [[0, first] for first in range(10, 50)]
+    how = {"max_new_tokens": 12, "temperature": 0.01, "batch_size": 8}
+    once = [text for (text,) in real(of, TOKENIZER, start, num=1, **how)]
+    of.generation_config.eos_token_id = ends = [text[1] for text in once[:20]] + [text[6] for text in once[20:30]]
+    once = [text for (text,) in real(of, TOKENIZER, start, num=1, **how)]
+    monkeypatch.setattr(replay_rows, "sample_ids", lambda *a, **k: calls.append(len(a[2])) or real(*a, **k))
+    wanted = ReplaySettings(max_new_tokens=12, temperature=0.01)
+    rows = replay_rows._sampled(of, TOKENIZER, [(ids, False) for ids in start], wanted, batch_size=8)
+    assert [row["input_ids"] for row in rows] == [ids + text for ids, text in zip(start, once, strict=True)]
+    short = [text for text in once if len(text) <= 3 and text[-1] in ends]
+    assert calls == [40, 40 - len(short)] and 0 < len(short) < 40 and max(map(len, once)) > 3
+
+
 # ---- what is kept ----
 
 
@@ -130,8 +147,9 @@ def test_texts_that_say_nothing_new_or_repeat_the_forget_set_are_dropped_and_cou
 
 
 def test_missing_texts_are_said_after_scrambled_prompts(monkeypatch, caplog):
-    whole = said(scrambled=0.5, num=24, ngram=None, loss_quantile=None)
-    plain = said(num=24, ngram=None, loss_quantile=None).to_list()
+    options = {"ngram": None, "loss_quantile": None, "temperature": 0.5}  # so cold that some texts are said twice
+    whole = said(scrambled=0.5, num=24, **options)
+    plain = said(num=24, **options).to_list()
     assert whole.to_list()[: len(plain)] == plain and len(plain) < len(whole) <= 24
     assert len(set(whole["text"])) == len(whole) and f"replay: {24 - len(plain)} texts were sampled" in caplog.text
     prompts = [TOKENIZER(f"Question: {row['question']}\nAnswer:")["input_ids"] for row in RETAIN]
@@ -140,7 +158,7 @@ def test_missing_texts_are_said_after_scrambled_prompts(monkeypatch, caplog):
         alike = [sum(map(int.__eq__, asked, prompt)) / len(asked) for prompt in prompts if len(prompt) == len(asked)]
         assert 0 < max(alike) < 1 and row["labels"][len(asked) :] == row["input_ids"][len(asked) :]
         assert asked[0] == TOKENIZER.bos_token_id and not set(asked[1:]) & set(TOKENIZER.all_special_ids)
-    assert said(scrambled=0.5, num=24, ngram=None, loss_quantile=None).to_list() == whole.to_list()
+    assert said(scrambled=0.5, num=24, **options).to_list() == whole.to_list()
     says(monkeypatch, ["Well."] * 3)
     assert len(said(scrambled=0.5, num=3, ngram=None, loss_quantile=None)) == 3  # the same words after other prompts
     with pytest.raises(ValueError, match="`scrambled` needs a retain set"):
