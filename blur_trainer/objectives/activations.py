@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields, check_value
-from blur_trainer.constants import SHARED_START
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import hidden_size
 from blur_trainer.models.reference import Reference
@@ -155,11 +154,11 @@ class RMU(ActivationObjective):
         attended = batch["attention_mask"]
         if not self.skip_shared_start:
             return attended
-        if SHARED_START not in batch:
+        if "shared_start" not in batch:
             raise ValueError(
-                f"RMU: `skip_shared_start` needs `batch[{SHARED_START!r}]`, `(B,)`; a trainer makes it from the sets."
+                "RMU: `skip_shared_start` needs `batch['shared_start']`, `(B,)`; a trainer makes it from the sets."
             )
-        return attended * (attended.cumsum(-1) > batch[SHARED_START][:, None])
+        return attended * (attended.cumsum(-1) > batch["shared_start"][:, None])
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
         device = batch["input_ids"].device

@@ -87,13 +87,14 @@ def tokenize_all(
             evaluation = {name: tokenize(dataset, f"eval_{name}") for name, dataset in evaluation.items()}
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
-    if forget_objective.needs_shared_start:
-        forget = _with_shared_starts(forget, retain)
     _say_what_is_trained(forget, retain, tokenizer, args.should_log)
-    return forget, retain, evaluation
+    return _with_shared_starts(forget, retain, forget_objective), retain, evaluation
 
 
-def _with_shared_starts(forget: Any, retain: Any) -> Any:
+def _with_shared_starts(forget: Any, retain: Any, objective: Objective) -> Any:
+    """The forget sets with the column that the objective may need."""
+    if not objective.needs_shared_start:
+        return forget
     kept = [rows for _, rows in _named("retain", retain)]
     if any(not isinstance(rows, datasets.Dataset) for rows in [*dict(_named("forget", forget)).values(), *kept]):
         raise TypeError(
