@@ -19,6 +19,8 @@ from blur_trainer.uld.trainer import ULDTrainer
 _RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
 #: LoRA's and ULD's rates, in those of all parameters
 _LORA, _ULD = 10.0, 5.0
+#: BLUR-RMU's strength for an adapter, which at ten times the rate keeps less of the rest, and how much longer it takes
+_LORA_GAMMA, _LORA_LONGER = 0.5, 2
 #: optimizer steps; within these bounds of the epochs
 _STEPS, _EPOCHS = 200, (3, 40)
 _BATCH = 8
@@ -103,7 +105,10 @@ def derived(
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer
         settings["max_length"] = _limited(2 * settings["max_length"] + _FRAMES, size.positions)
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
-    return settings | chosen.settings
+    settings |= chosen.settings
+    if lora and chosen.layered and "gamma" in settings:
+        settings |= {"gamma": _LORA_GAMMA, "num_train_epochs": _LORA_LONGER * settings["num_train_epochs"]}
+    return settings
 
 
 def start_of_texts(
