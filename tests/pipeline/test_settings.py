@@ -110,13 +110,17 @@ def test_replay_is_sized_by_the_retain_set(retain, replay):
 @pytest.mark.parametrize(("layers", "layer"), [(1, 0), (2, 1), (8, 2), (32, 8)])
 def test_the_layer_is_a_share_of_the_depth(layers, layer):
     found = settings(layers=layers)
-    assert found["forget_objective_kwargs"] == found["retain_objective_kwargs"] == {"layer": layer}
+    assert found["retain_objective_kwargs"] == {"layer": layer}
+    assert found["forget_objective_kwargs"] == {"layer": layer, "skip_shared_start": True}
     assert "retain_objective_kwargs" not in settings("npo", layers=layers)
 
 
-def test_an_adapter_gets_a_smaller_strength():
-    assert settings(lora=True)["gamma"] == 0.1 < settings()["gamma"] == METHODS["blur"].settings["gamma"]
-    assert "gamma" not in settings("rmu", lora=True), "a sum has none"
+def test_an_adapter_gets_a_smaller_strength_for_longer():
+    whole, adapter = settings(), settings(lora=True)
+    assert adapter["gamma"] == 0.5 < whole["gamma"] == METHODS["blur"].settings["gamma"]
+    assert adapter["num_train_epochs"] == 2 * whole["num_train_epochs"]
+    sums = settings("rmu"), settings("rmu", lora=True)
+    assert "gamma" not in sums[1] and sums[0]["num_train_epochs"] == sums[1]["num_train_epochs"], "a sum has no gamma"
 
 
 @pytest.mark.parametrize("method", METHODS)
