@@ -21,8 +21,8 @@ _RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
 _LORA, _ULD = 10.0, 5.0
 #: BLUR-RMU's strength for an adapter, which at ten times the rate keeps less of the rest, and how much longer it takes
 _LORA_GAMMA, _LORA_LONGER = 0.5, 2
-#: optimizer steps; within these bounds of the epochs
-_STEPS, _EPOCHS = 200, (3, 40)
+#: optimizer steps, in at least so many epochs. Few rows take as many steps: with less the rest is not repaired
+_STEPS, _EPOCHS = 200, 3
 _BATCH = 8
 #: texts to replay: so many per retain row, within bounds; of at most so many tokens
 _REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
@@ -147,7 +147,7 @@ def _batches(rows: int, processes: int) -> dict[str, int]:
     whole = min(_BATCH, rows)
     own = max(1, whole // processes)
     alone, shared = math.ceil(rows / whole), math.ceil(rows / (own * processes))  # steps per epoch
-    epochs = min(max(math.ceil(_STEPS / alone), _EPOCHS[0]), _EPOCHS[1])
+    epochs = max(math.ceil(_STEPS / alone), _EPOCHS)
     return {"per_device_train_batch_size": own, "num_train_epochs": math.ceil(epochs * alone / shared)}
 
 

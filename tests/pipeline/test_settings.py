@@ -44,7 +44,7 @@ def test_the_rate_falls_with_the_size_and_rises_for_an_adapter():
     assert settings("uld")["learning_rate"] == 5e-3
 
 
-@pytest.mark.parametrize(("count", "batch", "epochs"), [(1, 1, 40), (8, 8, 40), (80, 8, 20), (100_000, 8, 3)])
+@pytest.mark.parametrize(("count", "batch", "epochs"), [(1, 1, 200), (8, 8, 200), (80, 8, 20), (100_000, 8, 3)])
 def test_batch_and_epochs_give_some_two_hundred_steps(count, batch, epochs):
     found = settings(forget=count)
     assert (found["per_device_train_batch_size"], found["num_train_epochs"]) == (batch, epochs)
