@@ -65,7 +65,7 @@ def test_help_is_one_screen(name, capsys):
 )
 def test_help_all_has_every_option_of_the_method(words, shown, capsys):
     assert main([*words, "--help-all"]) == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out.replace(",", " ")  # Python 3.13 writes the value once, after all spellings
     assert [flag for flag in shown if f"  {flag} " not in told] == []
 
 

@@ -111,7 +111,7 @@ def test_help_is_one_screen(capsys):
     for each in (*fields(MeasureArguments), *fields(EvaluateArguments)):
         assert any(line.strip().startswith(f"--{each.name}") for line in lines), each.name
     assert main(["evaluate", "--help-all"]) == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out.replace(",", " ")  # Python 3.13 writes the value once, after all spellings
     assert all(f"--{name} " in told for name in ("forget_columns", "model_revision", "chat_template"))
 
 
