@@ -14,7 +14,7 @@ _BYTES = 4  # of a token; big-endian, so that bytes are sorted as tokens are
 
 
 def with_shared_starts(forget: Dataset, retain: Sequence[Dataset]) -> Dataset:
-    """The tokenized forget set with the column `shared_start`, measured against all tokenized retain sets."""
+    """The tokenized forget set with the column `shared_start`, int64 `(rows,)`, against all tokenized retain sets."""
     kept = (ids for rows in retain for ids in _tokens(rows))
     return forget.add_column(SHARED_START, shared_starts(list(_tokens(forget)), kept))
 

@@ -90,7 +90,7 @@ class RMU(ActivationObjective):
         object.__setattr__(self, "needs_shared_start", self.skip_shared_start)
         if self.skip_shared_start and not self.masked:
             raise ValueError(
-                "RMU: `masked=False` counts every position, so `skip_shared_start` has no effect: drop one."
+                "RMU: `masked=False` counts every position, so `skip_shared_start` has no effect: leave one out."
             )
         if not self.topics or len(set(self.topics)) != len(self.topics):
             raise ValueError(f"RMU: `topics` must be different names, at least one, got {self.topics}.")
