@@ -1,4 +1,4 @@
-"""How many tokens a forget example begins with that a retain example begins with, too."""
+"""How many tokens an example begins with that another one begins with, too."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,34 @@ from datasets import Dataset
 from blur_trainer.constants import SHARED_START
 
 _BYTES = 4  # of a token; big-endian, so that bytes are sorted as tokens are
+
+
+def with_repeated_starts(retain: Dataset) -> Dataset:
+    """The tokenized retain set with the column `shared_start`, int64 `(rows,)`, of [`repeated_starts`]."""
+    return retain.add_column(SHARED_START, repeated_starts(list(_tokens(retain))))
+
+
+def repeated_starts(retain: Sequence[Any]) -> list[int]:
+    """
+    For each retain example (its token ids) the start that one before it has, in tokens, where the examples are sorted.
+
+    What is left are all starts of all examples, each of them once: a system prompt that all have is left in one. The
+    last token of an example is always left.
+    """
+    rows = [_packed(ids) for ids in retain]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    repeated = [0] * len(rows)
+    for one, other in pairwise(order):
+        repeated[other] = min(_common(rows[one], rows[other]), len(retain[other]) - 1)
+    return repeated
+
+
+def common_start(rows: Sequence[Any]) -> list[int]:
+    """The longest start (token ids) that more than half of the examples have."""
+    ordered = sorted(map(_packed, rows))
+    pairs = zip(ordered, ordered[len(ordered) // 2 :], strict=False)  # what two sorted rows share, all between them do
+    longest, row = max((_common(*pair), pair[0]) for pair in pairs)
+    return np.frombuffer(row, f">u{_BYTES}")[:longest].tolist()
 
 
 def with_shared_starts(forget: Dataset, retain: Sequence[Dataset]) -> Dataset:

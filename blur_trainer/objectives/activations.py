@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_fields, check_value
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import hidden_size
+from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.control_vectors import control_vector, load_vectors, save_vectors
@@ -22,15 +24,24 @@ from blur_trainer.objectives.losses import activation_loss
 class ActivationObjective(Objective):
     """Base of objectives on the output of one decoder layer. Layers above it are not run.
 
-    An item is a token that is attended to. Labels are not used, so prompts count. With `masked=False` every position
-    counts, padding included, as in the WMDP authors' and BLUR's code.
+    An item is a token that is attended to. Prompts count, too. With `masked=False` every position
+    counts, padding included, as in the WMDP authors' and BLUR's code. With `skip_shared_start` the first
+    `batch["shared_start"]` `(B,)` tokens of an example do not count: what that is, each objective says.
     """
 
     layer: int = 7
     masked: bool = True
+    skip_shared_start: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_fields(self, {"layer": "[0, inf)"}, owner=type(self).__name__)
+        name = type(self).__name__
+        check_fields(self, {"layer": "[0, inf)"}, owner=name)
+        object.__setattr__(self, "needs_shared_start", self.skip_shared_start)
+        for option in ("skip_shared_start", "answers_only"):
+            if getattr(self, option, False) and not self.masked:
+                raise ValueError(
+                    f"{name}: `masked=False` counts every position, so `{option}` has no effect: leave one out."
+                )
 
     @property
     def top_layer(self) -> int:
@@ -48,7 +59,15 @@ class ActivationObjective(Objective):
 
     def mask(self, batch: Batch) -> Tensor:
         """The positions that count, `(B, T)`."""
-        return batch["attention_mask"]
+        attended = batch["attention_mask"]
+        if not self.skip_shared_start:
+            return attended
+        if "shared_start" not in batch:
+            raise ValueError(
+                f"{type(self).__name__}: `skip_shared_start` needs `batch['shared_start']`, `(B,)`; a trainer makes it "
+                "from the sets."
+            )
+        return attended * (attended.cumsum(-1) > batch["shared_start"][:, None])
 
     def items(self, batch: Batch) -> Tensor:
         return (self.mask(batch) if self.masked else torch.ones_like(batch["attention_mask"])).sum(-1)
@@ -70,6 +89,8 @@ class RMU(ActivationObjective):
         skip_shared_start: leave out the start of each example that a retain example has, too, such as a system prompt
             or `Question: What is`. A causal model has the same activations there, so that they cannot be steered here
             and held there. Default: as published, all positions.
+        answers_only: steer the tokens of the answers and the one before each, from which the answer is said. The words
+            of a question, such as a first name, are words of other texts, too. Default: as published, prompts count.
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.
@@ -80,18 +101,13 @@ class RMU(ActivationObjective):
     coefficient: float | Mapping[str, float] = 6.5
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
-    skip_shared_start: bool = False
+    answers_only: bool = False
     #: cached vectors by size, `coefficient * vectors` by size and device, and those of `restore` as "restored"
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "topics", tuple(self.topics))
-        object.__setattr__(self, "needs_shared_start", self.skip_shared_start)
-        if self.skip_shared_start and not self.masked:
-            raise ValueError(
-                "RMU: `masked=False` counts every position, so `skip_shared_start` has no effect: leave one out."
-            )
         if not self.topics or len(set(self.topics)) != len(self.topics):
             raise ValueError(f"RMU: `topics` must be different names, at least one, got {self.topics}.")
         if isinstance(self.coefficient, Mapping):
@@ -151,14 +167,11 @@ class RMU(ActivationObjective):
         self._kept["restored"] = vectors
 
     def mask(self, batch: Batch) -> Tensor:
-        attended = batch["attention_mask"]
-        if not self.skip_shared_start:
-            return attended
-        if "shared_start" not in batch:
-            raise ValueError(
-                "RMU: `skip_shared_start` needs `batch['shared_start']`, `(B,)`; a trainer makes it from the sets."
-            )
-        return attended * (attended.cumsum(-1) > batch["shared_start"][:, None])
+        counted = super().mask(batch)
+        if not self.answers_only:
+            return counted
+        answers = answer_mask(batch["labels"])
+        return counted * (F.pad(answers, (1, 0)) | F.pad(answers, (0, 1)))
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
         device = batch["input_ids"].device
@@ -175,6 +188,12 @@ class ActivationMatch(ActivationObjective):
     r"""Squared distance to the frozen model's activations in one layer, token mean: RMU's retain objective.
 
     Only the frozen model's layers up to this one are kept and run. `blur_trainer.models.reference` has the cost.
+
+    Args:
+        layer, masked: see [`ActivationObjective`].
+        skip_shared_start: count a start that several examples have, such as a system prompt, in one of them only. A
+            causal model has the same activations there, so counting it in each would leave the rest of the texts a
+            smaller share of the mean. Default: as published, all positions.
 
     Formula: $\frac1H \|h_t(\theta) - h_t(\mathrm{ref})\|^2$
     Bounded: below by 0.

@@ -19,10 +19,9 @@ from blur_trainer.uld.trainer import ULDTrainer
 _RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
 #: LoRA's and ULD's rates, in those of all parameters
 _LORA, _ULD = 10.0, 5.0
-#: BLUR-RMU's strength for an adapter, which at ten times the rate keeps less of the rest, and how much longer it takes
-_LORA_GAMMA, _LORA_LONGER = 0.5, 2
-#: optimizer steps, in at least so many epochs. Few rows take as many steps: with less the rest is not repaired
-_STEPS, _EPOCHS = 200, 3
+#: optimizer steps, in at least so many epochs. Few rows take as many steps: with less the rest is not repaired. The
+#: second is for methods about one layer, which break more at first, and repair it in the later half
+_STEPS, _LAYERED_STEPS, _EPOCHS = 200, 400, 3
 _BATCH = 8
 #: texts to replay: so many per retain row, within bounds; of at most so many tokens
 _REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
@@ -82,7 +81,7 @@ def derived(
     settings: dict[str, Any] = {
         "learning_rate": _rounded(rate * (_LORA if lora else 1.0)),
         "lr_scheduler_type": "linear",
-        **_batches(len(forget), processes),
+        **_batches(len(forget), processes, _LAYERED_STEPS if chosen.layered else _STEPS),
         "per_device_eval_batch_size": 16,
         "max_length": _length([*forget, *retain], size.positions),
         "logging_steps": 10,
@@ -98,17 +97,15 @@ def derived(
     }
     if chosen.layered:
         layer = min(size.layers - 1, max(1, round(_DEPTH * size.layers)))
-        settings |= {f"{role}_objective_kwargs": {"layer": layer} for role in ROLES}
-        settings["forget_objective_kwargs"]["skip_shared_start"] = True
+        layered = {"layer": layer, "skip_shared_start": True}
+        settings |= {f"{role}_objective_kwargs": dict(layered) for role in ROLES}
+        settings["forget_objective_kwargs"]["answers_only"] = True
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer
         settings["max_length"] = _limited(2 * settings["max_length"] + _FRAMES, size.positions)
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
-    settings |= chosen.settings
-    if lora and chosen.layered and "gamma" in settings:
-        settings |= {"gamma": _LORA_GAMMA, "num_train_epochs": _LORA_LONGER * settings["num_train_epochs"]}
-    return settings
+    return settings | chosen.settings
 
 
 def start_of_texts(
@@ -142,12 +139,12 @@ def start_of_texts(
     return [words] if words and len(asked) > 1 else "retain"
 
 
-def _batches(rows: int, processes: int) -> dict[str, int]:
+def _batches(rows: int, processes: int, steps: int) -> dict[str, int]:
     """The batch of each process, and so many epochs that there are at least the steps of one process alone."""
     whole = min(_BATCH, rows)
     own = max(1, whole // processes)
     alone, shared = math.ceil(rows / whole), math.ceil(rows / (own * processes))  # steps per epoch
-    epochs = max(math.ceil(_STEPS / alone), _EPOCHS)
+    epochs = max(math.ceil(steps / alone), _EPOCHS)
     return {"per_device_train_batch_size": own, "num_train_epochs": math.ceil(epochs * alone / shared)}
 
 

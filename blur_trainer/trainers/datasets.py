@@ -18,7 +18,7 @@ from blur_trainer.data.levels import has_levels
 from blur_trainer.data.notices import shown
 from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
-from blur_trainer.data.shared_start import with_shared_starts
+from blur_trainer.data.shared_start import with_repeated_starts, with_shared_starts
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.alternatives import settle_alternatives
@@ -39,7 +39,7 @@ def tokenize_all(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
-    forget_objective: Objective,
+    objectives: Mapping[str, Objective],
     speaker: Callable[[Any], PreTrainedModel | PeftModel],
     forgotten: Any = None,
 ) -> tuple[Any, Any, Tokenized | dict[str, Tokenized] | None]:
@@ -49,7 +49,7 @@ def tokenize_all(
     Else a mapping is several retain sets, which are joined. `speaker` answers the model before unlearning, which has
     `forgotten` before.
     """
-    topics = topic_names(forget)
+    topics, forget_objective = topic_names(forget), objectives["forget"]
     _check_sets(args, forget, retain, topics, forget_objective)
     settle_day(args, tokenizer)
     forget = settle_alternatives(forget, model, tokenizer, args, forget_objective)
@@ -88,22 +88,27 @@ def tokenize_all(
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
     _say_what_is_trained(forget, retain, tokenizer, args.should_log)
-    return _with_shared_starts(forget, retain, forget_objective), retain, evaluation
+    return *_with_shared_starts(forget, retain, objectives), evaluation
 
 
-def _with_shared_starts(forget: Any, retain: Any, objective: Objective) -> Any:
-    """The forget sets with the column that the objective may need."""
-    if not objective.needs_shared_start:
-        return forget
+def _with_shared_starts(forget: Any, retain: Any, objectives: Mapping[str, Objective]) -> tuple[Any, Any]:
+    """Both sets, or those of all topics, with the column that their objective may need."""
+    asks = {role for role, objective in objectives.items() if objective.needs_shared_start}
     kept = [rows for _, rows in _named("retain", retain)]
-    if any(not isinstance(rows, datasets.Dataset) for rows in [*dict(_named("forget", forget)).values(), *kept]):
+    read = [*kept, *(rows for _, rows in _named("forget", forget) if "forget" in asks)]
+    if asks and any(not isinstance(rows, datasets.Dataset) for rows in read):
         raise TypeError(
-            "`skip_shared_start` compares the forget set with the whole retain set, and one of them is a stream: load "
-            "it, or leave the option out."
+            "`skip_shared_start` compares each example with the whole retain set, and there is a stream: load it, or "
+            "leave the option out."
         )
-    if isinstance(forget, Mapping):
-        return {topic: with_shared_starts(rows, kept) for topic, rows in forget.items()}
-    return with_shared_starts(forget, kept)
+    if "forget" in asks:
+        forget = _each(forget, partial(with_shared_starts, retain=kept))
+    return forget, _each(retain, with_repeated_starts) if "retain" in asks else retain
+
+
+def _each(dataset: Any, change: Callable[[Any], Any]) -> Any:
+    """The changed dataset of a role, or those of its topics."""
+    return {name: change(rows) for name, rows in dataset.items()} if isinstance(dataset, Mapping) else change(dataset)
 
 
 def _settle_retain(

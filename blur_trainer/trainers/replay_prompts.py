@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.data.shared_start import common_start
 from blur_trainer.trainers.replay_config import RETAIN_PROMPTS
 
 #: tokens, and whether they are no targets
@@ -57,21 +58,29 @@ def scrambled_prompts(
 ) -> list[Prompt]:
     """
     Beginnings of retain rows, drawn with repetition, where a share of the tokens is exchanged for random ones of the
-    `vocabulary` first ones. Special tokens stay, and none comes in. The tokens are no targets: they are no text.
+    `vocabulary` first ones. Special tokens stay, and none comes in. So do the start and the end that more than half of
+    the rows have, such as a system prompt and `Answer:`, for the model is asked between them. The tokens are no
+    targets: they are no text.
     """
-    beginnings = _beginnings(retain, len(start), "`scrambled`")
+    beginnings = [ids for ids, _ in _beginnings(retain, len(start), "`scrambled`")]
+    frame = common_start(beginnings), common_start([ids[::-1] for ids in beginnings])[::-1]
     draws, special = np.random.default_rng(seed), set(tokenizer.all_special_ids)
     words = np.setdiff1d(np.arange(vocabulary), sorted(special))
     made = []
     for index in draws.integers(len(beginnings), size=num):
-        ids = beginnings[index][0]
-        exchanged, others = draws.random(len(ids)) < share, draws.choice(words, len(ids))
-        mixed = [
-            int(other) if swap and id_ not in special else id_
-            for id_, swap, other in zip(ids, exchanged, others, strict=True)
-        ]
-        made.append((mixed, True))
+        ids = beginnings[index]
+        exchanged = (draws.random(len(ids)) < share) & ~np.isin(ids, sorted(special)) & _within(ids, *frame)
+        made.append((np.where(exchanged, draws.choice(words, len(ids)), ids).tolist(), True))
     return made
+
+
+def _within(ids: list[int], start: list[int], end: list[int]) -> np.ndarray:
+    """Which tokens are neither of the start nor of the end; all of those that have nothing else."""
+    inside = np.ones(len(ids), dtype=bool)
+    if len(ids) > len(start) + len(end):
+        inside[: len(start)] &= ids[: len(start)] != start
+        inside[len(ids) - len(end) :] &= ids[len(ids) - len(end) :] != end
+    return inside
 
 
 def _beginnings(retain: Sequence[Mapping[str, Any]], start: int, asks: str) -> list[Prompt]:

@@ -123,7 +123,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         model = self._load_model(given, args, peft_config)
         tokenizer = self._settle_model(model, args, processing_class, ref_model, optimizers[0])
         forget, retain, eval_dataset = tokenize_all(
-            *(forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives["forget"]),
+            *(forget_dataset, retain_dataset, eval_dataset, model, tokenizer, args, self.objectives),
             *(self.speaker, forgotten_dataset),
         )
         self._tokenized = (forget, retain)

@@ -38,6 +38,12 @@ def objectives(**kwargs):
     return {"forget_objective": forget, "retain_objective": ActivationMatch(LAYER)}
 
 
+def kept(*rows, **config):
+    """A trainer that skips the start which retain rows share."""
+    held = ActivationMatch(LAYER, skip_shared_start=True)
+    return BLURTrainer(*(model(), *rows), forget_objective=RMU(LAYER), retain_objective=held, **config)
+
+
 def start(folder, forget=FORGET, retain=RETAIN, trained=None, rule=None, **config):
     args = settings(folder, **{"max_steps": 3, **FIXED, **CHOSEN, **config})
     return BLURTrainer(trained or model(), args, forget, retain, rule=rule, **objectives())
@@ -110,14 +116,55 @@ def test_topics_count_the_shared_start_against_all_retain_rows(tmp_path):
     trainer.train()
 
 
+@pytest.mark.parametrize("topics", [False, True])
+def test_a_start_of_several_retain_rows_is_held_in_one(topics, tmp_path):
+    """Of a system prompt of two tokens and what follows, each start counts once in all rows together."""
+    retain = [{"input_ids": [5, 6, 30 + i, 8], "labels": [-100, 6, 30 + i, 8]} for i in (3, 1, 2, 0)]
+    sets = ({"a": FORGET, "b": FORGET}, {"a": retain, "b": retain}) if topics else (FORGET, retain)
+    trainer = kept(settings(tmp_path, max_steps=2, **FIXED), *sets)
+    starts = {str(row["input_ids"]): row["shared_start"] for _, row in map(dict.values, trainer.train_dataset)}
+    assert starts.items() <= {str([5, 6, 30 + i, 8]): 0 if i == 0 else 2 for i in range(4)}.items()
+    assert set(starts.values()) == {0, 2}
+    batch = trainer.data_collator([{"forget": FORGET[0], "retain": {**retain[0], "shared_start": 2}}])["retain"]
+    assert trainer.objectives["retain"].num_items(batch) == 2
+    trainer.train()
+
+
 def test_a_shared_start_needs_the_whole_sets(tmp_path):
     stream = Dataset.from_list(RETAIN).to_iterable_dataset()
-    with pytest.raises(TypeError, match="compares the forget set with the whole retain set, and one of them is a str"):
+    with pytest.raises(TypeError, match="compares each example with the whole retain set, and there is a stream"):
         BLURTrainer(*(model(), settings(tmp_path, max_steps=1), FORGET, stream), **objectives(skip_shared_start=True))
-    with pytest.raises(ValueError, match="`masked=False` counts every position"):
-        RMU(LAYER, masked=False, skip_shared_start=True)
-    with pytest.raises(ValueError, match="a trainer makes it from the sets"):
-        RMU(LAYER, skip_shared_start=True)(model(), collate(FORGET[:2]))
+    with pytest.raises(TypeError, match="compares each example with the whole retain set, and there is a stream"):
+        kept(settings(tmp_path, max_steps=1), FORGET, stream)
+    for objective in (RMU, ActivationMatch):
+        with pytest.raises(ValueError, match=f"{objective.__name__}: `masked=False` counts every position"):
+            objective(LAYER, masked=False, skip_shared_start=True)
+        with pytest.raises(ValueError, match=f"{objective.__name__}: .* a trainer makes it from the sets"):
+            objective(LAYER, skip_shared_start=True).mask(collate(FORGET[:2]))
+
+
+# ---- answers alone ----
+
+
+def test_answers_alone_are_steered():
+    """The answer's tokens and the one before them, from which the first is said; of a second answer, too."""
+    batch, trained = collate(examples(3, low=8)), model()
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    places = [[3, 4], [0, 1], [2, 5, 6]]  # the answers' tokens
+    for row, those in enumerate(places):
+        batch["labels"][row, those] = batch["input_ids"][row, those]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = trained(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
+    goal = COEFFICIENT * control_vector("forget", WIDTH, 0)
+    steered = [[2, 3, 4], [0, 1], [1, 2, 4, 5, 6]]
+    want = [((hidden[b, t] - goal) ** 2).mean() for b in range(3) for t in steered[b]]
+    objective = RMU(LAYER, coefficient=COEFFICIENT, answers_only=True)
+    torch.testing.assert_close(objective(trained, batch), torch.stack(want).mean())
+    assert objective.num_items(batch) == len(want)
+    shared = RMU(LAYER, answers_only=True, skip_shared_start=True)
+    assert shared.items({**batch, "shared_start": torch.tensor([3, 0, 5])}).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="so `answers_only` has no effect"):
+        RMU(LAYER, masked=False, answers_only=True)
 
 
 # ---- control vectors ----

@@ -18,6 +18,7 @@ from blur_trainer.trainers import replay_rows
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.replay import REPLAY_NAME, replay, settle_replay
 from blur_trainer.trainers.replay_config import ReplaySettings
+from blur_trainer.trainers.replay_prompts import scrambled_prompts
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 
 TOKENIZER = tiny_tokenizer()
@@ -163,6 +164,21 @@ def test_missing_texts_are_said_after_scrambled_prompts(monkeypatch, caplog):
     assert len(said(scrambled=0.5, num=3, ngram=None, loss_quantile=None)) == 3  # the same words after other prompts
     with pytest.raises(ValueError, match="`scrambled` needs a retain set"):
         said(scrambled=0.5, num=3, retain=None)
+
+
+def test_what_most_prompts_begin_and_end_with_is_not_scrambled():
+    rows = [{"input_ids": [1, 5, 6, 20 + i, 30 + i, 8, 9], "labels": [-100] * 6 + [9]} for i in range(5)]
+    rows += [
+        {"input_ids": [1, 40, 41, 42, 9], "labels": [-100] * 4 + [9]},
+        {"input_ids": [1, 5, 6, 8, 9], "labels": [-100] * 4 + [9]},
+    ]
+    options = {"share": 1.0, "vocabulary": len(TOKENIZER), "seed": 0}
+    made = [ids for ids, _ in scrambled_prompts(TOKENIZER, [1], rows, 60, **options)]
+    framed = [ids for ids in made if len(ids) == 6]
+    assert framed and all(ids[:3] == [1, 5, 6] and ids[-1] == 8 for ids in framed)
+    assert len({tuple(ids[3:5]) for ids in framed}) > 30
+    others = [ids for ids in made if len(ids) == 4]  # of another start, and with nothing between start and end
+    assert others and not any(ids[1:] in ([40, 41, 42], [5, 6, 8]) for ids in others)
 
 
 def test_texts_whose_loss_falls_with_the_forget_sets_are_dropped(monkeypatch):
