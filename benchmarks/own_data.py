@@ -5,6 +5,7 @@
     python benchmarks/own_data.py --world WORLD --out RESULTS --faults     # settings that are wrong: what is said?
     python benchmarks/own_data.py --world WORLD --out RESULTS --device cuda --options '{"learning_rate": 3e-4}'
     python benchmarks/own_data.py --world embedded-tofu --out RESULTS --architecture qwen2 --width 192
+    python benchmarks/own_data.py --world embedded-tofu --out RESULTS --system
 
 `WORLD`: a folder as of benchmarks/evidence_world.py, `embedded-tofu` or `embedded-muse`. `hold` and `facts` are only
 measured; the level is the estimate that needs no further data. `--unseen` gives unseen rows, too. Resumes: a run that
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from evidence_data import known, said
-from own_worlds import ARCHITECTURES, World, reshaped, world
+from own_worlds import ARCHITECTURES, World, reshaped, with_system_prompt, world
 
 #: name -> options that are wrong, or sets that are
 FAULTS = {
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="another model of a world that is embedded")
     parser.add_argument("--width", type=int, default=192, help="of that model")
+    parser.add_argument("--system", action="store_true", help="all questions behind a system prompt of 38 tokens")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--options", type=json.loads, default={}, help="of `unlearn`, as JSON; they name the run, too")
     words = parser.parse_args()
@@ -85,10 +87,13 @@ def main() -> None:
         what = f"{'lora' if words.lora else 'full'}{', unseen' if words.unseen else ''}"
         jobs = {f"{what} seed {seed}": {"seed": seed, **kind} for seed in words.seeds}
         more += [f"{words.architecture} {words.width}"] if words.architecture else []
+        more += ["system prompt"] if words.system else []
         jobs = {", ".join((name, *more)): options for name, options in jobs.items()}
     of = world(words.world, words.out / "models")
     if words.architecture:
         of = reshaped(of, words.architecture, words.width, words.out / "models")
+    if words.system:
+        of = with_system_prompt(of, words.out / "models")
     for name, options in jobs.items():
         if name in done:
             continue

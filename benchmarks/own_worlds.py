@@ -9,6 +9,11 @@ from evidence_data import read_world
 EMBEDDED = ("embedded-tofu", "embedded-muse")
 #: names of transformers' configurations, and what a small one of a width takes beside width, depth and heads
 ARCHITECTURES = {"llama": {}, "qwen2": {"num_key_value_heads": 2}, "gpt_neox": {}}
+#: 38 tokens of the embedded authors' words, as a system prompt that all questions have
+SYSTEM = (
+    "In the care of one, what was the trade given to the book where readers love a novel of the birthplace with what "
+    "animal lives, by trade the editor of a prize. "
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,7 @@ def world(name: str, folder: Path) -> World:
 
 def reshaped(of: World, architecture: str, width: int, folder: Path) -> World:
     """The same world, known by heart by a model of another kind."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    from blur_trainer.data.formats import tokenize_dataset
-    from blur_trainer.toy.memorize import memorize
+    from transformers import AutoConfig, AutoTokenizer
 
     name = folder / f"{architecture}-{width}"
     if not (name / "model.safetensors").exists():
@@ -45,14 +47,39 @@ def reshaped(of: World, architecture: str, width: int, folder: Path) -> World:
         shape |= {"num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
         ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
         config = AutoConfig.for_model(architecture, **shape, **ids, **ARCHITECTURES[architecture])
-        set_seed(0)
-        model = AutoModelForCausalLM.from_config(config).float()
-        texts = [row for key in ("forget", "retain", "hold") for row in of.sets[key]]
-        tokens = tokenize_dataset(texts, tokenizer, role="known", max_length=512)
-        rate = 3e-3 * min(1.0, 128 / width)
-        memorize(model, tokenizer, tokens, learning_rate=rate).save_pretrained(name)
-        print(f"{name.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
+        _learn(of, name, config, tokenizer, learning_rate=3e-3 * min(1.0, 128 / width))
     return World(str(name), of.retrained, of.sets, of.facts)
+
+
+def with_system_prompt(of: World, folder: Path) -> World:
+    """The same world, each question behind `SYSTEM`, known by heart by a model of the same shape."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    put = {
+        key: [{**row, "question": SYSTEM + row["question"]} if "question" in row else row for row in rows]
+        for key, rows in {**of.sets, "facts": of.facts}.items()
+    }
+    made = World(str(folder / "system-prompt"), of.retrained, put, put.pop("facts"))
+    if not (folder / "system-prompt" / "model.safetensors").exists():
+        tokenizer = AutoTokenizer.from_pretrained(of.target)
+        tokenizer.save_pretrained(made.target)
+        _learn(made, Path(made.target), AutoConfig.from_pretrained(of.target), tokenizer)
+    return made
+
+
+def _learn(of: World, folder: Path, config: Any, tokenizer: Any, **how: float) -> None:
+    """Saves a new model that knows forget, retain and `hold` by heart."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from blur_trainer.data.formats import tokenize_dataset
+    from blur_trainer.toy.memorize import memorize
+
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    texts = [row for key in ("forget", "retain", "hold") for row in of.sets[key]]
+    tokens = tokenize_dataset(texts, tokenizer, role="known", max_length=512)
+    memorize(model, tokenizer, tokens, **how).save_pretrained(folder)
+    print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
 
 
 def _tofu(folder: Path) -> World:
