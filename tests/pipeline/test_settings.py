@@ -119,8 +119,12 @@ def test_the_layer_is_a_share_of_the_depth(layers, layer):
 def test_what_breaks_more_at_first_takes_longer():
     steps = {method: settings(method)["num_train_epochs"] for method in METHODS}
     assert steps["blur"] == steps["rmu"] == 2 * steps["npo"] == 2 * steps["uld"]
-    whole, adapter = settings(), settings(lora=True)
-    assert adapter == {**whole, "learning_rate": 10 * whole["learning_rate"]}
+
+
+@pytest.mark.parametrize(("method", "own"), [("blur", {"gamma": 0.7}), ("rmu", {})])
+def test_an_adapter_gets_another_rate_and_strength(method, own):
+    whole, adapter = settings(method), settings(method, lora=True)
+    assert adapter == {**whole, "learning_rate": 10 * whole["learning_rate"], **own}
 
 
 @pytest.mark.parametrize("method", METHODS)
