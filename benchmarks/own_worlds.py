@@ -55,16 +55,20 @@ def with_system_prompt(of: World, folder: Path) -> World:
     """The same world, each question behind `SYSTEM`, known by heart by a model of the same shape."""
     from transformers import AutoConfig, AutoTokenizer
 
-    put = {
-        key: [{**row, "question": SYSTEM + row["question"]} if "question" in row else row for row in rows]
-        for key, rows in {**of.sets, "facts": of.facts}.items()
-    }
-    made = World(str(folder / "system-prompt"), of.retrained, put, put.pop("facts"))
-    if not (folder / "system-prompt" / "model.safetensors").exists():
+    sets = {key: _asked_behind(rows) for key, rows in of.sets.items()}
+    name = folder / f"system-prompt-{Path(of.target).name}"
+    made = World(str(name), of.retrained, sets, _asked_behind(of.facts))
+    if not (name / "model.safetensors").exists():
         tokenizer = AutoTokenizer.from_pretrained(of.target)
-        tokenizer.save_pretrained(made.target)
-        _learn(made, Path(made.target), AutoConfig.from_pretrained(of.target), tokenizer)
+        tokenizer.save_pretrained(name)
+        _learn(made, name, AutoConfig.from_pretrained(of.target), tokenizer)
     return made
+
+
+def _asked_behind(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    if any("question" not in row for row in rows):
+        raise SystemExit("--system puts words in front of questions, and this world has texts: take embedded-tofu.")
+    return [{**row, "question": SYSTEM + row["question"]} for row in rows]
 
 
 def _learn(of: World, folder: Path, config: Any, tokenizer: Any, **how: float) -> None:

@@ -38,7 +38,8 @@ class Objective:
     needs_alternatives: ClassVar[bool] = False
     #: needs `batch["forget_level"]` `(B,)`, nats per token: the forget set's column `forget_level`
     needs_level: ClassVar[bool] = False
-    #: needs `batch["shared_start"]` `(B,)`, int64: so many tokens of the example a retain example begins with, too
+    #: needs `batch["shared_start"]` `(B,)`, int64: so many tokens of the example another one begins with, too. To
+    #: forget: any retain example; to retain: the one before it in sorted order (`data.shared_start`)
     needs_shared_start: ClassVar[bool] = False
 
     @property
