@@ -1,49 +1,154 @@
-"""Answers pieced together from the answers of other rows: what a model says of text that it cannot know."""
+"""Rows of the same form that say something else: words of their own exchanged for words of other rows."""
 
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.data.columns import FORMATS
 
-#: Tokens of a piece. A model that knows an answer by heart goes on with it after three or four tokens; shorter pieces
-#: cost more for their seams than real text does. docs/evidence.md has the numbers for others.
-PIECE = 8
+#: A word is a row's own where at most this share of the reference rows has it, or one of them.
+#: docs/evidence.md has the numbers for others.
+OWN = 0.02
+
+# scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# with the marks of Arabic and Indian scripts, which `\w` leaves out
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w\u0300-\u036f\u064b-\u065f\u0900-\u0dff])+")
+_CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 
-def exchanged_answers(examples: Sequence[Mapping[str, Any]], role: str, seed: int = 0) -> list[dict[str, Any]]:
+class Exchange:
     """
-    Each example with another answer of the same length: pieces of [`PIECE`] tokens from answers that differ from its
-    own, each drawn by `seed` and taken from the same place where the other answer is long enough, else from its end.
+    Exchanges words that the reference hardly has for others that it hardly has, alike all over a row.
+
+    The new word is drawn from the reference, by how often it stands there, and is of the same kind if one is: a number,
+    a word with a capital, one without.
 
     Args:
-        examples: tokenized, with `input_ids` and `labels`. Texts are answers from their first target on.
-
-    Raises:
-        `ValueError`: all answers are the same.
+        reference: for each row its words.
+        kind: of a word.
+        key: what makes two words the same.
     """
-    answers = [[token for token in example["labels"] if token != IGNORE_INDEX] for example in examples]
-    draw, made = random.Random(seed), []
-    for index, example in enumerate(examples):
-        donors = [other for other in range(len(answers)) if answers[other] and answers[other] != answers[index]]
-        if not donors:
-            raise ValueError(
-                f"Example {index} of the `{role}` dataset has no other one with another answer ({len(examples)} in "
-                "all): nothing can be exchanged. Give more rows, or take the level from unseen text."
-            )
-        tokens: list[int] = []
-        while len(tokens) < len(answers[index]):
-            donor = answers[draw.choice(donors)]
-            start = min(len(tokens), max(0, len(donor) - PIECE))
-            tokens += donor[start : start + PIECE]
-        made.append(_with_answer(example, tokens))
+
+    def __init__(
+        self,
+        reference: Iterable[Sequence[Any]],
+        kind: Callable[[Any], Hashable] = lambda word: None,
+        key: Callable[[Any], Hashable] = lambda word: word,
+        seed: int = 0,
+    ) -> None:
+        rows = list(reference)
+        self.kind, self.key, self.draw = kind, key, random.Random(seed)
+        self.having = Counter(each for row in rows for each in {key(word) for word in row})
+        self.limit = max(OWN * len(rows), 1)
+        self.pool: dict[Hashable, list[Any]] = defaultdict(list)
+        self.every: list[Any] = []
+        for word in (word for row in rows for word in row if self.is_own(word)):
+            self.pool[kind(word)].append(word)
+            self.every.append(word)
+
+    def is_own(self, word: Any) -> bool:
+        return self.having[self.key(word)] <= self.limit
+
+    def of_row(self) -> "RowExchange":
+        return RowExchange(self)
+
+
+class RowExchange:
+    """What one row's words become. `made` is empty as long as the row has no word of its own."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.made: dict[Hashable, Any] = {}
+
+    def __call__(self, word: Any) -> Any:
+        of = self.exchange
+        if not of.every or not of.is_own(word):
+            return word
+        key = of.key(word)
+        if key not in self.made:
+            self.made[key] = of.draw.choice(of.pool.get(of.kind(word)) or of.every)
+        return self.made[key]
+
+
+def exchanged_texts(
+    rows: Iterable[Mapping[str, Any]], fmt: str, reference: Iterable[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """
+    Rows of text whose own words are exchanged, in question and answer alike. Rows without such a word are left out.
+
+    Args:
+        rows: with the columns of their format.
+        fmt: a name in `FORMATS`, other than `input_ids`.
+        reference: the texts of each row of another set, which say which words are rare: see [`texts_of`].
+    """
+    bags = ([word for text in texts for word in _WORD.findall(text)] for texts in reference)
+    exchange = Exchange(bags, _kind_of, str.casefold)
+    made = []
+    for row in rows:
+        change = exchange.of_row()
+        columns = {name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}
+        if change.made:
+            made.append({**row, **columns})
     return made
 
 
-def _with_answer(example: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
-    """The example with these tokens where its targets are."""
-    ids, labels, given = list(example["input_ids"]), list(example["labels"]), iter(tokens)
-    for place, label in enumerate(labels):
-        if label != IGNORE_INDEX:
-            ids[place] = labels[place] = next(given)
-    return {**example, "input_ids": ids, "labels": labels}
+def exchanged_tokens(
+    examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The same with tokens for words: of examples with `input_ids` and `labels`."""
+    exchange = Exchange(example["input_ids"] for example in reference)
+    made = []
+    for example in examples:
+        change = exchange.of_row()
+        ids = [change(token) for token in example["input_ids"]]
+        labels = [
+            label if label == IGNORE_INDEX else token for token, label in zip(ids, example["labels"], strict=True)
+        ]
+        if change.made:
+            made.append({**example, "input_ids": ids, "labels": labels})
+    return made
+
+
+def _in_text(change: RowExchange, text: str) -> str:
+    def put(found: re.Match[str]) -> str:
+        word, other = found.group(), change(found.group())
+        return other[0].upper() + other[1:] if word[0].isupper() else other
+
+    return _WORD.sub(put, text)
+
+
+def _kind_of(word: str) -> str:
+    if _CHARACTER.match(word):
+        return "character"
+    if any(map(str.isdigit, word)):
+        return "number"
+    return "capital" if word[0].isupper() else "plain"
+
+
+def texts_of(row: Mapping[str, Any], fmt: str) -> list[str]:
+    """What a row says, column by column, message by message."""
+    found: list[str] = []
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    for name in FORMATS[fmt]:
+        _changed(row[name], keep)
+    return found
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A text, or the contents of messages, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(each, change) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _changed(each, change) if key in ("content", "text") else each for key, each in value.items()}
+    return value

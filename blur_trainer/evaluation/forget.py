@@ -11,8 +11,9 @@ from blur_trainer.evaluation.batching import check_positive
 from blur_trainer.evaluation.forget_columns import columns_of
 from blur_trainer.evaluation.forget_scores import Answer, Known, known_means, membership_auc, read_answer, said_means
 from blur_trainer.evaluation.forget_sets import Asked, asked, closing_ids, new_tokens, own_sets
-from blur_trainer.evaluation.level import Level, encoded_rows, length_limit
+from blur_trainer.evaluation.level import Level
 from blur_trainer.evaluation.lm_eval import LMEval
+from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
 from blur_trainer.evaluation.scoring import generate_ids
 
 #: the longest answer that a model may write where `max_new_tokens` is left out

@@ -15,7 +15,7 @@ from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.data.subset import sample_rows
 from blur_trainer.evaluation.forget_scores import Known, read_answer
 from blur_trainer.evaluation.forget_sets import Asked, asked, closing_ids, new_tokens
-from blur_trainer.evaluation.level import encoded_rows, length_limit
+from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
 from blur_trainer.evaluation.scoring import generate_ids
 from blur_trainer.pipeline.measure import Sets
 

@@ -107,9 +107,11 @@ def _measured(sets: Sets, samples: int) -> Measured:
     verdict = None
     if script.before:
         level = None
-        if script.retrained is None and script.unseen is None:
+        others = next((sets.readings[role] for role in ("retain", "hold") if role in sets.readings), None)
+        if script.retrained is None and script.unseen is None and others is not None:
             how = {"max_length": script.max_length, "qa_template": script.qa_template}
-            level = Level.of_exchanged(load(script.before), sets.readings["forget"].dataset, sets.tokenizer, **how)
+            forget = sets.readings["forget"]
+            level = Level.of_exchanged(load(script.before), forget.dataset, others.dataset, sets.tokenizer, **how)
         verdict = judge(numbers["before"], numbers[NAME], level, numbers.get("retrained"))
         results.verdict = verdict
     return Measured(results, verdict)

@@ -56,6 +56,7 @@ def recommended(
     start = start_of_texts(tokenizer, tokenized["retain"], has_chat_template(tokenizer))
     settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora, process_count())
     if METHODS[method].leveled:
-        found = Level.of_exchanged(model, forget, max_length=settings["max_length"]) if level is None else level
-        settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)
+        if level is None:
+            level = Level.of_exchanged(model, forget, retain, max_length=settings["max_length"])
+        settings["forget_level"] = level.nats if isinstance(level, Level) else float(level)
     return settings

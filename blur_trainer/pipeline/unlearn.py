@@ -38,8 +38,7 @@ BEFORE, TEACHER, RETRAINED = "before", "composed", "retrained"
 SAID = {
     "retrained": "what the retrained model loses on each row",
     "unseen": "the loss of the unseen rows",
-    "exchanged": "an estimate: the loss of answers pieced together from those of other rows; --unseen or --retrained "
-    "would say it better",
+    "exchanged": "an estimate: the loss of these rows with words of their own exchanged; --retrained would say it better",
     "given": "as given",
 }
 
@@ -182,7 +181,7 @@ def measured_level(prepared: Prepared, model: PreTrainedModel, load: ModelLoader
         return Level.of_retrained(load(str(script.retrained)), forget, tokenizer, **how)
     if asked == "unseen":
         return Level.of_unseen(model, prepared.sets["unseen"].dataset, tokenizer, **how)
-    return Level.of_exchanged(model, forget, tokenizer, **how)
+    return Level.of_exchanged(model, forget, prepared.sets["retain"].dataset, tokenizer, **how)
 
 
 def evaluation_of(prepared: Prepared, level: Level | None) -> ForgetEvaluation:

@@ -13,7 +13,7 @@ ESTIMATE_OFF = 0.25
 _SOURCES = {
     "retrained": "the retrained model's loss",
     "unseen": "the loss of unseen rows",
-    "exchanged": "an estimate from exchanged answers",
+    "exchanged": "an estimate from exchanged words",
     "given": "as given",
 }
 
@@ -40,7 +40,7 @@ class Reference:
     What a model has that never saw the forget set.
 
     Args:
-        level: nats per token. `source`: where it is from, in words. `estimated`: by exchanged answers.
+        level: nats per token. `source`: where it is from, in words. `estimated`: by exchanged words.
         rouge, exact, auc: of the retrained model, else of unseen rows before. `whose`: which of the two.
         paraphrased: ROUGE of paraphrased questions.
     """

@@ -34,6 +34,7 @@ def check_level(asked: str | None, args: Any) -> None:
 def measured(
     asked: str,
     forget: Any,
+    retain: Any,
     unseen: Any,
     target: str,
     retrained: str | None,
@@ -46,7 +47,7 @@ def measured(
 
     Args:
         asked: one of the ways, or a number as text.
-        forget, unseen: the rows, in the template of the training. `unseen` is `None` where the data has none.
+        forget, retain, unseen: the rows, in the template of the training. `unseen` is `None` where the data has none.
         target, retrained: names of the models; `None` without a retrained one.
         load: returns a loaded model.
         how: as of [`Level`].
@@ -67,7 +68,7 @@ def measured(
     model = load(target)
     if asked == "unseen":
         return _said(Level.of_unseen(model, unseen, tokenizer, **how))
-    return _said(Level.of_exchanged(model, forget, tokenizer, **how))
+    return _said(Level.of_exchanged(model, forget, retain, tokenizer, **how))
 
 
 def _said(level: Level) -> Level:
@@ -75,7 +76,7 @@ def _said(level: Level) -> Level:
     what = {
         "retrained": "what the retrained model loses on each row to forget",
         "unseen": "what the target loses on rows that nobody saw",
-        "exchanged": "an estimate, from answers that are pieced together",
+        "exchanged": "an estimate, from rows whose words are exchanged",
         "given": "as given",
     }[level.source]
     PartialState().print(f"Forgetting ends at {level.nats:.2f} nats per token{spread}: {what}.", file=sys.stderr)

@@ -175,7 +175,9 @@ def to_the_level(
     """The arguments and the sets of a training that ends where a model is that never saw the forget set."""
     asked = given.script.level or ("retrained" if models.retrained else "unseen")
     unseen, forget = data.get("privleak_holdout"), sets["forget_dataset"]
-    level = measured(asked, forget, unseen, models.target, models.retrained, given.load, models.tokenizer)
+    level = measured(
+        asked, forget, sets["retain_dataset"], unseen, models.target, models.retrained, given.load, models.tokenizer
+    )
     return with_level(config, sets, level)
 
 

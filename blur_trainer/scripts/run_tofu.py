@@ -117,8 +117,8 @@ def set_levels(
         return
     unseen = apply_template(data["holdout"], script.template) if "holdout" in data else None
     asked = script.level or ("retrained" if unseen is None and models.retrained else "unseen")
-    forget = sets[script.method]["forget_dataset"]
-    level = measured(asked, forget, unseen, models.target, models.retrained, given.load, models.tokenizer)
+    forget, retain = sets[script.method]["forget_dataset"], apply_template(data["retain"], script.template)
+    level = measured(asked, forget, retain, unseen, models.target, models.retrained, given.load, models.tokenizer)
     for name in leveled:
         configs[name], sets[name] = with_level(configs[name], sets[name], level)
 

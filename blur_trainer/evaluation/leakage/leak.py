@@ -15,7 +15,7 @@ from blur_trainer.evaluation.leakage.choices import opened
 from blur_trainer.evaluation.leakage.estimates import leak_at_k, mean_rate_upper
 from blur_trainer.evaluation.leakage.judged import Judged
 from blur_trainer.evaluation.leakage.judges import Judge, Judgment
-from blur_trainer.evaluation.level import encoded_rows, length_limit
+from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
 from blur_trainer.evaluation.sampling import sample_ids
 from blur_trainer.evaluation.scoring import special_ids, until
 

@@ -1,0 +1,46 @@
+"""The forget set's rows with other words: rows of its form that no model ever saw."""
+
+from collections.abc import Mapping
+from itertools import chain, islice
+from typing import Any
+
+from blur_trainer.data.chat import has_chat_template
+from blur_trainer.data.columns import find_format
+from blur_trainer.data.exchange import exchanged_texts, exchanged_tokens, texts_of
+from blur_trainer.data.sources import check_dataset, column_names, to_dataset
+from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
+
+#: rows of a retain set that are read: enough to tell a rare word
+_READ = 10_000
+
+
+def exchanged_rows(
+    model: Any, forget: Any, retain: Any, tokenizer: Any, max_length: int | None = None, **how: Any
+) -> list[dict[str, Any]]:
+    """
+    Forget rows with their own words exchanged: as text, or as token ids where one of the sets has these.
+
+    Args:
+        model: loaded; it limits the length of what is tokenized.
+        retain: a dataset, or several by name.
+        how: `qa_template` and `day`, as of [`encoded_rows`].
+    """
+    sets = list(retain.values()) if isinstance(retain, Mapping) else [retain]
+    fmt, *formats = [_format(each, role) for each, role in ((forget, "forget"), *((one, "retain") for one in sets))]
+    template = has_chat_template(tokenizer)
+    reference = [
+        list(islice(to_dataset(one, of, "retain", has_template=template), _READ))
+        for one, of in zip(sets, formats, strict=True)
+    ]
+    if "input_ids" not in (fmt, *formats):
+        texts = (texts_of(row, of) for rows, of in zip(reference, formats, strict=True) for row in rows)
+        return exchanged_texts(to_dataset(forget, fmt, "forget", has_template=template), fmt, texts)
+    limit = length_limit(model, max_length)
+    ours = encoded_rows(forget, tokenizer, "forget", limit, **how)
+    theirs = [rows for one in reference for rows in encoded_rows(one, tokenizer, "retain", limit, **how)]
+    return exchanged_tokens(chain(*ours), chain(*theirs))
+
+
+def _format(dataset: Any, role: str) -> str:
+    check_dataset(dataset, role)
+    return find_format(column_names(dataset), role)
