@@ -10,8 +10,8 @@ from typing import Any
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.columns import FORMATS
 
-#: A word is a row's own where at most this share of the reference rows has it, or one of them.
-#: docs/evidence.md has the numbers for others.
+#: A word is a row's own where at most this share of the reference rows has it. docs/evidence.md has the numbers for
+#: others.
 OWN = 0.02
 
 # scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
@@ -25,8 +25,8 @@ class Exchange:
     """
     Exchanges words that the reference hardly has for others that it hardly has, alike all over a row.
 
-    The new word is drawn from the reference, by how often it stands there, and is of the same kind if one is: a number,
-    a word with a capital, one without.
+    The new word is drawn from those of the reference, by how often they stand there. It is of the same kind if one is:
+    a number, a word with a capital, one without.
 
     Args:
         reference: for each row its words.
@@ -44,15 +44,24 @@ class Exchange:
         rows = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
         self.having = Counter(each for row in rows for each in {key(word) for word in row})
-        self.limit = max(OWN * len(rows), 1)
+        self.limit = int(OWN * len(rows))
+        rare = max(self.limit, 1)  # of few rows: what one of them has
+        self.every = [word for row in rows for word in row if self.having[key(word)] <= rare]
         self.pool: dict[Hashable, list[Any]] = defaultdict(list)
-        self.every: list[Any] = []
-        for word in (word for row in rows for word in row if self.is_own(word)):
+        for word in self.every:
             self.pool[kind(word)].append(word)
-            self.every.append(word)
 
     def is_own(self, word: Any) -> bool:
         return self.having[self.key(word)] <= self.limit
+
+    def another(self, word: Any) -> Any | None:
+        """Another word, or `None` if there is none."""
+        for pool in (self.pool.get(self.kind(word), ()), self.every):
+            if self.having[self.key(word)]:  # it may be in the pool itself
+                pool = [each for each in pool if self.key(each) != self.key(word)]
+            if pool:
+                return self.draw.choice(pool)
+        return None
 
     def of_row(self) -> "RowExchange":
         return RowExchange(self)
@@ -66,12 +75,14 @@ class RowExchange:
         self.made: dict[Hashable, Any] = {}
 
     def __call__(self, word: Any) -> Any:
-        of = self.exchange
-        if not of.every or not of.is_own(word):
+        if not self.exchange.is_own(word):
             return word
-        key = of.key(word)
+        key = self.exchange.key(word)
         if key not in self.made:
-            self.made[key] = of.draw.choice(of.pool.get(of.kind(word)) or of.every)
+            other = self.exchange.another(word)
+            if other is None:
+                return word
+            self.made[key] = other
         return self.made[key]
 
 

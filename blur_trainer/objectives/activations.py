@@ -98,6 +98,7 @@ class RMU(ActivationObjective):
     Source: Li et al., arXiv 2403.03218.
     """
 
+    brings_back: ClassVar[bool] = True
     coefficient: float | Mapping[str, float] = 6.5
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
@@ -180,7 +181,11 @@ class RMU(ActivationObjective):
             self._kept[hidden_size, device] = (scales * self.vectors(hidden_size)).to(device)
         table = self._kept[hidden_size, device]
         topic = batch.get("topic")
-        return table[:1, None] if topic is None else table[topic][:, None]
+        steered = table[:1, None] if topic is None else table[topic][:, None]
+        if "beyond" not in batch:
+            return steered
+        assert reference is not None  # `Until` asks for it
+        return torch.where(batch["beyond"][:, None, None], reference.activations(batch, self.layer), steered)
 
 
 @dataclass(frozen=True)

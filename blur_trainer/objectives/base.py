@@ -41,6 +41,8 @@ class Objective:
     #: needs `batch["shared_start"]` `(B,)`, int64: so many tokens of the example another one begins with, too. To
     #: forget: any retain example; to retain: the one before it in sorted order (`data.shared_start`)
     needs_shared_start: ClassVar[bool] = False
+    #: obeys `batch["beyond"]` `(B,)`, bool: the loss of such an example is what brings its answer back
+    brings_back: ClassVar[bool] = False
 
     @property
     def top_layer(self) -> int | None:

@@ -53,7 +53,7 @@ class TargetLoss(Objective):
 
 @dataclass(frozen=True)
 class Until(Objective):
-    """Another forget objective, until an example's answer has reached its level: from there on it pushes no more.
+    r"""Another forget objective, until an example's answer has reached its level: from there on it pushes no more.
 
     The loss of such an example is 0, and it still counts as an item. So the forget gradient vanishes as the examples
     arrive. One that falls below its level again, because retaining brings it back, pushes again.
@@ -61,6 +61,9 @@ class Until(Objective):
     Args:
         objective: what to descend below the level, e.g. `NPO()`.
         level: as of [`TargetLoss`].
+        two_sided: also bring back an answer whose loss $\ell$ is above the level $c$, with the weight $\ell/c - 1$, at
+            most 1. One large step may carry an answer far beyond. Of [`RMU`] alone, which then draws the activations to
+            those of the frozen model; of likelihoods [`TargetLoss`] does it.
 
     Whether an answer has reached its level is read from one more forward pass, in evaluation mode and without a
     gradient: about a third of the forget pass. The objective's own pass would not always do: it may have dropout, end
@@ -70,6 +73,7 @@ class Until(Objective):
 
     objective: Objective
     level: float | None = None
+    two_sided: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective) or isinstance(self.objective, TargetLoss | Until):
@@ -78,8 +82,16 @@ class Until(Objective):
                 f"{self.objective!r}."
             )
         check_fields(self, {"level": "(0, inf)"}, owner="Until")
+        if self.two_sided and not self.objective.brings_back:
+            raise ValueError(
+                f"Until: `two_sided` needs an objective that can bring answers back, which is `RMU`, got "
+                f"{self.objective}: leave it out, or choose `TargetLoss(two_sided=True)`."
+            )
         for name in _ASKED:
             object.__setattr__(self, name, getattr(self.objective, name))
+        if self.two_sided:  # the frozen model's activations
+            object.__setattr__(self, "needs_reference", True)
+            object.__setattr__(self, "needs_reference_logits", True)
         object.__setattr__(self, "needs_level", self.level is None)
 
     @property
@@ -89,8 +101,11 @@ class Until(Objective):
 
     def losses(self, model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
         # first, so that its logits are freed before the objective's graph is built
-        reached = answer_nll(model, batch) >= level_of(self, batch)
-        return self.objective.losses(model, batch, reference).masked_fill(reached, 0.0)
+        ratio = answer_nll(model, batch) / level_of(self, batch)
+        if not self.two_sided:
+            return self.objective.losses(model, batch, reference).masked_fill(ratio >= 1, 0.0)
+        losses = self.objective.losses(model, {**batch, "beyond": ratio >= 1}, reference)
+        return losses * torch.where(ratio >= 1, (ratio - 1).clamp(max=1), 1)
 
     def num_items(self, batch: Batch) -> Tensor:
         return self.objective.num_items(batch)
@@ -128,24 +143,25 @@ def without_level(objective: Objective) -> Objective:
     return objective.objective if isinstance(objective, Until) else objective
 
 
-def with_level(objective: Objective, level: float | str | None) -> Objective:
+def with_level(objective: Objective, level: float | str | None, two_sided: bool = False) -> Objective:
     """
     The forget objective with a level: its own, if it has one to set, else inside [`Until`].
 
     Args:
         objective: of the user's, or by name.
         level: nats per token, `"column"` for that of each example, or `None`: the objective stays as it is.
+        two_sided: whether an answer that has gone beyond the level is brought back. An objective that does so stays.
 
     Raises:
-        ValueError: the objective has another level already.
+        ValueError: the objective has another level already, or cannot bring answers back.
     """
     if level is None:
         return objective
     number = None if level == "column" else float(level)
     if not isinstance(objective, TargetLoss | Until):
-        return Until(objective, number)
+        return Until(objective, number, two_sided)
     if objective.level not in (None, number):
         raise ValueError(
             f"`forget_level={level!r}`, but the forget objective is {objective}: give the level in one place only."
         )
-    return dataclasses.replace(objective, level=number)
+    return dataclasses.replace(objective, level=number, two_sided=two_sided or objective.two_sided)

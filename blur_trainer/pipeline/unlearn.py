@@ -38,7 +38,7 @@ BEFORE, TEACHER, RETRAINED = "before", "composed", "retrained"
 SAID = {
     "retrained": "what the retrained model loses on each row",
     "unseen": "the loss of the unseen rows",
-    "exchanged": "an estimate: the loss of these rows with words of their own exchanged; --retrained would say it better",
+    "exchanged": "an estimate: the loss of these rows with words exchanged; --retrained would say it better",
     "given": "as given",
 }
 

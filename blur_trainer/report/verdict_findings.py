@@ -8,8 +8,8 @@ from typing import Any
 Numbers = Mapping[str, float]
 #: ROUGE before, below which a set's answers say nothing, because the model did not know them
 UNKNOWN = 0.1
-#: an estimated level may be off by this share: of rows that the testbed's target never saw it is 9.5, and they cost 8.1
-ESTIMATE_OFF = 0.25
+#: an estimated level may be off by this share: on eight small models it was .73 to 1.37 times what unseen rows cost
+ESTIMATE_OFF = 0.3
 _SOURCES = {
     "retrained": "the retrained model's loss",
     "unseen": "the loss of unseen rows",
@@ -94,7 +94,7 @@ def find(before: Numbers, after: Numbers, reference: Reference, limits: Any) -> 
     if reference.level is None:
         notes.append("No level is known: pass `unseen` rows, or a retrained model, to judge how far forgetting went.")
     elif reference.estimated:
-        notes.append("The level is an estimate, which may be a quarter off: `unseen` rows give a better one.")
+        notes.append("The level is an estimate, which may be a third off: a retrained model gives a better one.")
     if after.get("forget_degeneration", 0.0) > 0.5:
         notes.append(f"{after['forget_degeneration']:.0%} of the forget set's answers are empty or repeat themselves.")
     return findings, notes

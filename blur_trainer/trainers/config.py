@@ -190,7 +190,7 @@ class UnlearningConfig(LevelConfig, ReplayConfig, MaskConfig, HiddenTokens, ByDe
     def build_forget_objective(self) -> Objective:
         kwargs = self.forget_objective_kwargs
         named = _build("forget_objective", self.forget_objective, self.forget_objectives, kwargs)
-        return with_level(named, self.forget_level)
+        return with_level(named, self.forget_level, self.level_two_sided)
 
     def build_retain_objective(self) -> Objective:
         return _build("retain_objective", self.retain_objective, self.retain_objectives, self.retain_objective_kwargs)

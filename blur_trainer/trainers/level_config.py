@@ -21,6 +21,8 @@ class LevelConfig(_Base):
             its level; any other forget objective pushes an answer until it has this loss ([`Until`]). `"column"`:
             each row has its own, in the forget set's column `forget_level`. `None`: no level, but `target_loss` reads
             the column.
+        level_two_sided: also bring back an answer whose loss has gone beyond its level: of `rmu`, which then draws the
+            activations to the frozen model's, and of `target_loss`.
         stop_at_level: end the training as soon as an evaluation finds the forget set at its level (the mean loss of a
             sample of 128 rows) and the retain loss at most `retain_bound` above what it was (by default 0.1). Needs
             `eval_strategy`.
@@ -35,6 +37,9 @@ class LevelConfig(_Base):
         metadata={"help": "Nats per token at which an answer is forgotten, or 'column'. Default: no level."},
     )
 
+    level_two_sided: bool = field(
+        default=False, metadata={"help": "Also bring back answers beyond the level (rmu, target_loss)."}
+    )
     stop_at_level: bool = field(
         default=False, metadata={"help": "End the training when an evaluation finds the forget set at its level."}
     )

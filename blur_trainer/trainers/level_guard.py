@@ -37,7 +37,7 @@ def level_check(
     objective = objectives["forget"]
     has_retain = retain is not None and "retain" in objectives
     if not isinstance(objective, TargetLoss | Until):
-        for name in ("stop_at_level", "retain_bound"):
+        for name in ("level_two_sided", "stop_at_level", "retain_bound"):
             if getattr(args, name) not in (False, None):
                 raise ValueError(
                     f"`{name}={getattr(args, name)!r}` needs a level, and {objective} has none: set `forget_level`."

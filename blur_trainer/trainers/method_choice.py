@@ -65,7 +65,7 @@ class MethodChoice:
         if forget is None:
             forget = args.build_forget_objective()
         elif isinstance(forget, Objective):  # anything else is refused below
-            forget = with_level(forget, args.forget_level)
+            forget = with_level(forget, args.forget_level, args.level_two_sided)
         objectives = {"forget": forget}
         if self.retains:
             retain: Any = args.build_retain_objective() if self.retain_objective is None else self.retain_objective

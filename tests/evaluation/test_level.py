@@ -1,5 +1,6 @@
 """The level of a forget set: from each source, row by row, as JSON, as a column; and how far a training has come."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -8,10 +9,11 @@ from support.models import examples, tiny_llama
 from support.scoring_helpers import build_model, build_tokenizer
 from support.tiny_tokenizer import CHAT_TEMPLATE
 
-from blur_trainer.data.exchange import PIECE, exchanged_answers
 from blur_trainer.data.formats import tokenize_dataset
-from blur_trainer.evaluation.level import Level, row_nats
+from blur_trainer.evaluation.exchanged import exchanged_rows
+from blur_trainer.evaluation.level import Level
 from blur_trainer.evaluation.level_check import LevelCheck
+from blur_trainer.evaluation.row_losses import row_nats
 
 ROWS = examples(7, seed=3)
 QA = [
@@ -72,43 +74,38 @@ def test_the_pieces_of_a_text_count_by_tokens(asked):
     assert len(ids) > 20 and nats == pytest.approx(total / len(ids), rel=1e-5)
 
 
-def test_exchanged_answers_are_pieces_of_other_answers_at_their_place():
-    answers = [[100 * row + place for place in range(length)] for row, length in enumerate((20, 3, 9, 20))]
-    examples = [{"input_ids": [7, 8, *answer], "labels": [-100, -100, *answer]} for answer in answers]
-    made = exchanged_answers(examples, "forget")
-    for row, (before, after) in enumerate(zip(examples, made, strict=True)):
-        assert after["input_ids"][:2] == [7, 8] and after["labels"][:2] == [-100, -100]
-        assert after["input_ids"][2:] == after["labels"][2:]
-        got = after["labels"][2:]
-        assert len(got) == len(before["labels"]) - 2
-        start = 0
-        while start < len(got):  # piece by piece
-            donor, first = divmod(got[start], 100)
-            other = answers[donor]
-            assert donor != row and first == min(start, max(0, len(other) - PIECE))
-            piece = other[first : first + PIECE][: len(got) - start]
-            assert got[start : start + len(piece)] == piece
-            start += len(piece)
-    assert exchanged_answers(examples, "forget") == made
+RETAIN = [{"question": "Who was he?", "answer": f"He was born in {place}."} for place in ("Elmbridge", "Oak", "Ford")]
 
 
-def test_answers_that_say_the_same_are_not_exchanged():
-    same = [{"input_ids": [5, 1, 2], "labels": [-100, 1, 2]}] * 3
-    other = {"input_ids": [6, 3, 4], "labels": [-100, 3, 4]}
-    made = exchanged_answers([*same, other], "forget")
-    assert [row["labels"][1:] for row in made] == [[3, 4]] * 3 + [[1, 2]]
-
-
-def test_an_exchanged_level_is_the_loss_of_those_answers_and_an_estimate(asked):
+def test_an_exchanged_level_is_the_loss_of_rows_with_other_words_and_an_estimate(asked):
     model, tokenizer = asked
-    level = Level.of_exchanged(model, QA, tokenizer)
-    tokens = [dict(row) for row in tokenize_dataset(QA, tokenizer, role="forget", max_length=None)]
-    other = exchanged_answers(tokens, "forget")
-    assert level.nats == pytest.approx(Level.of_unseen(model, other).nats)
+    level = Level.of_exchanged(model, QA, RETAIN, tokenizer)
+    rows = exchanged_rows(model, QA, RETAIN, tokenizer)
+    assert level.nats == pytest.approx(Level.of_unseen(model, rows, tokenizer).nats)
     assert level.nats != pytest.approx(Level.of_unseen(model, QA, tokenizer).nats, rel=1e-3)
     assert level.is_estimate and level.per_example is None
+    both = Level.of_exchanged(model, QA, {"one": RETAIN[:1], "two": RETAIN[1:]}, tokenizer)
+    assert both == level, "several retain sets are one"
+
+
+def test_texts_and_token_ids_are_exchanged_too(asked):
+    model, tokenizer = asked
     texts = [{"text": "The hall is old."}, {"text": "Nobody crossed the bridge."}]
-    assert Level.of_exchanged(model, texts, tokenizer).nats > 0
+    assert Level.of_exchanged(model, texts, RETAIN, tokenizer).nats > 0
+    ids, others = (list(tokenize_dataset(rows, tokenizer, role="forget", max_length=None)) for rows in (QA, RETAIN))
+    by_ids = Level.of_exchanged(model, ids, others)
+    assert by_ids.nats != pytest.approx(Level.of_unseen(model, ids).nats, rel=1e-3)
+    assert Level.of_exchanged(model, ids, RETAIN, tokenizer) == by_ids, "one set of ids, the other of text"
+
+
+def test_a_row_that_the_model_knows_by_heart_takes_part_in_an_exchanged_level(monkeypatch, asked):
+    model, tokenizer = asked
+    scored = lambda model, flat, **how: [np.zeros(3)] + [np.full(3, -2.0)] * (len(flat) - 1)  # noqa: E731
+    monkeypatch.setattr("blur_trainer.evaluation.row_losses.token_logps", scored)
+    count = len(exchanged_rows(model, QA, RETAIN, tokenizer))
+    assert Level.of_exchanged(model, QA, RETAIN, tokenizer).nats == pytest.approx(2 * (count - 1) / count)
+    with pytest.raises(ValueError, match=r"Row 0 .*by heart"):
+        Level.of_unseen(model, QA, tokenizer)
 
 
 def test_a_chat_template_is_used(asked):
@@ -127,13 +124,8 @@ def test_what_cannot_be_measured(model, asked):
     ):
         with pytest.raises(ValueError, match=words):
             Level.of_retrained(model, rows)
-    for rows, words in (
-        ([{"text": "The hall."}] * 2, "no other one"),
-        (QA[:1], "no other one"),
-        (QA[2:], "no other one with another answer"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Level.of_exchanged(asked_model, rows, tokenizer)
+    with pytest.raises(ValueError, match="No row of the `forget` dataset has a word"):
+        Level.of_exchanged(asked_model, QA, QA, tokenizer)
     broken = tiny_llama(0)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(ValueError, match=r"Row 0 .* is no level"):
