@@ -10,8 +10,8 @@ from typing import Any
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.columns import FORMATS
 
-#: A word is a row's own where at most this share of the reference rows has it. docs/evidence.md has the numbers for
-#: others.
+#: A word is a row's own where at most this share of the reference rows has it; if that leaves nothing to exchange,
+#: where one of them has it. docs/evidence.md has the numbers for others.
 OWN = 0.02
 
 # scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
@@ -32,6 +32,7 @@ class Exchange:
         reference: for each row its words.
         kind: of a word.
         key: what makes two words the same.
+        least: so many rows may have an own word, however few there are.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class Exchange:
         reference: Iterable[Sequence[Any]],
         kind: Callable[[Any], Hashable] = lambda word: None,
         key: Callable[[Any], Hashable] = lambda word: word,
+        least: int = 0,
         seed: int = 0,
     ) -> None:
         rows = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
         self.having = Counter(each for row in rows for each in {key(word) for word in row})
-        self.limit = int(OWN * len(rows))
+        self.limit = max(int(OWN * len(rows)), least)
         rare = max(self.limit, 1)  # of few rows: what one of them has
         self.every = [word for row in rows for word in row if self.having[key(word)] <= rare]
         self.pool: dict[Hashable, list[Any]] = defaultdict(list)
@@ -62,9 +64,6 @@ class Exchange:
             if pool:
                 return self.draw.choice(pool)
         return None
-
-    def of_row(self) -> "RowExchange":
-        return RowExchange(self)
 
 
 class RowExchange:
@@ -97,32 +96,40 @@ def exchanged_texts(
         fmt: a name in `FORMATS`, other than `input_ids`.
         reference: the texts of each row of another set, which say which words are rare: see [`texts_of`].
     """
-    bags = ([word for text in texts for word in _WORD.findall(text)] for texts in reference)
-    exchange = Exchange(bags, _kind_of, str.casefold)
-    made = []
-    for row in rows:
-        change = exchange.of_row()
-        columns = {name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}
-        if change.made:
-            made.append({**row, **columns})
-    return made
+    bags = [[word for text in texts for word in _WORD.findall(text)] for texts in reference]
+
+    def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
+        return {**row, **{name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}}
+
+    return _exchanged(list(rows), changed, partial(Exchange, bags, _kind_of, str.casefold))
 
 
 def exchanged_tokens(
     examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The same with tokens for words: of examples with `input_ids` and `labels`."""
-    exchange = Exchange(example["input_ids"] for example in reference)
-    made = []
-    for example in examples:
-        change = exchange.of_row()
-        ids = [change(token) for token in example["input_ids"]]
-        labels = [
-            label if label == IGNORE_INDEX else token for token, label in zip(ids, example["labels"], strict=True)
-        ]
-        if change.made:
-            made.append({**example, "input_ids": ids, "labels": labels})
-    return made
+    bags = [example["input_ids"] for example in reference]
+
+    def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
+        ids = [change(token) for token in row["input_ids"]]
+        labels = [label if label == IGNORE_INDEX else token for token, label in zip(ids, row["labels"], strict=True)]
+        return {**row, "input_ids": ids, "labels": labels}
+
+    return _exchanged(list(examples), changed, partial(Exchange, bags))
+
+
+def _exchanged(
+    rows: list[Mapping[str, Any]],
+    changed: Callable[[Mapping[str, Any], RowExchange], dict[str, Any]],
+    exchange: Callable[..., Exchange],
+) -> list[dict[str, Any]]:
+    """The rows that have words of their own, changed: words that no row of a small reference has, else that one has."""
+    for least in (0, 1):
+        by = exchange(least=least)
+        each = [(changed(row, change), change) for row, change in ((row, RowExchange(by)) for row in rows)]
+        if made := [row for row, change in each if change.made]:
+            return made
+    return []
 
 
 def _in_text(change: RowExchange, text: str) -> str:

@@ -38,6 +38,7 @@ def test_a_word_is_own_where_at_most_so_many_rows_have_it():
     few = [["Where he goes"], ["Where she goes"]]
     (made,) = exchanged([{"text": "Where harbour goes"}], "text", few)
     assert made["text"] in ("Where he goes", "Where she goes"), "of few rows: what none of them has, for what one has"
+    assert exchanged([{"text": "Where he goes"}], "text", few) == [{"text": "Where she goes"}], "else what one has"
 
 
 def test_rows_without_a_word_of_their_own_are_left_out():

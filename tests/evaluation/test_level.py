@@ -125,7 +125,7 @@ def test_what_cannot_be_measured(model, asked):
         with pytest.raises(ValueError, match=words):
             Level.of_retrained(model, rows)
     with pytest.raises(ValueError, match="No row of the `forget` dataset has a word"):
-        Level.of_exchanged(asked_model, QA, QA, tokenizer)
+        Level.of_exchanged(asked_model, QA[3:], QA[3:] * 100, tokenizer)
     broken = tiny_llama(0)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(ValueError, match=r"Row 0 .* is no level"):
