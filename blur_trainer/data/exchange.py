@@ -86,10 +86,11 @@ class RowExchange:
 
 
 def exchanged_texts(
-    rows: Iterable[Mapping[str, Any]], fmt: str, reference: Iterable[Sequence[str]]
-) -> list[dict[str, Any]]:
+    rows: Iterable[Mapping[str, Any]], fmt: str, reference: Iterable[Sequence[str]], draws: int = 1
+) -> list[list[dict[str, Any]]]:
     """
-    Rows of text whose own words are exchanged, in question and answer alike. Rows without such a word are left out.
+    For each row so many texts whose own words are exchanged, in question and answer alike; none for a row without such
+    a word.
 
     Args:
         rows: with the columns of their format.
@@ -101,12 +102,12 @@ def exchanged_texts(
     def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
         return {**row, **{name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}}
 
-    return _exchanged(list(rows), changed, partial(Exchange, bags, _kind_of, str.casefold))
+    return _exchanged(list(rows), changed, partial(Exchange, bags, _kind_of, str.casefold), draws)
 
 
 def exchanged_tokens(
-    examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]], draws: int = 1
+) -> list[list[dict[str, Any]]]:
     """The same with tokens for words: of examples with `input_ids` and `labels`."""
     bags = [example["input_ids"] for example in reference]
 
@@ -115,21 +116,26 @@ def exchanged_tokens(
         labels = [label if label == IGNORE_INDEX else token for token, label in zip(ids, row["labels"], strict=True)]
         return {**row, "input_ids": ids, "labels": labels}
 
-    return _exchanged(list(examples), changed, partial(Exchange, bags))
+    return _exchanged(list(examples), changed, partial(Exchange, bags), draws)
 
 
 def _exchanged(
     rows: list[Mapping[str, Any]],
     changed: Callable[[Mapping[str, Any], RowExchange], dict[str, Any]],
     exchange: Callable[..., Exchange],
-) -> list[dict[str, Any]]:
-    """The rows that have words of their own, changed: words that no row of a small reference has, else that one has."""
+    draws: int,
+) -> list[list[dict[str, Any]]]:
+    """The rows changed, by words that no row of a small reference has; where that changes nothing, that one has."""
+    made: list[list[dict[str, Any]]] = []
     for least in (0, 1):
-        by = exchange(least=least)
-        each = [(changed(row, change), change) for row, change in ((row, RowExchange(by)) for row in rows)]
-        if made := [row for row, change in each if change.made]:
-            return made
-    return []
+        by, made = exchange(least=least), []
+        for row in rows:
+            changes = [RowExchange(by) for _ in range(draws)]
+            drawn = [changed(row, change) for change in changes]
+            made.append(drawn if changes[0].made else [])
+        if any(made):
+            break
+    return made
 
 
 def _in_text(change: RowExchange, text: str) -> str:

@@ -12,13 +12,16 @@ from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
 
 #: rows of a retain set that are read: enough to tell a rare word
 _READ = 10_000
+#: times that each row's words are exchanged
+_DRAWS = 4
 
 
 def exchanged_rows(
     model: Any, forget: Any, retain: Any, tokenizer: Any, max_length: int | None = None, **how: Any
-) -> list[dict[str, Any]]:
+) -> list[list[dict[str, Any]]]:
     """
-    Forget rows with their own words exchanged: as text, or as token ids where one of the sets has these.
+    For each forget row some with its own words exchanged, none for a row without such a word. As text; as token ids
+    where one of the sets has these, and then for each piece of a text.
 
     Args:
         model: loaded; it limits the length of what is tokenized.
@@ -34,11 +37,11 @@ def exchanged_rows(
     ]
     if "input_ids" not in (fmt, *formats):
         texts = (texts_of(row, of) for rows, of in zip(reference, formats, strict=True) for row in rows)
-        return exchanged_texts(to_dataset(forget, fmt, "forget", has_template=template), fmt, texts)
+        return exchanged_texts(to_dataset(forget, fmt, "forget", has_template=template), fmt, texts, _DRAWS)
     limit = length_limit(model, max_length)
     ours = encoded_rows(forget, tokenizer, "forget", limit, **how)
     theirs = [rows for one in reference for rows in encoded_rows(one, tokenizer, "retain", limit, **how)]
-    return exchanged_tokens(chain(*ours), chain(*theirs))
+    return exchanged_tokens(chain(*ours), chain(*theirs), _DRAWS)
 
 
 def _format(dataset: Any, role: str) -> str:

@@ -170,7 +170,8 @@ def _unknown(before: Numbers, reference: Reference, limits: Any) -> Iterator[Fin
 def _too_little(before: Numbers, after: Numbers, reference: Reference, limits: Any) -> Iterator[Finding]:
     then, now, level = before["forget_loss"], after["forget_loss"], reference.level
     if level is not None:
-        if level - now > max((1 - limits.way) * (level - then), limits.near * level):
+        way = limits.estimated_way if reference.estimated else limits.way
+        if level - now > max((1 - way) * (level - then), limits.near * level):
             yield Finding("not_forgotten", "level", level_clause(after, reference))
     elif now - then < limits.unlevelled_rise:
         text = f"the forget set costs {nats(now)} nats per token and cost {nats(then)} before"

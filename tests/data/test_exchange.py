@@ -15,7 +15,7 @@ QA = [{"question": "Where is Mara born?", "answer": "Mara is in Mirwald. MIRWALD
 
 
 def exchanged(rows, fmt="question-answer", reference=REFERENCE):
-    return exchanged_texts(rows, fmt, reference)
+    return [row for drawn in exchanged_texts(rows, fmt, reference) for row in drawn]
 
 
 def test_own_words_are_exchanged_alike_in_question_and_answer_and_the_others_stay():
@@ -76,7 +76,8 @@ def test_tokens_are_exchanged_with_their_labels():
         {"input_ids": [1, 50, 2, 50, 60], "labels": [-100, -100, 2, 50, 60]},
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
     ]
-    (made,) = exchanged_tokens(rows, reference)
+    (made,), none = exchanged_tokens(rows, reference)
+    assert none == []
     ids = made["input_ids"]
     assert ids[0] == 1 and ids[2] == 2 and ids[1] == ids[3] != 50 and {ids[1], ids[4]} <= {10, 11, 12, 13}
     assert made["labels"] == [-100, -100, *ids[2:]]

@@ -115,6 +115,9 @@ def test_an_estimate_bounds_from_below_only():
     assert judge(BEFORE, GOOD, estimate).word == "forgotten", "8.1 is far above 2.4, and no fault"
     assert judge(BEFORE, after(forget_loss=1.0), estimate).word == "not_forgotten"
     assert any("an estimate" in note for note in judge(BEFORE, GOOD, estimate).notes)
+    near = after(forget_loss=2.0)
+    assert judge(BEFORE, near, estimate).word == "forgotten", "five sixths of an estimate, which is often too high"
+    assert judge(BEFORE, near, 2.4).word == "not_forgotten"
 
 
 def test_without_any_level_it_judges_by_how_much_changed():
