@@ -1,6 +1,5 @@
 """The level: how well a model may know the forget set that never saw it, in nats per answer token."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,6 @@ from blur_trainer.data.columns import LEVEL
 from blur_trainer.data.sources import check_dataset, column_names
 from blur_trainer.evaluation.exchanged import exchanged_rows
 from blur_trainer.evaluation.row_losses import loaded_with_tokenizer, row_nats
-
-#: the least level of a row, in nats per token: below it an answer is known
-LEAST = 0.1
 
 Source = Literal["retrained", "unseen", "exchanged", "given"]
 
@@ -102,9 +98,8 @@ class Level:
         to 1.32 times what the retrained model loses, and text that nobody saw cost 1.00 to 1.40 times that
         (docs/evidence.md).
 
-        The words of each row are exchanged four times. Its level is the mean, at least .1; a row without a word of its
-        own gets the mean of the others. Where a set has token ids and the texts of the other are cut into pieces, there
-        are no levels of single rows.
+        The words of each row are exchanged four times; rows without a word of their own do not count. All rows get the
+        mean: the estimate of a single row may be so low that its answer would stay word for word.
 
         Args:
             retain: in any format of [`tokenize_dataset`]; also several sets by name. The first 10 000 rows are read.
@@ -120,24 +115,11 @@ class Level:
                 "be exchanged for an estimate of the level: give unseen rows, a retrained model, or nats per token."
             )
         flat = [row for drawn in rows for row in drawn]
-        nats = iter(row_nats(loaded, flat, tokenizer, role="forget", known=True, **how))
-        own = [float(np.mean([next(nats) for _ in drawn])) if drawn else None for drawn in rows]
-        known = [each for each in own if each is not None]
-        mean = float(np.mean(known))
-        levels = tuple(max(mean if each is None else each, LEAST) for each in own)
-        of_rows = levels if len(levels) == len(forget) else None
-        return cls(mean, "exchanged", of_rows, float(np.std(known)))
+        return cls._of(row_nats(loaded, flat, tokenizer, role="forget", known=True, **how), "exchanged")
 
     @classmethod
     def _of(cls, nats: Sequence[float], source: Source, per_example: tuple[float, ...] | None = None) -> "Level":
         return cls(float(np.mean(nats)), source, per_example, float(np.std(nats)))
-
-    def spread_like(self, other: "Level") -> "Level":
-        """This mean, with levels of single rows that are to it as the other's are to its own mean."""
-        if other.per_example is None:
-            return self
-        rows = tuple(max(each * self.nats / other.nats, LEAST) for each in other.per_example)
-        return dataclasses.replace(self, per_example=rows)
 
     def attached(self, dataset: Any) -> Any:
         """

@@ -22,6 +22,11 @@ _ASKED = (
 )
 
 
+#: an answer is brought back where its loss is more than so many times the level. Less, and answers that lie just above
+#: the level do not make up for those that lie below it (docs/evidence.md)
+BEYOND = 1.25
+
+
 @dataclass(frozen=True)
 class TargetLoss(Objective):
     r"""Push the loss of each answer up to a level, and no further; mean over examples (`losses.target_loss`).
@@ -61,9 +66,9 @@ class Until(Objective):
     Args:
         objective: what to descend below the level, e.g. `NPO()`.
         level: as of [`TargetLoss`].
-        two_sided: also bring back an answer whose loss $\ell$ is above the level $c$, with the weight $\ell/c - 1$, at
-            most 1. One large step may carry an answer far beyond. Of [`RMU`] alone, which then draws the activations to
-            those of the frozen model; of likelihoods [`TargetLoss`] does it.
+        two_sided: also bring back an answer whose loss $\ell$ is far above the level $c$, with the weight
+            $\ell/c - 1.25$, at most 1. One large step may carry an answer there. Of [`RMU`] alone, which then draws the
+            activations to those of the frozen model; of likelihoods [`TargetLoss`] does it.
 
     Whether an answer has reached its level is read from one more forward pass, in evaluation mode and without a
     gradient: about a third of the forget pass. The objective's own pass would not always do: it may have dropout, end
@@ -105,7 +110,7 @@ class Until(Objective):
         if not self.two_sided:
             return self.objective.losses(model, batch, reference).masked_fill(ratio >= 1, 0.0)
         losses = self.objective.losses(model, {**batch, "beyond": ratio >= 1}, reference)
-        return losses * torch.where(ratio >= 1, (ratio - 1).clamp(max=1), 1)
+        return losses * torch.where(ratio >= 1, (ratio - BEYOND).clamp(0, 1), 1)
 
     def num_items(self, batch: Batch) -> Tensor:
         return self.objective.num_items(batch)

@@ -22,11 +22,7 @@ class Method(NamedTuple):
     layered: bool = False
 
 
-_RMU: dict[str, Any] = {
-    "forget_objective": "rmu",
-    "retain_objective": "activation_match",
-    "level_two_sided": True,
-}
+_RMU: dict[str, Any] = {"forget_objective": "rmu", "retain_objective": "activation_match"}
 _TARGET: dict[str, Any] = {"forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}}
 
 
@@ -51,7 +47,7 @@ DEFAULT = "blur"
 #: towards what a `LogitDifferenceModel` says: that is the model it is given, and its target is the one that is trained
 DISTILL = "distill"
 METHODS: dict[str, Method] = {
-    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 1.0}, layered=True),
+    "blur": Method("BLUR-RMU", BLURTrainer, _RMU | {"gamma": 0.3}, layered=True),
     "rmu": Method("RMU", UnlearningTrainer, _RMU, layered=True),
     "blur-target": Method("BLUR-Target", BLURTrainer, _TARGET | {"gamma": 0.1}),
     "blur-npo": Method("BLUR-NPO", BLURTrainer, {"forget_objective": "npo", "gamma": 0.3}),

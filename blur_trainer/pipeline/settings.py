@@ -19,6 +19,8 @@ from blur_trainer.uld.trainer import ULDTrainer
 _RATE, _SIZE, _POWER = 1e-3, 3e6, 0.4
 #: LoRA's and ULD's rates, in those of all parameters
 _LORA, _ULD = 10.0, 5.0
+#: BLUR-RMU's strength for an adapter, which reaches the level later than all weights do
+_LORA_GAMMA = 0.7
 #: optimizer steps, in at least so many epochs. Few rows take as many steps: with less the rest is not repaired. The
 #: second is for methods about one layer, which break more at first, and repair it in the later half
 _STEPS, _LAYERED_STEPS, _EPOCHS = 200, 400, 3
@@ -105,7 +107,10 @@ def derived(
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer
         settings["max_length"] = _limited(2 * settings["max_length"] + _FRAMES, size.positions)
         settings["num_assistant_layers"] = max(1, size.layers // 2 if size.layers < 12 else size.layers // 4)
-    return settings | chosen.settings
+    settings |= chosen.settings
+    if lora and chosen.layered and "gamma" in settings:
+        settings["gamma"] = _LORA_GAMMA
+    return settings
 
 
 def start_of_texts(

@@ -179,14 +179,9 @@ def measured_level(prepared: Prepared, model: PreTrainedModel, load: ModelLoader
     forget, tokenizer = prepared.sets["forget"].dataset, prepared.tokenizer
     if asked == "retrained":
         return Level.of_retrained(load(str(script.retrained)), forget, tokenizer, **how)
-    retain = prepared.sets["retain"].dataset
-    if asked == "exchanged":
-        return Level.of_exchanged(model, forget, retain, tokenizer, **how)
-    level = Level.of_unseen(model, prepared.sets["unseen"].dataset, tokenizer, **how)
-    try:
-        return level.spread_like(Level.of_exchanged(model, forget, retain, tokenizer, **how))
-    except ValueError:  # no word can be exchanged
-        return level
+    if asked == "unseen":
+        return Level.of_unseen(model, prepared.sets["unseen"].dataset, tokenizer, **how)
+    return Level.of_exchanged(model, forget, prepared.sets["retain"].dataset, tokenizer, **how)
 
 
 def evaluation_of(prepared: Prepared, level: Level | None) -> ForgetEvaluation:

@@ -21,8 +21,8 @@ class LevelConfig(_Base):
             its level; any other forget objective pushes an answer until it has this loss ([`Until`]). `"column"`:
             each row has its own, in the forget set's column `forget_level`. `None`: no level, but `target_loss` reads
             the column.
-        level_two_sided: also bring back an answer whose loss has gone beyond its level: of `rmu`, which then draws the
-            activations to the frozen model's, and of `target_loss`.
+        level_two_sided: also bring back an answer whose loss has gone beyond its level: of `target_loss`, and of `rmu`
+            from 1.25 times the level on, which then draws the activations to the frozen model's.
         stop_at_level: end the training as soon as an evaluation finds the forget set at its level (the mean loss of a
             sample of 128 rows) and the retain loss at most `retain_bound` above what it was (by default 0.1). Needs
             `eval_strategy`.

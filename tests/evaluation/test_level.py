@@ -80,25 +80,20 @@ RETAIN = [{"question": "Who was he?", "answer": f"He was born in {place}."} for 
 def test_an_exchanged_level_is_the_loss_of_rows_with_other_words_and_an_estimate(asked):
     model, tokenizer = asked
     level = Level.of_exchanged(model, QA, RETAIN, tokenizer)
-    each = [Level.of_unseen(model, drawn, tokenizer).nats for drawn in exchanged_rows(model, QA, RETAIN, tokenizer)]
-    assert level.nats == pytest.approx(sum(each) / len(each)) and level.is_estimate
-    assert level.per_example == pytest.approx(each), "each row has its own"
+    rows = [row for drawn in exchanged_rows(model, QA, RETAIN, tokenizer) for row in drawn]
+    assert len(rows) == 4 * len(QA) and level.nats == pytest.approx(Level.of_unseen(model, rows, tokenizer).nats)
     assert level.nats != pytest.approx(Level.of_unseen(model, QA, tokenizer).nats, rel=1e-3)
+    assert level.is_estimate and level.per_example is None
     both = Level.of_exchanged(model, QA, {"one": RETAIN[:1], "two": RETAIN[1:]}, tokenizer)
     assert both == level, "several retain sets are one"
 
 
-def test_a_row_without_a_word_of_its_own_has_the_mean_of_the_others(asked):
+def test_a_row_without_a_word_of_its_own_does_not_count(asked):
     model, tokenizer = asked
     known = {"question": "Who was he?", "answer": "He was born."}
-    level = Level.of_exchanged(model, [*QA, known], RETAIN, tokenizer)
-    assert level.per_example[-1] == level.nats == pytest.approx(sum(level.per_example[:-1]) / len(QA))
-
-
-def test_a_mean_of_unseen_rows_may_be_spread_like_an_estimate():
-    spread = Level(4.0, "unseen").spread_like(Level(2.0, "exchanged", (1.0, 3.0, 0.01)))
-    assert (spread.nats, spread.source, spread.per_example) == (4.0, "unseen", (2.0, 6.0, 0.1))
-    assert Level(4.0).spread_like(Level(2.0, "exchanged")) == Level(4.0)
+    assert Level.of_exchanged(model, [*QA, known], RETAIN, tokenizer) == Level.of_exchanged(
+        model, QA, RETAIN, tokenizer
+    )
 
 
 def test_texts_and_token_ids_are_exchanged_too(asked):
@@ -115,10 +110,8 @@ def test_a_row_that_the_model_knows_by_heart_takes_part_in_an_exchanged_level(mo
     model, tokenizer = asked
     scored = lambda model, flat, **how: [np.zeros(3)] + [np.full(3, -2.0)] * (len(flat) - 1)  # noqa: E731
     monkeypatch.setattr("blur_trainer.evaluation.row_losses.token_logps", scored)
-    first, *others = exchanged_rows(model, QA, RETAIN, tokenizer)
-    share = (len(first) - 1) / len(first)  # of the first row's drawn texts all but one cost 2 nats
-    level = Level.of_exchanged(model, QA, RETAIN, tokenizer)
-    assert level.nats == pytest.approx(2 * (share + len(others)) / (1 + len(others)))
+    count = sum(map(len, exchanged_rows(model, QA, RETAIN, tokenizer)))
+    assert Level.of_exchanged(model, QA, RETAIN, tokenizer).nats == pytest.approx(2 * (count - 1) / count)
     with pytest.raises(ValueError, match=r"Row 0 .*by heart"):
         Level.of_unseen(model, QA, tokenizer)
 

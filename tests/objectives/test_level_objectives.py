@@ -93,7 +93,7 @@ def test_ascent_until_is_the_literal_one(model, nll):
 def test_what_went_beyond_is_drawn_back_to_the_frozen_model(model, nll):
     """Row by row: RMU's distance below the level; above it the distance to the frozen activations, times how far."""
     rmu, ref, counts = RMU(0, seed=3, answers_only=True), FrozenModel(tiny_llama(1)), RMU(0, answers_only=True)
-    ratios = torch.tensor([0.5, 0.999, 1.001, 1.3, 1.9, 2.5])
+    ratios = torch.tensor([0.5, 0.999, 1.001, 1.3, 1.9, 2.5])  # the third lies just above, and is left alone
     levels = (nll / ratios).float()
     got = Until(rmu, two_sided=True).losses(model, batch(levels), ref)
     steered = rmu.target(16, batch(), None)[0, 0]
@@ -103,7 +103,7 @@ def test_what_went_beyond_is_drawn_back_to_the_frozen_model(model, nll):
         places = {*answer, *(place - 1 for place in answer if place)}
         goal = frozen if ratio > 1 else steered.expand_as(frozen)
         want = sum((hidden - goal)[place].square().mean() for place in places)
-        assert loss.item() == pytest.approx(want.item() * (1 if ratio < 1 else min(ratio - 1, 1)), rel=1e-4)
+        assert loss.item() == pytest.approx(want.item() * (1 if ratio < 1 else min(max(ratio - 1.25, 0), 1)), rel=1e-3)
     assert Until(rmu, two_sided=True).num_items(batch(levels)) == counts.num_items(batch())
 
 

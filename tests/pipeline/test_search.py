@@ -61,8 +61,8 @@ def test_the_last_weights_of_a_trial_are_measured():
 @pytest.mark.parametrize(
     ("given", "bounds"),
     [
-        ({}, {"gamma": (0.1, 10.0), "learning_rate": (2.5e-4, 4e-3)}),
-        ({"learning_rate": 0.1}, {"gamma": (0.1, 10.0)}),
+        ({}, {"gamma": (0.03, 3.0), "learning_rate": (2.5e-4, 4e-3)}),
+        ({"learning_rate": 0.1}, {"gamma": (0.03, 3.0)}),
         ({"method": "npo"}, {"forget_weight": (0.1, 10.0), "learning_rate": (2.5e-4, 4e-3)}),
         ({"method": "undial"}, {"learning_rate": (2.5e-4, 4e-3)}),
         ({"method": "npo", "rule": "pcgrad"}, {"learning_rate": (2.5e-4, 4e-3)}),
@@ -111,8 +111,8 @@ def test_a_run_searches_and_trains_with_the_best_settings(options, tmp_path, mon
     out = done.output_dir
     trials = json.loads((out / "trials.json").read_text(encoding="utf-8"))
     first, second = trials["trials"]
-    assert (first["learning_rate"], first["gamma"]) == (1e-3, 1.0), "the first one has the settings as derived"
-    assert trials["best"]["learning_rate"] == second["learning_rate"] != 1e-3 and 0.1 <= second["gamma"] <= 10.0
+    assert (first["learning_rate"], first["gamma"]) == (1e-3, 0.3), "the first one has the settings as derived"
+    assert trials["best"]["learning_rate"] == second["learning_rate"] != 1e-3 and 0.03 <= second["gamma"] <= 3.0
     for each in trials["trials"]:
         rise = max(0.0, each["retain_loss"] - trials["retain_before"]) / trials["loss_rise"]
         missing = abs(each["forget_loss"] - trials["level"]) / trials["level"]

@@ -121,14 +121,10 @@ def test_what_breaks_more_at_first_takes_longer():
     assert steps["blur"] == steps["rmu"] == 2 * steps["npo"] == 2 * steps["uld"]
 
 
-@pytest.mark.parametrize("method", ["blur", "rmu", "npo"])
-def test_an_adapter_gets_another_rate(method):
+@pytest.mark.parametrize(("method", "own"), [("blur", {"gamma": 0.7}), ("rmu", {})])
+def test_an_adapter_gets_another_rate_and_strength(method, own):
     whole, adapter = settings(method), settings(method, lora=True)
-    assert adapter == {**whole, "learning_rate": 10 * whole["learning_rate"]}
-
-
-def test_what_goes_beyond_the_level_is_brought_back():
-    assert settings("blur")["level_two_sided"] and settings("rmu")["level_two_sided"]
+    assert adapter == {**whole, "learning_rate": 10 * whole["learning_rate"], **own}
 
 
 @pytest.mark.parametrize("method", METHODS)
