@@ -184,7 +184,8 @@ class RMU(ActivationObjective):
         steered = table[:1, None] if topic is None else table[topic][:, None]
         if "beyond" not in batch:
             return steered
-        assert reference is not None  # `Until` asks for it
+        if reference is None:
+            raise ValueError("RMU brings answers back to a reference model's activations; pass `reference`.")
         return torch.where(batch["beyond"][:, None, None], reference.activations(batch, self.layer), steered)
 
 

@@ -331,6 +331,7 @@ def test_training_arguments_fields_keep_their_meaning(field, value):
         (["--forget_level", "column"], Until(NPO())),
         (["--forget_level", "4.5", "--forget_objective", "target_loss"], TargetLoss(4.5)),
         (["--forget_level", "column", "--forget_objective", "target_loss"], TargetLoss()),
+        (["--forget_level", "4", "--level_two_sided", "true", "--forget_objective", "rmu"], Until(RMU(), 4.0, True)),
     ],
 )
 def test_a_level_is_target_losses_own_and_wraps_every_other_objective(words, expected):

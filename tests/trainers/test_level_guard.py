@@ -250,6 +250,8 @@ def test_what_is_refused_by_name(tmp_path):
     for config, words in (
         ({"stop_at_level": True, "forget_level": None}, "`stop_at_level=True` needs a level"),
         ({"retain_bound": 0.1, "forget_level": None}, "`retain_bound=0.1` needs a level"),
+        ({"level_two_sided": True, "forget_level": None}, "`level_two_sided=True` needs a level"),
+        ({"level_two_sided": True}, "`two_sided` needs an objective that can bring answers back"),
         ({"stop_at_level": True, "eval_strategy": "no"}, "`stop_at_level=True` is looked at with every evaluation"),
         ({"retain_bound": 0.1, "eval_strategy": "no"}, "`retain_bound=0.1` is looked at"),
         ({"retain_bound": 0.0}, "`retain_bound` must be"),

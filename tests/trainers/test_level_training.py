@@ -39,6 +39,15 @@ def test_the_column_by_config_by_object_and_as_a_number(tmp_path):
     assert distance(after(tmp_path / "e", same, forget_level="column"), after(tmp_path / "f", forget_level=4.2)) == 0
 
 
+def test_what_went_beyond_its_level_is_drawn_back(tmp_path):
+    """All rows are beyond: pushed only, they have no gradient; drawn back, they have one once the model has moved."""
+    rmu = {"forget_objective": "rmu", "forget_objective_kwargs": {"layer": 0}, "forget_level": LOW, "max_steps": 3}
+    pushed = after(tmp_path / "a", **rmu)
+    drawn = after(tmp_path / "b", **rmu, level_two_sided=True)
+    assert distance(pushed, drawn) > 1e-5
+    assert distance(drawn, after(tmp_path / "c", objective=Until(RMU(0), LOW, two_sided=True), max_steps=3)) == 0
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("config", [{"single_gradient_buffer": True}, {"precompute_ref_logps": True}])
 def test_one_buffer_and_kept_scores_give_the_same(config, tmp_path):
