@@ -10,9 +10,9 @@ from typing import Any
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.columns import FORMATS
 
-#: A word is a row's own where at most this share of the reference rows has it; if that leaves nothing to exchange,
-#: where one of them has it. docs/evidence.md has the numbers for others.
-OWN = 0.02
+#: A word is a row's own where at most this share of the reference rows has it, or so few of them.
+#: docs/evidence.md has the numbers for others.
+OWN, FEW = 0.02, 2
 
 # scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -32,7 +32,6 @@ class Exchange:
         reference: for each row its words.
         kind: of a word.
         key: what makes two words the same.
-        least: so many rows may have an own word, however few there are.
     """
 
     def __init__(
@@ -40,15 +39,13 @@ class Exchange:
         reference: Iterable[Sequence[Any]],
         kind: Callable[[Any], Hashable] = lambda word: None,
         key: Callable[[Any], Hashable] = lambda word: word,
-        least: int = 0,
         seed: int = 0,
     ) -> None:
         rows = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
         self.having = Counter(each for row in rows for each in {key(word) for word in row})
-        self.limit = max(int(OWN * len(rows)), least)
-        rare = max(self.limit, 1)  # of few rows: what one of them has
-        self.every = [word for row in rows for word in row if self.having[key(word)] <= rare]
+        self.limit = max(int(OWN * len(rows)), FEW)
+        self.every = [word for row in rows for word in row if self.is_own(word)]
         self.pool: dict[Hashable, list[Any]] = defaultdict(list)
         for word in self.every:
             self.pool[kind(word)].append(word)
@@ -97,44 +94,39 @@ def exchanged_texts(
         fmt: a name in `FORMATS`, other than `input_ids`.
         reference: the texts of each row of another set, which say which words are rare: see [`texts_of`].
     """
-    bags = [[word for text in texts for word in _WORD.findall(text)] for texts in reference]
+    bags = ([word for text in texts for word in _WORD.findall(text)] for texts in reference)
 
     def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
         return {**row, **{name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}}
 
-    return _exchanged(list(rows), changed, partial(Exchange, bags, _kind_of, str.casefold), draws)
+    return _exchanged(rows, changed, Exchange(bags, _kind_of, str.casefold), draws)
 
 
 def exchanged_tokens(
     examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]], draws: int = 1
 ) -> list[list[dict[str, Any]]]:
     """The same with tokens for words: of examples with `input_ids` and `labels`."""
-    bags = [example["input_ids"] for example in reference]
+    bags = (example["input_ids"] for example in reference)
 
     def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
         ids = [change(token) for token in row["input_ids"]]
         labels = [label if label == IGNORE_INDEX else token for token, label in zip(ids, row["labels"], strict=True)]
         return {**row, "input_ids": ids, "labels": labels}
 
-    return _exchanged(list(examples), changed, partial(Exchange, bags), draws)
+    return _exchanged(examples, changed, Exchange(bags), draws)
 
 
 def _exchanged(
-    rows: list[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     changed: Callable[[Mapping[str, Any], RowExchange], dict[str, Any]],
-    exchange: Callable[..., Exchange],
+    exchange: Exchange,
     draws: int,
 ) -> list[list[dict[str, Any]]]:
-    """The rows changed, by words that no row of a small reference has; where that changes nothing, that one has."""
-    made: list[list[dict[str, Any]]] = []
-    for least in (0, 1):
-        by, made = exchange(least=least), []
-        for row in rows:
-            changes = [RowExchange(by) for _ in range(draws)]
-            drawn = [changed(row, change) for change in changes]
-            made.append(drawn if changes[0].made else [])
-        if any(made):
-            break
+    made = []
+    for row in rows:
+        changes = [RowExchange(exchange) for _ in range(draws)]
+        drawn = [changed(row, change) for change in changes]
+        made.append(drawn if changes[0].made else [])
     return made
 
 

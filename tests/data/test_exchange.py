@@ -35,10 +35,9 @@ def test_a_word_is_own_where_at_most_so_many_rows_have_it():
         reference = [["harbour"]] * count + [["lake"]] + [["Where sea"]] * (199 - count)
         made = exchanged([{"text": "Where harbour"}], "text", reference)
         assert made == ([{"text": "Where lake"}] if own else [])
-    few = [["Where he goes"], ["Where she goes"]]
-    (made,) = exchanged([{"text": "Where harbour goes"}], "text", few)
-    assert made["text"] in ("Where he goes", "Where she goes"), "of few rows: what none of them has, for what one has"
-    assert exchanged([{"text": "Where he goes"}], "text", few) == [{"text": "Where she goes"}], "else what one has"
+    few = [["Where he goes"], ["Where she goes"], ["Where it goes"]]
+    (made,) = exchanged([{"text": "Where he goes"}], "text", few)
+    assert made["text"] in ("Where she goes", "Where it goes"), "of few rows two may have it"
 
 
 def test_rows_without_a_word_of_their_own_are_left_out():
