@@ -109,13 +109,16 @@ class Level:
         loaded, tokenizer = loaded_with_tokenizer(model, tokenizer)
         told = {name: value for name, value in how.items() if name != "batch_size"}
         rows = exchanged_rows(loaded, forget, retain, tokenizer, **told)
-        if not any(rows):
+        flat = [row for drawn in rows for row in drawn]
+        if how.get("max_length") is not None:  # other words may have more tokens
+            how["max_length"] *= 2
+        nats = row_nats(loaded, flat, tokenizer, role="forget", known=True, **how) if flat else []
+        if not nats:
             raise ValueError(
                 "No row of the `forget` dataset has a word that hardly stands in the `retain` dataset, so nothing can "
                 "be exchanged for an estimate of the level: give unseen rows, a retrained model, or nats per token."
             )
-        flat = [row for drawn in rows for row in drawn]
-        return cls._of(row_nats(loaded, flat, tokenizer, role="forget", known=True, **how), "exchanged")
+        return cls._of(nats, "exchanged")
 
     @classmethod
     def _of(cls, nats: Sequence[float], source: Source, per_example: tuple[float, ...] | None = None) -> "Level":

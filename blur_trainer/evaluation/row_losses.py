@@ -33,10 +33,11 @@ def row_nats(
     """
     Mean nats per answer token of each row, in order; all processes must call it. See [`Level`].
 
-    `known`: some rows may cost nothing, because the model knows them by heart.
+    `known`: some rows may cost nothing, because the model knows them by heart, and rows that are too long are left out.
     """
     loaded, tokenizer = loaded_with_tokenizer(model, tokenizer)
-    pieces = encoded_rows(dataset, tokenizer, role, length_limit(loaded, max_length), qa_template, day)
+    limit = length_limit(loaded, max_length)
+    pieces = encoded_rows(dataset, tokenizer, role, limit, qa_template, day, drop_empty=known)
     flat = [piece for row in pieces for piece in row]
     logps = token_logps(loaded, flat, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
     sums = iter((float(one.sum(dtype=np.float64)), len(one)) for one in logps)
@@ -77,8 +78,10 @@ def encoded_rows(
     max_length: int | None,
     qa_template: str = QA,
     day: date | None = None,
+    *,
+    drop_empty: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    """The examples of each row, as training has them. Raises `ValueError` for an empty row."""
+    """The examples of each row, as training has them. Raises `ValueError` for an empty row, or leaves it out."""
     check_dataset(dataset, role)
     fmt = find_format(column_names(dataset), role)
     if tokenizer is None and fmt != "input_ids":
@@ -87,6 +90,8 @@ def encoded_rows(
     rows = list(to_dataset(dataset, fmt, role, has_template=has_chat_template(tokenizer)))
     encoder = RowEncoder(tokenizer, fmt, role, prefix, max_length, False, 0, qa_template, None, day or date.today())
     pieces = [encoder.encode(row, index) for index, row in enumerate(rows)]
+    if drop_empty:
+        return [examples for examples in pieces if not any(example["empty"] for example in examples)]
     for index, examples in enumerate(pieces):
         if any(example["empty"] for example in examples):
             raise ValueError(

@@ -96,6 +96,14 @@ def test_a_row_without_a_word_of_its_own_does_not_count(asked):
     )
 
 
+def test_other_words_may_have_more_tokens_than_the_longest_row(asked):
+    model, tokenizer = asked
+    forget = [{"question": "Who?", "answer": "Al"}, {"question": "Who?", "answer": "Bo"}]
+    longer = [{"question": "Xylographically unpronounceable?", "answer": f"Extraordinariness{i}"} for i in range(3)]
+    longest = max(len(row["input_ids"]) for row in tokenize_dataset(forget, tokenizer, role="forget", max_length=None))
+    assert Level.of_exchanged(model, forget, longer, tokenizer, max_length=longest).nats > 0
+
+
 def test_texts_and_token_ids_are_exchanged_too(asked):
     model, tokenizer = asked
     texts = [{"text": "The hall is old."}, {"text": "Nobody crossed the bridge."}]
