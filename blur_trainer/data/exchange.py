@@ -13,6 +13,7 @@ from blur_trainer.data.columns import FORMATS
 #: A word is a row's own where at most this share of the reference rows has it, or so few of them.
 #: docs/evidence.md has the numbers for others.
 OWN, FEW = 0.02, 2
+_EVERY = object()  # the pool of all kinds
 
 # scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -45,21 +46,25 @@ class Exchange:
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
         self.having = Counter(each for row in rows for each in {key(word) for word in row})
         self.limit = max(int(OWN * len(rows)), FEW)
-        self.every = [word for row in rows for word in row if self.is_own(word)]
-        self.pool: dict[Hashable, list[Any]] = defaultdict(list)
-        for word in self.every:
-            self.pool[kind(word)].append(word)
+        self.pools: dict[Hashable, list[Any]] = defaultdict(list)
+        self.places: dict[Hashable, list[int]] = defaultdict(list)  # of each word in each pool
+        for word in (word for row in rows for word in row if self.is_own(word)):
+            for of in (kind(word), _EVERY):
+                self.places[of, key(word)].append(len(self.pools[of]))
+                self.pools[of].append(word)
 
     def is_own(self, word: Any) -> bool:
         return self.having[self.key(word)] <= self.limit
 
     def another(self, word: Any) -> Any | None:
         """Another word, or `None` if there is none."""
-        for pool in (self.pool.get(self.kind(word), ()), self.every):
-            if self.having[self.key(word)]:  # it may be in the pool itself
-                pool = [each for each in pool if self.key(each) != self.key(word)]
-            if pool:
-                return self.draw.choice(pool)
+        for of in (self.kind(word), _EVERY):
+            pool, same = self.pools[of], self.places[of, self.key(word)]
+            if len(pool) > len(same):
+                place = self.draw.randrange(len(pool) - len(same))
+                for other in same:  # in ascending order: leaves them out without a copy of the pool
+                    place += other <= place
+                return pool[place]
         return None
 
 

@@ -22,8 +22,8 @@ _ASKED = (
 )
 
 
-#: an answer is brought back where its loss is more than so many times the level. Less, and answers that lie just above
-#: the level do not make up for those that lie below it (docs/evidence.md)
+#: an answer is brought back where its loss is more than so many times the level. Brought back from the level on, rows
+#: have one and the same loss, and are easier to tell from unseen ones (docs/evidence.md)
 BEYOND = 1.25
 
 
@@ -154,13 +154,15 @@ def with_level(objective: Objective, level: float | str | None, two_sided: bool 
 
     Args:
         objective: of the user's, or by name.
-        level: nats per token, `"column"` for that of each example, or `None`: the objective stays as it is.
+        level: nats per token, `"column"` for that of each example, or `None`: the objective keeps its own, if any.
         two_sided: whether an answer that has gone beyond the level is brought back. An objective that does so stays.
 
     Raises:
         ValueError: the objective has another level already, or cannot bring answers back.
     """
     if level is None:
+        if two_sided and isinstance(objective, TargetLoss | Until):
+            return dataclasses.replace(objective, two_sided=True)
         return objective
     number = None if level == "column" else float(level)
     if not isinstance(objective, TargetLoss | Until):

@@ -113,6 +113,8 @@ def test_only_rmu_brings_answers_back():
     assert not Until(RMU(0), 3.0).needs_reference
     assert with_level(RMU(0), 3.0, two_sided=True) == until
     assert with_level(TargetLoss(), 3.0, two_sided=True) == TargetLoss(3.0, True)
+    assert with_level(Until(RMU(0), 3.0), None, two_sided=True) == until, "a level of its own"
+    assert with_level(NPO(), None, two_sided=True) == NPO(), "without a level the trainer refuses it"
     with pytest.raises(ValueError, match=r"`two_sided` needs .*`RMU`, got NPO"):
         with_level(NPO(), 3.0, two_sided=True)
 
