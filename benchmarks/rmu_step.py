@@ -23,8 +23,9 @@ from rows import row, write_rows
 from stepping import PINNED, SIZES, Steps, build_model, rows
 
 from blur_trainer import BLUR, BLURConfig, BLURTrainer, Sum
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.control_vectors import control_vector
+from blur_trainer.objectives.rmu import RMU
 
 PLAIN, FROZEN = "two whole models, all gradients", "two whole models, the rest frozen"
 OURS, OURS_SUM = "BLUR-RMU, BLURTrainer", "RMU (sum), BLURTrainer"

@@ -99,13 +99,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from blur_trainer.models.forward import answer_logps, answer_token_logps, forward
     from blur_trainer.models.logit_difference import LogitDifferenceModel
     from blur_trainer.models.task_vector import task_vector
-    from blur_trainer.objectives.activations import RMU, ActivationMatch
+    from blur_trainer.objectives.activations import ActivationMatch
     from blur_trainer.objectives.base import Objective
     from blur_trainer.objectives.contrast import FLAT, JensUn
     from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Margin, Uniform
     from blur_trainer.objectives.level import TargetLoss, Until
     from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
     from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
+    from blur_trainer.objectives.rmu import RMU
     from blur_trainer.objectives.weighted import WGA, SatImp
     from blur_trainer.pipeline.audit import audit
     from blur_trainer.pipeline.recommended import recommended

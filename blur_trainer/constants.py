@@ -7,3 +7,5 @@ ROLES = ("forget", "retain")
 
 #: a column of the forget set, made by the trainer: how many tokens a retain example begins with, too
 SHARED_START = "shared_start"
+#: a column of the forget set, made by the trainer: for each token 1 if it is to be forgotten
+OWN_WORDS = "own_words"

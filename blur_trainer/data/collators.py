@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from blur_trainer.constants import ROLES, SHARED_START
+from blur_trainer.constants import OWN_WORDS, ROLES, SHARED_START
 from blur_trainer.data.columns import LEVEL
 
 
@@ -31,8 +31,8 @@ class UnlearningCollator:
 
     B holds `input_ids`, `attention_mask` and `labels`, int64 of shape (B, T). If the examples have the columns, B also
     holds `ref_logps`, float32 (B,); `refusal`, another B from `refusal_input_ids`, `refusal_labels` and
-    `refusal_ref_logps`; `forget_level` and `weight`, float32 (B,); and `topic` and `shared_start`, int64 (B,).
-    Other columns are left out.
+    `refusal_ref_logps`; `forget_level` and `weight`, float32 (B,); `topic` and `shared_start`, int64 (B,); and
+    `own_words`, int64 (B, T). Other columns are left out.
     """
 
     pad_token_id: int
@@ -65,6 +65,15 @@ class UnlearningCollator:
         for column in ("topic", SHARED_START):
             if any(column in example for example in examples):
                 batch[column] = torch.tensor([int(_get(example, column, role)) for example in examples])
+        if any(OWN_WORDS in example for example in examples):
+            own = torch.cat([_tokens(_get(example, OWN_WORDS, role)) for example in examples])
+            attended = batch["attention_mask"].bool()  # on any side of the padding
+            if len(own) != attended.sum():
+                raise ValueError(
+                    f"`{OWN_WORDS}` has {len(own)} values for the {attended.sum()} tokens of a batch ({role}): a "
+                    "`data_collator` of one's own must keep all tokens of a row."
+                )
+            batch[OWN_WORDS] = torch.zeros_like(batch["input_ids"]).masked_scatter(attended, own)
         if any("weight" in example for example in examples):
             weights = [float(_get(example, "weight", role)) for example in examples]
             batch["weight"] = torch.tensor(weights, dtype=torch.float32)

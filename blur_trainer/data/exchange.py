@@ -13,6 +13,13 @@ from blur_trainer.data.columns import FORMATS
 #: A word is a row's own where at most this share of the reference rows has it, or so few of them.
 #: docs/evidence.md has the numbers for others.
 OWN, FEW = 0.02, 2
+
+
+def own_limit(rows: int) -> int:
+    """How many of so many reference rows may have a word that is a row's own."""
+    return max(int(OWN * rows), FEW)
+
+
 _EVERY = object()  # the pool of all kinds
 
 # scripts that put no spaces between words (Thai to Khmer, kana, Han): a character is a word
@@ -45,7 +52,7 @@ class Exchange:
         rows = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
         self.having = Counter(each for row in rows for each in {key(word) for word in row})
-        self.limit = max(int(OWN * len(rows)), FEW)
+        self.limit = own_limit(len(rows))
         self.pools: dict[Hashable, list[Any]] = defaultdict(list)
         self.places: dict[Hashable, list[int]] = defaultdict(list)  # of each word in each pool
         for word in (word for row in rows for word in row if self.is_own(word)):

@@ -1,14 +1,18 @@
 """The forget set's rows with other words: rows of its form that no model ever saw."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
+
+import numpy as np
 
 from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.columns import find_format
 from blur_trainer.data.exchange import exchanged_texts, exchanged_tokens, texts_of
 from blur_trainer.data.sources import check_dataset, column_names, to_dataset
+from blur_trainer.evaluation.forget_sets import asked
 from blur_trainer.evaluation.row_losses import encoded_rows, length_limit
+from blur_trainer.metrics.rouge_l_recall import rouge_l_recall
 
 #: rows of a retain set that are read: enough to tell a rare word
 _READ = 10_000
@@ -42,6 +46,32 @@ def exchanged_rows(
     ours = encoded_rows(forget, tokenizer, "forget", limit, **how)
     theirs = [rows for one in reference for rows in encoded_rows(one, tokenizer, "retain", limit, **how)]
     return exchanged_tokens(chain(*ours), chain(*theirs), _DRAWS)
+
+
+def exchanged_rouge(
+    model: Any,
+    forget: Any,
+    exchanged: Sequence[list[dict[str, Any]]],
+    tokenizer: Any,
+    max_length: int | None = None,
+    **how: Any,
+) -> float | None:
+    """Mean ROUGE-L recall of answers with exchanged words against the true ones, split as a [`ForgetEvaluation`] does.
+
+    `exchanged`: of [`exchanged_rows`]. `None` where words were exchanged as token ids, which may be none.
+    """
+    fmt = _format(forget, "forget")
+    rows = list(to_dataset(forget, fmt, "forget", has_template=has_chat_template(tokenizer)))
+    if any("input_ids" in row for drawn in exchanged for row in drawn):
+        return None
+    limit, scores = length_limit(model, max_length), []
+    for row, drawn in zip(rows, exchanged, strict=True):
+        pieces = encoded_rows([row, *drawn], tokenizer, "forget", limit, drop_empty=True, **how)
+        if drawn and len(pieces) == 1 + len(drawn):
+            answers = [asked(each).answer for each in pieces]
+            wanted, *said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            scores.extend(rouge_l_recall(one, wanted) for one in said)
+    return float(np.mean(scores)) if scores else None
 
 
 def _format(dataset: Any, role: str) -> str:

@@ -1,5 +1,6 @@
 """The level: how well a model may know the forget set that never saw it, in nats per answer token."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from datasets import Dataset
 from blur_trainer.checks import check_value
 from blur_trainer.data.columns import LEVEL
 from blur_trainer.data.sources import check_dataset, column_names
-from blur_trainer.evaluation.exchanged import exchanged_rows
+from blur_trainer.evaluation.exchanged import exchanged_rouge, exchanged_rows
 from blur_trainer.evaluation.row_losses import loaded_with_tokenizer, row_nats
 
 Source = Literal["retrained", "unseen", "exchanged", "given"]
@@ -36,17 +37,21 @@ class Level:
         source: where it is from.
         per_example: the level of each row of the forget set, where it is known.
         spread: the standard deviation over the rows that were measured.
+        rouge: ROUGE-L recall of the answers with exchanged words against the true ones: how much of an answer is right
+            where none of its own words is. `None` where the words were not exchanged, or without a tokenizer.
     """
 
     nats: float
     source: Source = "given"
     per_example: tuple[float, ...] | None = None
     spread: float | None = None
+    rouge: float | None = None
 
     def __post_init__(self) -> None:
         check_value("nats", self.nats, (float,), "(0, inf)", owner="Level")
         check_value("source", self.source, (Source,), owner="Level")
         check_value("spread", self.spread, (float, type(None)), "[0, inf)", owner="Level")
+        check_value("rouge", self.rouge, (float, type(None)), "[0, 1]", owner="Level")
         if self.per_example is None:
             return
         object.__setattr__(self, "per_example", tuple(map(float, self.per_example)))
@@ -118,7 +123,9 @@ class Level:
                 "No row of the `forget` dataset has a word that hardly stands in the `retain` dataset, so nothing can "
                 "be exchanged for an estimate of the level: give unseen rows, a retrained model, or nats per token."
             )
-        return cls._of(nats, "exchanged")
+        how.pop("batch_size", None)
+        rouge = None if tokenizer is None else exchanged_rouge(loaded, forget, rows, tokenizer, **how)
+        return dataclasses.replace(cls._of(nats, "exchanged"), rouge=rouge)
 
     @classmethod
     def _of(cls, nats: Sequence[float], source: Source, per_example: tuple[float, ...] | None = None) -> "Level":

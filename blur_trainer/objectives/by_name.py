@@ -1,12 +1,13 @@
 """Objectives by their names on the command line."""
 
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Distillation, Margin, Uniform
 from blur_trainer.objectives.level import TargetLoss
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.objectives.weighted import WGA, SatImp
 
 FORGET_OBJECTIVES: dict[str, type[Objective]] = {

@@ -18,7 +18,7 @@ from blur_trainer.objectives.losses import target_loss
 #: what a trainer asks of an objective, beside its methods
 _ASKED = (
     *("per", "needs_reference", "needs_reference_logits", "needs_logits"),
-    *("needs_refusal", "needs_alternatives", "needs_shared_start"),
+    *("needs_refusal", "needs_alternatives", "needs_shared_start", "needs_own_words"),
 )
 
 

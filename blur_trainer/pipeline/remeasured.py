@@ -54,6 +54,6 @@ def remeasured(prepared: Prepared, old: Request, last: Request, rows: Reading, m
     before = {name: value for name, value in old["before"].items() if not name.startswith(left_out)}
     if not other and "degeneration" in after:
         numbers["degeneration"] = after["degeneration"]
-    level = Level(old["level"]["nats"], source=old["level"]["source"])
+    level = Level(old["level"]["nats"], source=old["level"]["source"], rouge=old["level"].get("rouge"))
     verdict = judge(before, numbers, level, old["retrained"], prepared.thresholds)
     return state_of(last["number"], verdict, numbers)

@@ -139,7 +139,7 @@ def _done(ledger: Ledger, request: Request, asked: Requests) -> Unlearned:
         "sha256": digest,
         "settings": f"{folder}/run.yaml",
         "data": {role: reading.digest for role, reading in prepared.sets.items()},
-        "level": {"nats": level.nats, "source": level.source},
+        "level": {"nats": level.nats, "source": level.source, "rouge": level.rouge},
         "before": done.metrics["before"],
         "retrained": done.metrics.get("retrained"),
         "states": [state_of(request["number"], done.verdict, done.metrics["after"], done.audit)],

@@ -44,7 +44,8 @@ class Thresholds:
             tokens were the likeliest ones, and .21 of the retrained model's, so that was not a model that never saw
             the rows. Those that came close to it ended at 1.06 and below.
         unlevelled_rise, unlevelled_rouge: where no level is known: the least rise of the forget loss in nats per token,
-            and the largest share of ROUGE before.
+            and the largest share of ROUGE before. With an estimated level ROUGE may also be that of the answers with
+            exchanged words, in which none of their own words is right.
         noise: differences of ROUGE up to this are none. Sets with ROUGE below .1 before say nothing by their answers.
     """
 

@@ -43,6 +43,7 @@ class Reference:
         level: nats per token. `source`: where it is from, in words. `estimated`: by exchanged words.
         rouge, exact, auc: of the retrained model, else of unseen rows before. `whose`: which of the two.
         paraphrased: ROUGE of paraphrased questions.
+        exchanged: ROUGE of the answers with exchanged words, in which no own word is right.
     """
 
     level: float | None
@@ -53,6 +54,7 @@ class Reference:
     exact: float | None
     paraphrased: float | None
     auc: float
+    exchanged: float | None = None
 
     @classmethod
     def of(cls, level: Any, before: Numbers, retrained: Numbers | None, limits: Any) -> "Reference":
@@ -75,6 +77,7 @@ class Reference:
             exact=numbers.get(f"{own}_exact"),
             paraphrased=numbers.get("paraphrased_rouge" if retrained is not None else "unseen_rouge"),
             auc=(retrained or {}).get("membership_auc", 0.5),
+            exchanged=getattr(level, "rouge", None),
         )
 
 
@@ -190,8 +193,10 @@ def _still_said(before: Numbers, after: Numbers, reference: Reference, limits: A
     if rouge is not None and reference.rouge is not None:
         if rouge > reference.rouge + limits.rouge:
             yield Finding("not_forgotten", "rouge", rouge_clause(after, reference))
-    elif rouge is not None and rouge > max(limits.unlevelled_rouge * rouge_then, UNKNOWN):
-        yield Finding("not_forgotten", "rouge", f"ROUGE of its answers is {rouge:.2f} and was {rouge_then:.2f}")
+    elif rouge is not None:
+        no_own_word = 0.0 if reference.exchanged is None else reference.exchanged + limits.noise
+        if rouge > max(limits.unlevelled_rouge * rouge_then, UNKNOWN, no_own_word):
+            yield Finding("not_forgotten", "rouge", f"{rouge_clause(after, reference)}, and was {rouge_then:.2f}")
     exact = after.get("forget_exact", 0.0)
     if exact > (reference.exact or 0.0) + limits.exact:
         yield Finding("not_forgotten", "exact", f"{exact:.0%} of its answers are still word for word")
@@ -228,7 +233,9 @@ def rouge_clause(after: Numbers, reference: Reference) -> str:
     if "forget_rouge" not in after:
         return ""
     text = f"ROUGE of its answers is {after['forget_rouge']:.2f}"
-    return text if reference.rouge is None else f"{text}, of {reference.whose} {reference.rouge:.2f}"
+    if reference.rouge is not None:
+        return f"{text}, of {reference.whose} {reference.rouge:.2f}"
+    return text if reference.exchanged is None else f"{text}, with exchanged words {reference.exchanged:.2f}"
 
 
 def kept_clauses(before: Numbers, after: Numbers) -> list[str]:

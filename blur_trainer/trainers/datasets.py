@@ -1,7 +1,7 @@
 """Tokenizes and pairs the user's datasets for the trainer."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from blur_trainer.data.levels import has_levels
 from blur_trainer.data.notices import shown
 from blur_trainer.data.overlap import shared_examples
 from blur_trainer.data.pairing import PairedDataset, PairedIterableDataset
-from blur_trainer.data.shared_start import with_repeated_starts, with_shared_starts
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.alternatives import settle_alternatives
@@ -26,6 +25,7 @@ from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.effect import check_batches
 from blur_trainer.trainers.replay import settle_replay
 from blur_trainer.trainers.retain_sets import Mixture, RetainSets, Tokenized, with_names
+from blur_trainer.trainers.row_columns import named, with_columns
 from blur_trainer.trainers.template_day import settle_day
 from blur_trainer.trainers.topics import alternate, settings_of, topic_names
 
@@ -88,27 +88,7 @@ def tokenize_all(
         elif evaluation is not None:
             evaluation = tokenize(evaluation, "eval")
     _say_what_is_trained(forget, retain, tokenizer, args.should_log)
-    return *_with_shared_starts(forget, retain, objectives), evaluation
-
-
-def _with_shared_starts(forget: Any, retain: Any, objectives: Mapping[str, Objective]) -> tuple[Any, Any]:
-    """Both sets, or those of all topics, with the column that their objective may need."""
-    asks = {role for role, objective in objectives.items() if objective.needs_shared_start}
-    kept = [rows for _, rows in _named("retain", retain)]
-    read = [*kept, *(rows for _, rows in _named("forget", forget) if "forget" in asks)]
-    if asks and any(not isinstance(rows, datasets.Dataset) for rows in read):
-        raise TypeError(
-            "`skip_shared_start` compares each example with the whole retain set, and there is a stream: load it, or "
-            "leave the option out."
-        )
-    if "forget" in asks:
-        forget = _each(forget, partial(with_shared_starts, retain=kept))
-    return forget, _each(retain, with_repeated_starts) if "retain" in asks else retain
-
-
-def _each(dataset: Any, change: Callable[[Any], Any]) -> Any:
-    """The changed dataset of a role, or those of its topics."""
-    return {name: change(rows) for name, rows in dataset.items()} if isinstance(dataset, Mapping) else change(dataset)
+    return *with_columns(forget, retain, objectives), evaluation
 
 
 def _settle_retain(
@@ -169,23 +149,15 @@ def _say_what_is_trained(forget: Any, retain: Any, tokenizer: PreTrainedTokenize
     """Logs the first example of each role at INFO, and warns of examples that are to be forgotten and retained."""
     if not says:
         return
-    for role, dataset in [*_named("forget", forget), *_named("retain", retain)]:
+    for role, dataset in [*named("forget", forget), *named("retain", retain)]:
         if logger.isEnabledFor(logging.INFO):
             logger.info("The first `%s` example:\n%s", role, shown(next(iter(dataset)), tokenizer))
-    for role, dataset in _named("forget", forget):
+    for role, dataset in named("forget", forget):
         topic = role.partition(" ")[2]
-        for other, kept in _named("retain", retain):
+        for other, kept in named("retain", retain):
             apart = topic and other.partition(" ")[2] not in ("", topic)  # another topic's
             if not apart and isinstance(dataset, datasets.Dataset) and isinstance(kept, datasets.Dataset):
                 _warn_of_overlap(dataset, kept, role, other)
-
-
-def _named(role: str, dataset: Any) -> Iterator[tuple[str, Tokenized]]:
-    """The dataset of a role, or those of its topics, with their names."""
-    if isinstance(dataset, Mapping):
-        yield from ((f"{role} ({topic})", rows) for topic, rows in dataset.items())
-    elif dataset is not None:
-        yield role, dataset
 
 
 def _warn_of_overlap(forget: datasets.Dataset, retain: datasets.Dataset, role: str, other: str) -> None:

@@ -8,9 +8,9 @@ import datasets
 
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.rules import BLUR, Rule, Sum
-from blur_trainer.objectives.activations import RMU
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.level import Until
+from blur_trainer.objectives.rmu import COEFFICIENT, RMU
 from blur_trainer.trainers.config import UnlearningConfig
 
 _SPLITS = {"train", "validation", "test"}
@@ -61,7 +61,14 @@ def with_topics(objective: Objective, topics: tuple[str, ...], args: UnlearningC
     if not topics:
         return objective
     common = objective.coefficient
-    spread = dict(common) if isinstance(common, Mapping) else dict.fromkeys(topics, common)
+    if common is None and not own:
+        return objective.for_topics(topics, None)
+    if common is None and objective.own_words and len(own) < len(topics):
+        raise ValueError(
+            f"`topics` has a `coefficient` for {sorted(own)} alone: with `own_words` give one for each of "
+            f"{list(topics)}, or none."
+        )
+    spread = dict(common) if isinstance(common, Mapping) else dict.fromkeys(topics, common or COEFFICIENT)
     return objective.for_topics(topics, spread | own)
 
 

@@ -26,6 +26,7 @@ from blur_trainer.trainers.effect import check_effect, settings_read
 from blur_trainer.trainers.evaluation import EvaluationMixin, settle_benchmarks
 from blur_trainer.trainers.given_back import restoring
 from blur_trainer.trainers.last_words import LastWordsCallback, has_stream
+from blur_trainer.trainers.learned_vectors import settle_vectors
 from blur_trainer.trainers.level_guard import LevelCallback, level_check, with_level_check
 from blur_trainer.trainers.masking import MaskCallback
 from blur_trainer.trainers.method_choice import MethodChoice
@@ -127,6 +128,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             *(self.speaker, forgotten_dataset),
         )
         self._tokenized = (forget, retain)
+        pad_token_id = setup.pad_token_id(model, tokenizer)
+        settle_vectors(self.objectives["forget"], forget, retain, lambda: self.speaker(model), pad_token_id, args)
         self.benchmarks = self._settle_benchmarks(benchmarks or {}, args)
         self.reference = make_reference(model, ref_model, self.objectives, args, given)
         self._first_model = None if model_init is None else model
@@ -134,7 +137,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             model=model if model_init is None else None,
             model_init=model_init,
             args=args,
-            data_collator=RowCollator(setup.pad_token_id(model, tokenizer), rows=data_collator),
+            data_collator=RowCollator(pad_token_id, rows=data_collator),
             train_dataset=pair(forget, retain, args),
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,

@@ -14,6 +14,7 @@ from blur_trainer.evaluation.exchanged import exchanged_rows
 from blur_trainer.evaluation.level import Level
 from blur_trainer.evaluation.level_check import LevelCheck
 from blur_trainer.evaluation.row_losses import row_nats
+from blur_trainer.metrics.rouge_l_recall import rouge_l_recall
 
 ROWS = examples(7, seed=3)
 QA = [
@@ -84,6 +85,10 @@ def test_an_exchanged_level_is_the_loss_of_rows_with_other_words_and_an_estimate
     assert len(rows) == 4 * len(QA) and level.nats == pytest.approx(Level.of_unseen(model, rows, tokenizer).nats)
     assert level.nats != pytest.approx(Level.of_unseen(model, QA, tokenizer).nats, rel=1e-3)
     assert level.is_estimate and level.per_example is None
+    true, drawn = QA[1]["answer"], [row["answer"] for row in exchanged_rows(model, QA[1:2], RETAIN, tokenizer)[0]]
+    recall = [rouge_l_recall(answer, true) for answer in drawn]
+    one = Level.of_exchanged(model, QA[1:2], RETAIN, tokenizer)
+    assert one.rouge == pytest.approx(sum(recall) / 4) and 0 < one.rouge < 1, "words that other rows have are right"
     both = Level.of_exchanged(model, QA, {"one": RETAIN[:1], "two": RETAIN[1:]}, tokenizer)
     assert both == level, "several retain sets are one"
 

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from blur_trainer.gradients.rules import BLUR, Sum
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.reference import FrozenModel
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.losses import activation_loss
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

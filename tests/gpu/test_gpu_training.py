@@ -11,10 +11,11 @@ from support.runs import training_logs
 
 from blur_trainer.gradients.rules import BLUR
 from blur_trainer.models.logit_difference import LogitDifferenceModel
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import NLL
 from blur_trainer.objectives.preference import NPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 from blur_trainer.uld.trainer import ULDConfig, ULDTrainer
 

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "gradients": {"constants", "checks"},
     "data": {"constants", "choices", "toy"},
     "models": {"constants", "checks", "atomic_write", "file_names"},
-    "objectives": {"checks", "models", "atomic_write"},
+    "objectives": {"constants", "checks", "models", "atomic_write"},
     "evaluation": {"constants", "checks", "atomic_write", "file_names", "choices", "metrics", "data", "models"},
     # an evaluation's contract, whose numbers it shows
     "report": {"constants", "checks", "atomic_write", "credentials", "evaluation"},

@@ -32,8 +32,9 @@ from blur_trainer.models.early_exit import activations
 from blur_trainer.models.fused_heads import FUSED_FROM, logits_bytes
 from blur_trainer.models.reference import FrozenModel
 from blur_trainer.models.truncation import frozen_lower
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.likelihood import NLL
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURConfig
 from blur_trainer.trainers.trainable import choose_trainable
 

@@ -9,13 +9,14 @@ from test_distribution_objectives import literal as literal_of_distributions
 from test_token_objectives import LITERAL as OF_TOKENS
 
 from blur_trainer.models.reference import FrozenModel
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.control_vectors import control_vector
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.objectives.weighted import WGA, SatImp
 
 ALL = {**FORGET_OBJECTIVES, **RETAIN_OBJECTIVES}

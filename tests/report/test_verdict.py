@@ -120,6 +120,15 @@ def test_an_estimate_bounds_from_below_only():
     assert judge(BEFORE, near, 2.4).word == "not_forgotten"
 
 
+def test_answers_without_a_right_word_of_their_own_are_forgotten():
+    """Rows of one form: with all own words exchanged, ROUGE of the answers is .58 still."""
+    numbers = without(BEFORE, "unseen", "membership")
+    found = judge(numbers, after(forget_rouge=0.59), Level(8.0, "exchanged", rouge=0.58))
+    assert found.word == "forgotten" and "ROUGE of its answers is 0.59, with exchanged words 0.58" in found.sentence
+    found = judge(numbers, after(forget_rouge=0.61), Level(8.0, "exchanged", rouge=0.58))
+    assert found.word == "not_forgotten" and "with exchanged words 0.58, and was 1.00" in found.sentence
+
+
 def test_without_any_level_it_judges_by_how_much_changed():
     before = without(BEFORE, "unseen", "membership")
 
@@ -132,7 +141,7 @@ def test_without_any_level_it_judges_by_how_much_changed():
         {
             "much": (3.0, 0.3, "forgotten", "the forget set costs 3.0 nats per token"),
             "hardly": (0.9, 0.3, "not_forgotten", "the forget set costs 0.90 nats per token and cost 0.01 before"),
-            "still said": (3.0, 0.6, "not_forgotten", "ROUGE of its answers is 0.60 and was 1.00"),
+            "still said": (3.0, 0.6, "not_forgotten", "ROUGE of its answers is 0.60, and was 1.00"),
         },
         check,
     )

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from blur_trainer.gradients import backend
 from blur_trainer.gradients.rules import BLUR, Sum
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.likelihood import GradAscent
 from blur_trainer.objectives.preference import NPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers import single_buffer
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer

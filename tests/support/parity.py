@@ -28,12 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, trainin
 from blur_trainer.data.pairing import PairedDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
 from blur_trainer.gradients.stateful_rules import GRU, Constrained
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.base import Objective
 from blur_trainer.objectives.control_vectors import control_vector
 from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.preference import NPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 

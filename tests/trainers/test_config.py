@@ -13,13 +13,14 @@ from transformers import HfArgumentParser, TrainingArguments
 from blur_trainer.gradients.by_name import RULES
 from blur_trainer.gradients.rules import BLUR, MGDA, NGDiff, PCGrad, Sum
 from blur_trainer.gradients.stateful_rules import GRU, PDU, Constrained
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.by_name import FORGET_OBJECTIVES, RETAIN_OBJECTIVES
 from blur_trainer.objectives.contrast import FLAT, JensUn
 from blur_trainer.objectives.distributions import CEU, JSD, KL, UNDIAL, ClampedEntropy, Distillation, Margin, Uniform
 from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.likelihood import IDK, NLL, GradAscent
 from blur_trainer.objectives.preference import DPO, NPO, AltPO, SimNPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.objectives.weighted import WGA, SatImp
 from blur_trainer.trainers.blur import BLURConfig, BLURTrainer
 from blur_trainer.trainers.config import UnlearningConfig

@@ -8,9 +8,9 @@ from support.runs import distance, settings, train, training_logs, weights
 from support.tiny_tokenizer import tiny_tokenizer
 
 from blur_trainer.gradients.rules import Sum
-from blur_trainer.objectives.activations import RMU
 from blur_trainer.objectives.level import TargetLoss, Until
 from blur_trainer.objectives.preference import NPO, AltPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURTrainer
 
 FORGET, RETAIN = examples(4), examples(3, 1)

@@ -17,9 +17,10 @@ from test_step import LEARNING_RATE, RULES, STEPS, literal, ours, update_error, 
 from transformers import TrainerCallback
 
 from blur_trainer.gradients.rules import Sum
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.distributions import KL
 from blur_trainer.objectives.likelihood import IDK
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.masking import in_words, summarize
 

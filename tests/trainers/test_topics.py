@@ -10,9 +10,10 @@ from support.runs import distance, settings, weights
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.data.topics import TopicDataset
 from blur_trainer.gradients.rules import BLUR, MGDA, Sum
-from blur_trainer.objectives.activations import RMU, ActivationMatch
+from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.control_vectors import NAME, control_vector, load_vectors
 from blur_trainer.objectives.preference import NPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURTrainer
 
 LAYER = 1

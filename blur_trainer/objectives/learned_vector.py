@@ -1,0 +1,97 @@
+"""Learns the vector of RMU's `own_words`: with it the model says other rows' words in place of an answer's own."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blur_trainer.constants import IGNORE_INDEX
+from blur_trainer.models.early_exit import activations
+from blur_trainer.models.forward import evaluating, forward, hidden_size
+from blur_trainer.models.logps import answer_mask
+from blur_trainer.models.steering import steered
+from blur_trainer.objectives.base import Batch
+from blur_trainer.objectives.rmu import RMU
+
+#: steps of Adam, and the first one's size as a share of the vector's length; it falls to 0 linearly
+STEPS, RATE = 60, 0.2
+_MEASURED = 8  # batches from which the length of activations is read
+
+
+def learned_vector(
+    model: nn.Module, batches: Sequence[Batch], objective: RMU, said: Tensor, length: float | None = None
+) -> Tensor:
+    r"""
+    A vector `(H,)`, float32, on the model's device, for one topic of an [`RMU`] with `own_words`.
+
+    With $h_t = v$ at the steered positions, and all else of the model as it is, $v$ descends
+
+    $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_k,\, w \neq y} p(w) + \ell_o$$
+
+    $\ell_y$: the loss of an own token $y$; $W_k$: the own tokens of retain answers in places of its kind; $\ell_o$: the
+    loss of an answer's other tokens. Each is a mean. So the model says something else with certainty there, as one
+    does that never saw the row, and the rest as before. No weight moves, and none gets a gradient.
+
+    Args:
+        model: whole, before unlearning, on the device where it is to run.
+        batches: with `own_words` `(B, T)`. They are taken in turn.
+        objective: which layer and which positions are steered.
+        said: $W$, `(3, V)` bool: of first tokens, after a common token, after an own one (`data.own_words`).
+        length: of the vector. Default: the mean length of the activations that are steered.
+    """
+    batches = [batch for batch in batches if objective.mask(batch).any()]
+    if not batches:
+        raise ValueError("RMU: no token of the forget set is its own and not in a start that is left out.")
+    with evaluating(model), _frozen(model):
+        length = length or _mean_length(model, batches[:_MEASURED], objective)
+        start = torch.randn(hidden_size(model), generator=torch.Generator().manual_seed(objective.seed))
+        vector = start.to(said.device).requires_grad_(True)
+        optimizer = torch.optim.Adam([vector])
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS) * (vector.norm() / len(vector) ** 0.5).item()
+            with torch.enable_grad():
+                loss = _loss(model, batches[step % len(batches)], objective, said, length * F.normalize(vector, dim=0))
+            (vector.grad,) = torch.autograd.grad(loss, vector)
+            optimizer.step()
+    return length * F.normalize(vector.detach(), dim=0)
+
+
+def _loss(model: nn.Module, batch: Batch, objective: RMU, said: Tensor, vector: Tensor) -> Tensor:
+    steered_from = objective.mask(batch).bool()
+    with steered(model, objective.layer, steered_from, vector):
+        logits = forward(model, batch)
+    answers, own = answer_mask(batch["labels"]), steered_from[:, :-1]
+    logps = logits[:, :-1][answers].float().log_softmax(-1)
+    truth = batch["labels"][:, 1:][answers][:, None]
+    kind = torch.where(batch["labels"][:, :-1] == IGNORE_INDEX, 0, 1 + batch["own_words"][:, :-1])
+    others = said[kind[answers]].scatter(-1, truth, False)
+    losses, own = -logps.gather(-1, truth)[:, 0], own[answers]
+    instead = logps[own].masked_fill(~others[own], -math.inf).logsumexp(-1)
+    most = 2 * math.log(logps.shape[-1])
+    rest = losses[~own].mean() if (~own).any() else 0.0
+    return -(losses[own].clamp(max=most) + instead.nan_to_num(neginf=0.0)).mean() + rest
+
+
+@torch.no_grad()
+def _mean_length(model: nn.Module, batches: Sequence[Batch], objective: RMU) -> float:
+    lengths = [
+        activations(model, batch, objective.layer)[objective.mask(batch).bool()].float().norm(dim=-1)
+        for batch in batches
+    ]
+    return torch.cat(lengths).mean().item()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside no weight asks for a gradient, so that a backward pass keeps less."""
+    asking = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in asking:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""Learns RMU's vectors for `own_words` at construction, or reads those of `output_dir`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.data.own_words import common_tokens, said_in_place
+from blur_trainer.objectives.base import Batch, Objective
+from blur_trainer.objectives.learned_vector import STEPS, learned_vector
+from blur_trainer.objectives.level import without_level
+from blur_trainer.objectives.rmu import RMU
+from blur_trainer.saving import output_dir as saving
+from blur_trainer.trainers import setup
+from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.row_columns import named
+from blur_trainer.trainers.sampled_file import check_can_answer, kept_or_sampled
+
+#: file in `output_dir` with the vectors; a resumed training reads them there
+VECTORS_NAME = "learned_vectors.json"
+
+
+def settle_vectors(
+    objective: Objective,
+    forget: Any,
+    retain: Any,
+    speaker: Callable[[], Any],
+    pad_token_id: int,
+    args: UnlearningConfig,
+) -> None:
+    """Gives the forget objective its vectors, if it is an RMU that learns them. All processes get the same.
+
+    `forget`, `retain`: tokenized, the former with its columns. `speaker`: answers the model before unlearning.
+    """
+    rmu = without_level(objective)
+    if not isinstance(rmu, RMU) or not rmu.own_words:
+        return
+    kept = [rows for _, rows in named("retain", retain)]
+    sets = [rows for _, rows in named("forget", forget)]
+    model = speaker()
+    check_can_answer(model, "give `restore` the vectors of a training")
+    record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
+
+    def learned() -> list[list[float]]:
+        said = said_in_place(kept, common_tokens(kept), setup.vocabulary_size(model))
+        places = torch.from_numpy(said).to(args.device)
+        found = []
+        for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
+            batches = list(_batches(rows, pad_token_id, args))
+            length = None if rmu.coefficient is None else coefficient
+            found.append((learned_vector(model, batches, rmu, places, length) / coefficient).tolist())
+        return found
+
+    def agreed(alone: bool) -> Any:
+        return learned() if alone else saving.agreed(learned, args.process_index == 0)
+
+    rmu.restore(torch.tensor(kept_or_sampled(VECTORS_NAME, record, model, args, agreed)))
+
+
+def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterator[Batch]:
+    """As many as the learning takes, in the size of the training's, drawn by its seed."""
+    collate, size = UnlearningCollator(pad_token_id), min(args.per_device_train_batch_size, len(rows))
+    order = np.random.default_rng(args.seed).permutation(len(rows)).tolist()
+    for start in range(0, min(len(rows), STEPS * size), size):
+        batch = collate([rows[index] for index in order[start : start + size]])
+        yield {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _digest(sets: Sequence[Dataset]) -> str:
+    """Of all tokens and labels."""
+    digest = hashlib.sha256()
+    for rows in sets:
+        for batch in rows.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
+            digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,50 @@
+"""Own words of an answer: literal counts over the retain rows, the column, and what other rows say in their place."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.data.own_words import common_tokens, said_in_place, with_own_words
+
+#: 3 and 4 stand in all of 150 rows, 5 in four of them, 6 in three, 7 in one: 2 % are three
+RETAIN = [[3, 4, 3]] * 142 + [[3, 4, 5]] * 4 + [[3, 4, 6, 6]] * 3 + [[3, 4, 7]]
+
+
+def rows(*pairs):
+    """Rows of ids and of how many tokens are a prompt."""
+    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in pairs])
+
+
+def sets():
+    return [rows(*((ids, 1) for ids in part)) for part in (RETAIN[:100], RETAIN[100:])]
+
+
+def test_a_token_of_few_retain_rows_is_no_common_one():
+    assert common_tokens(sets()) == {3, 4, 5}
+    assert common_tokens([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))]) == {3}, "of few rows two may have it"
+
+
+def test_own_words_are_of_the_answer_alone():
+    forget = rows(([7, 3, 6, 5, 9], 1), ([7, 3, 4], 1), ([8, 9, 3], 0), ([9, 3], 0))
+    made = with_own_words(forget, {3, 4, 5})["own_words"][:]
+    assert made[0] == [0, 0, 1, 0, 1], "7 is of the prompt, 9 of no retain row"
+    assert made[1] == [0, 1, 1], "all of an answer that has no own word"
+    assert made[2] == [1, 1, 0], "a text"
+    assert made[3] == [1, 1], "nothing says a text's first token"
+
+
+def test_what_other_rows_say_in_their_place():
+    """By what stands before: a prompt, a common token, an own one."""
+    retain = [rows(([3, 7, 3, 6], 1), ([3, 3, 8, 9], 1), ([3, 6], 2))]
+    said = said_in_place(retain, {3}, 12)
+    assert [np.flatnonzero(kind).tolist() for kind in said] == [[7], [6, 8], [9]]
+    no_first = said_in_place([rows(([3, 3, 8], 1))], {3}, 12)
+    assert [np.flatnonzero(kind).tolist() for kind in no_first] == [[8]] * 3
+    assert said_in_place([rows(([3, 3], 1))], {3}, 12).all()
+
+
+def test_the_column_goes_into_the_batch_on_any_side_of_the_padding():
+    made = list(with_own_words(rows(([3, 6, 6], 1), ([3, 4, 6, 6], 2)), {3, 4}))
+    batch = UnlearningCollator(0)(made)
+    assert torch.equal(batch["own_words"], torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))

@@ -1,0 +1,194 @@
+"""RMU on an answer's own words: where it steers, how its vector is learned, and what a trainer makes of both."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from support.models import VOCAB, collate, tiny_llama
+from support.runs import distance, settings, weights
+
+from blur_trainer.data.collators import UnlearningCollator
+from blur_trainer.models.early_exit import activations
+from blur_trainer.models.steering import steered
+from blur_trainer.objectives.activations import ActivationMatch
+from blur_trainer.objectives.learned_vector import learned_vector
+from blur_trainer.objectives.rmu import RMU
+from blur_trainer.trainers.blur import BLURTrainer
+from blur_trainer.trainers.learned_vectors import VECTORS_NAME
+
+LAYER, WIDTH = 1, 16
+FIXED = {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
+
+
+def row(*ids, prompt=2):
+    return {"input_ids": list(ids), "labels": [-100] * prompt + list(ids[prompt:])}
+
+
+#: `5 6 7` stand in all rows, one other token in each; in the retain rows others than in the forget rows
+FORGET = [row(3, 5, 6, 10 + i, 7) for i in range(8)]
+RETAIN = [row(3, 5, 6, 20 + i, 7) for i in range(8)]
+
+
+def model(seed=0):
+    return tiny_llama(seed, layers=3)
+
+
+def batch(rows, own):
+    return collate(rows) | {"own_words": torch.tensor(own)}
+
+
+def trainer(folder, forget=FORGET, retain=RETAIN, trained=None, objective=None, **config):
+    args = settings(folder, **{"max_steps": 4, **FIXED, **config})
+    forget_objective = objective or RMU(LAYER, own_words=True)
+    held = ActivationMatch(LAYER)
+    return BLURTrainer(
+        trained or model(), args, forget, retain, forget_objective=forget_objective, retain_objective=held
+    )
+
+
+def literal_loss(asked, vector, rows, own, said):
+    """Row by row and token by token, the layers above run on the replaced activations of one row."""
+    lost, instead, rest = [], [], []
+    for one, marks in zip(rows, own, strict=True):
+        at = torch.tensor([[*marks[1:], 0]])
+        inputs = {"input_ids": torch.tensor([one["input_ids"]]), "attention_mask": torch.ones(1, len(marks))}
+
+        def put(module, given, output, at=at):
+            return torch.where(at.bool()[..., None], vector, output)
+
+        handle = asked.model.layers[LAYER].register_forward_hook(put)
+        logps = asked(**inputs).logits[0].log_softmax(-1)
+        handle.remove()
+        for place, label in enumerate(one["labels"][1:]):
+            if label == -100:
+                continue
+            loss = -logps[place, label]
+            if not marks[place + 1]:
+                rest.append(loss)
+                continue
+            kind = 0 if one["labels"][place] == -100 else 2 if marks[place] else 1
+            lost.append(loss.clamp(max=2 * math.log(VOCAB)))
+            others = [logps[place, word].exp() for word in range(VOCAB) if said[kind][word] and word != label]
+            instead.append(sum(others).log())
+    mean = lambda values: torch.stack(values).mean()  # noqa: E731
+    return -mean(lost) - mean(instead) + mean(rest)
+
+
+# ---- where it steers ----
+
+
+def test_the_places_are_steered_from_which_own_words_are_said():
+    made, trained = batch(FORGET[:2], [[0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]), model()
+    objective, vector = RMU(LAYER, own_words=True), torch.randn(1, WIDTH)
+    objective.restore(vector)
+    hidden = activations(trained, made, LAYER)
+    want = [((hidden[b, t] - vector[0]) ** 2).mean() for b, t in ((0, 2), (1, 1), (1, 2))]
+    torch.testing.assert_close(objective(trained, made), torch.stack(want).mean())
+    assert objective.num_items(made) == 3
+    shared = RMU(LAYER, own_words=True, skip_shared_start=True)
+    assert shared.items({**made, "shared_start": torch.tensor([0, 2])}).tolist() == [1, 1]
+    twice = RMU(LAYER, own_words=True, coefficient=2.0)
+    twice.restore(vector)
+    torch.testing.assert_close(twice.target(WIDTH, made, None)[0, 0], 2 * vector[0])
+
+
+def test_what_it_needs():
+    with pytest.raises(ValueError, match="so `own_words` has no effect"):
+        RMU(LAYER, masked=False, own_words=True)
+    with pytest.raises(ValueError, match="a trainer makes it from the sets"):
+        RMU(LAYER, own_words=True).mask(collate(FORGET))
+    with pytest.raises(ValueError, match="a trainer learns them"):
+        RMU(LAYER, own_words=True).vectors(WIDTH)
+
+
+def test_steered_replaces_the_output_of_a_layer():
+    trained, made = model(), collate(FORGET[:2])
+    inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
+    at, vector = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 1, 0]]), torch.randn(WIDTH)
+    read = []
+    trained.model.layers[LAYER + 1].register_forward_pre_hook(lambda module, given: read.append(given[0].detach()))
+    plain = trained(**inputs).logits
+    with steered(trained, LAYER, at, vector):
+        changed = trained(**inputs).logits
+    again = trained(**inputs).logits
+    torch.testing.assert_close(read[1], torch.where(at.bool()[..., None], vector, read[0]))
+    assert torch.equal(plain, again) and not torch.equal(plain, changed)
+
+
+# ---- its vector ----
+
+
+def test_the_learned_vector_descends_the_literal_loss():
+    asked, objective, own = model(), RMU(LAYER, own_words=True), [[0, 0, 0, 1, 0]] * 8
+    said = torch.zeros(3, VOCAB, dtype=torch.bool)
+    said[:, 20:28] = True
+    before, made = weights(asked), batch(FORGET, own)
+    found = learned_vector(asked, [made], objective, said)
+    length = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item()
+    assert found.norm().item() == pytest.approx(length, rel=1e-4)
+    assert distance(before, weights(asked)) == 0 and asked.training == model().training
+    assert all(weight.grad is None and weight.requires_grad for weight in asked.parameters())
+
+    first = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    loss = lambda vector: literal_loss(asked, vector, FORGET, own, said).item()  # noqa: E731
+    assert loss(found) < loss(length * first / first.norm()) - 1
+    nearby = [length * torch.nn.functional.normalize(found + 0.3 * torch.randn(WIDTH), dim=0) for _ in range(10)]
+    assert loss(found) < min(map(loss, nearby)), "a minimum of the literal loss"
+    assert learned_vector(asked, [made], objective, said, length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
+
+
+def test_no_own_word_outside_of_the_start():
+    made = batch(FORGET, [[0, 0, 0, 1, 0]] * 8) | {"shared_start": torch.full((8,), 4)}
+    objective = RMU(LAYER, own_words=True, skip_shared_start=True)
+    with pytest.raises(ValueError, match="no token of the forget set is its own"):
+        learned_vector(model(), [made], objective, torch.ones(3, VOCAB, dtype=torch.bool))
+
+
+# ---- in a trainer ----
+
+
+@pytest.mark.parametrize("level", [None, 20.0])
+def test_a_trainer_finds_the_words_and_learns_the_vector(level, tmp_path):
+    started = trainer(tmp_path, forget_level=level)
+    item = started.train_dataset[0]["forget"]
+    assert item["own_words"] == [0, 0, 0, 1, 0]
+    kept = json.loads((tmp_path / VECTORS_NAME).read_text())["learned_vectors"]
+    rmu = getattr(started.objectives["forget"], "objective", started.objectives["forget"])
+    torch.testing.assert_close(rmu.vectors(WIDTH), torch.tensor(kept))
+    made = UnlearningCollator(0)([started.train_dataset[place]["forget"] for place in range(8)])
+    length = activations(model(), made, LAYER)[:, 2].norm(dim=-1).mean()
+    torch.testing.assert_close(rmu.vectors(WIDTH).norm(), length, rtol=1e-4, atol=0)
+    started.train()
+
+
+def test_a_resumed_training_goes_on_towards_the_same_vector(tmp_path, monkeypatch):
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)
+    whole.train()
+    (tmp_path / "part").mkdir()
+    for name in ("checkpoint-2", VECTORS_NAME):
+        (tmp_path / "whole" / name).rename(tmp_path / "part" / name)
+    monkeypatch.delattr("blur_trainer.trainers.learned_vectors.learned_vector")  # nothing is learned again
+    resumed = trainer(tmp_path / "part", save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert distance(weights(whole.model), weights(resumed.model)) < 1e-6
+
+
+def test_each_topic_has_a_vector_of_its_own(tmp_path):
+    other = [row(3, 5, 6, 30 + i, 7) for i in range(4)]
+    started = trainer(tmp_path, {"a": FORGET, "b": other}, {"a": RETAIN, "b": RETAIN})
+    vectors = started.objectives["forget"].vectors(WIDTH)
+    assert vectors.shape == (2, WIDTH) and not torch.allclose(*vectors)
+    started.train()
+    given = {"a": {"coefficient": 2.0}, "b": {"coefficient": 3.0}}
+    started = trainer(tmp_path / "given", {"a": FORGET, "b": other}, {"a": RETAIN, "b": RETAIN}, topics=given)
+    table = started.objectives["forget"].target(WIDTH, {**collate(FORGET[:2]), "topic": torch.tensor([0, 1])}, None)
+    assert table.norm(dim=-1).flatten().tolist() == pytest.approx([2, 3], rel=1e-4)
+    with pytest.raises(ValueError, match="give one for each of"):
+        trainer(tmp_path / "one", {"a": FORGET, "b": other}, RETAIN, topics={"a": {"coefficient": 2.0}})
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="`own_words` compares each example with the whole retain set"):
+        trainer(tmp_path, retain=Dataset.from_list(RETAIN).to_iterable_dataset())
