@@ -1,7 +1,8 @@
 """Which tokens of an answer are its own, and which tokens stand in their place in other rows."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,30 +13,36 @@ from blur_trainer.data.exchange import own_limit
 
 #: kinds of places in an answer: its first token, one after a common token, one after an own token
 FIRST, AFTER_COMMON, AFTER_OWN = range(3)
+#: the least share of an answer's tokens that count as its own
+LEAST = 1 / 3
 
 
-def common_tokens(retain: Sequence[Dataset]) -> set[int]:
-    """The tokens that more retain rows have than an own one may (`data.exchange`)."""
+def rows_having(retain: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
+    """How many retain rows have each token; and the common tokens, which more have than may (`data.exchange`)."""
     having: Counter[int] = Counter()
     rows = 0
     for ids, _ in _rows(retain):
         having.update(set(ids.tolist()))
         rows += 1
-    return {token for token, count in having.items() if count > own_limit(rows)}
+    return having, {token for token, count in having.items() if count > own_limit(rows)}
 
 
-def with_own_words(forget: Dataset, common: set[int]) -> Dataset:
+def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int]) -> Dataset:
     """
     The tokenized forget set with the column `own_words`: for each token 1 if it is of the answer and not common.
 
-    Of an answer without such a token all tokens count: there is nothing else to forget.
+    Where these are less than a third of an answer's tokens, the rarest others count, too, up to a third: else the
+    answer could not become as unlikely as one that the model never saw.
     """
     known = np.fromiter(common, dtype=np.int64)
     column = []
     for ids, labels in _rows([forget]):
-        answer = labels != IGNORE_INDEX
-        own = answer & ~np.isin(ids, known)
-        column.append((own if own[1:].any() else answer).astype(np.int64).tolist())
+        places = 1 + np.flatnonzero(labels[1:] != IGNORE_INDEX)  # nothing says a first token
+        rarest = sorted(places, key=lambda place: having.get(int(ids[place]), 0))[: math.ceil(LEAST * len(places))]
+        own = np.zeros(len(ids), dtype=np.int64)
+        own[places] = ~np.isin(ids[places], known)
+        own[rarest] = 1
+        column.append(own.tolist())
     return forget.add_column(OWN_WORDS, column)
 
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import common_tokens, said_in_place
+from blur_trainer.data.own_words import rows_having, said_in_place
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.learned_vector import STEPS, learned_vector
 from blur_trainer.objectives.level import without_level
@@ -47,7 +47,7 @@ def settle_vectors(
     record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
 
     def learned() -> list[list[float]]:
-        said = said_in_place(kept, common_tokens(kept), setup.vocabulary_size(model))
+        said = said_in_place(kept, rows_having(kept)[1], setup.vocabulary_size(model))
         places = torch.from_numpy(said).to(args.device)
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):

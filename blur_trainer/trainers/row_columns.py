@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from blur_trainer.data.own_words import common_tokens, with_own_words
+from blur_trainer.data.own_words import rows_having, with_own_words
 from blur_trainer.data.shared_start import with_repeated_starts, with_shared_starts
 from blur_trainer.objectives.base import Objective
 from blur_trainer.trainers.retain_sets import Tokenized
@@ -27,7 +27,8 @@ def with_columns(forget: Any, retain: Any, objectives: Mapping[str, Objective]) 
     if own_words and not kept:
         raise ValueError("`own_words` needs a retain set, which says what other rows have: pass `retain_dataset`.")
     if own_words:
-        forget = _each(forget, partial(with_own_words, common=common_tokens(kept)))
+        having, common = rows_having(kept)
+        forget = _each(forget, partial(with_own_words, having=having, common=common))
     if "forget" in starts:
         forget = _each(forget, partial(with_shared_starts, retain=kept))
     return forget, _each(retain, with_repeated_starts) if "retain" in starts else retain

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import common_tokens, said_in_place, with_own_words
+from blur_trainer.data.own_words import rows_having, said_in_place, with_own_words
 
 #: 3 and 4 stand in all of 150 rows, 5 in four of them, 6 in three, 7 in one: 2 % are three
 RETAIN = [[3, 4, 3]] * 142 + [[3, 4, 5]] * 4 + [[3, 4, 6, 6]] * 3 + [[3, 4, 7]]
@@ -21,17 +21,18 @@ def sets():
 
 
 def test_a_token_of_few_retain_rows_is_no_common_one():
-    assert common_tokens(sets()) == {3, 4, 5}
-    assert common_tokens([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))]) == {3}, "of few rows two may have it"
+    having, common = rows_having(sets())
+    assert common == {3, 4, 5} and having == {3: 150, 4: 150, 5: 4, 6: 3, 7: 1}
+    assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))])[1] == {3}, "of few rows two may have it"
 
 
 def test_own_words_are_of_the_answer_alone():
-    forget = rows(([7, 3, 6, 5, 9], 1), ([7, 3, 4], 1), ([8, 9, 3], 0), ([9, 3], 0))
-    made = with_own_words(forget, {3, 4, 5})["own_words"][:]
+    forget = rows(([7, 3, 6, 5, 9], 1), ([7, 3, 4, 5, 4, 3], 1), ([8, 9, 3], 0), ([9, 3], 0))
+    made = with_own_words(forget, *rows_having(sets()))["own_words"][:]
     assert made[0] == [0, 0, 1, 0, 1], "7 is of the prompt, 9 of no retain row"
-    assert made[1] == [0, 1, 1], "all of an answer that has no own word"
-    assert made[2] == [1, 1, 0], "a text"
-    assert made[3] == [1, 1], "nothing says a text's first token"
+    assert made[1] == [0, 1, 0, 1, 0, 0], "of an answer without an own word the rarest third, the first of the same"
+    assert made[2] == [0, 1, 0], "nothing says a text's first token"
+    assert made[3] == [0, 1]
 
 
 def test_what_other_rows_say_in_their_place():
@@ -45,6 +46,6 @@ def test_what_other_rows_say_in_their_place():
 
 
 def test_the_column_goes_into_the_batch_on_any_side_of_the_padding():
-    made = list(with_own_words(rows(([3, 6, 6], 1), ([3, 4, 6, 6], 2)), {3, 4}))
+    made = list(with_own_words(rows(([3, 6, 6], 1), ([3, 4, 6, 6], 2)), {3: 9, 4: 9}, {3, 4}))
     batch = UnlearningCollator(0)(made)
     assert torch.equal(batch["own_words"], torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))

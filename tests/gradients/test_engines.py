@@ -104,12 +104,13 @@ def test_a_model_given_by_name_with_its_own_reference(folder, engine):
 
 
 @pytest.mark.parametrize("engine", EVERY)
-def test_every_process_prefers_the_same_answers_and_replays_the_same_texts_as_one_alone(folder, engine):
+def test_every_process_prefers_and_replays_and_steers_towards_the_same_as_one_alone(folder, engine):
     first, second = json.loads((folder / f"{engine}-2-answers.json").read_text())
-    assert first == second and len(first) > 8
+    assert first == second and len(first["texts"]) > 8 and any(first["vector"])
     if not (folder / "alone").exists():
         alternatives("ddp", folder / "alone")
-    assert json.loads((folder / "alone" / "ddp-1-answers.json").read_text()) == [first]
+    (alone,) = json.loads((folder / "alone" / "ddp-1-answers.json").read_text())
+    assert alone["texts"] == first["texts"] and alone["vector"] == pytest.approx(first["vector"], abs=1e-4)
 
 
 # ---- two processes and one ----

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blur_trainer.objectives.distributions import KL
-from blur_trainer.objectives.likelihood import GradAscent
+from blur_trainer.objectives.likelihood import NLL, GradAscent
 from blur_trainer.objectives.preference import NPO, AltPO
+from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.unlearning import UnlearningTrainer
 
@@ -99,7 +100,8 @@ def by_name(engine: str, folder: Path) -> None:
 
 
 def alternatives(engine: str, folder: Path) -> None:
-    """The answers that the model gives to the forget set, and what it replays, of every process. Nothing is trained."""
+    """What every process has of the model before training: the answers that it gives to the forget set, what it
+    replays, and the vector that it learns for RMU. Nothing is trained."""
     parity.forget_engine()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -115,7 +117,13 @@ def alternatives(engine: str, folder: Path) -> None:
         model, args, rows, rows[:1], forget_objective=objective, processing_class=tiny_tokenizer()
     )
     sets = trainer.train_dataset
-    found = gather_object([[*sets.forget["refusal_input_ids"], *sets.retain["input_ids"][1:]]])
+    texts = [*sets.forget["refusal_input_ids"], *sets.retain["input_ids"][1:]]
+    del settings["replay"], settings["replay_kwargs"]
+    args = UnlearningConfig(str(folder / f"{engine}-vectors"), **settings)
+    kept = {"retain_objective": NLL(), "processing_class": tiny_tokenizer()}
+    rmu = RMU(0, own_words=True)
+    UnlearningTrainer(model, args, rows, rows[:1], forget_objective=rmu, **kept)
+    found = gather_object([{"texts": texts, "vector": rmu.vectors(16)[0].tolist()}])
     if PartialState().is_main_process:
         (folder / f"{engine}-{len(found)}-answers.json").write_text(json.dumps(found))
 
