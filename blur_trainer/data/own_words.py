@@ -14,7 +14,7 @@ from blur_trainer.data.exchange import own_limit
 #: kinds of places in an answer: its first token, one after a common token, one after an own token
 FIRST, AFTER_COMMON, AFTER_OWN = range(3)
 #: the least share of an answer's tokens that count as its own
-LEAST = 1 / 3
+LEAST = 0.2
 
 
 def rows_having(retain: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
@@ -31,7 +31,7 @@ def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int])
     """
     The tokenized forget set with the column `own_words`: for each token 1 if it is of the answer and not common.
 
-    Where these are less than a third of an answer's tokens, the rarest others count, too, up to a third: else the
+    Where these are less than a fifth of an answer's tokens, the rarest others count, too, up to a fifth: else the
     answer could not become as unlikely as one that the model never saw.
     """
     known = np.fromiter(common, dtype=np.int64)

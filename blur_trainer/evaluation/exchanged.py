@@ -64,7 +64,8 @@ def exchanged_rouge(
     rows = list(to_dataset(forget, fmt, "forget", has_template=has_chat_template(tokenizer)))
     if any("input_ids" in row for drawn in exchanged for row in drawn):
         return None
-    limit, scores = length_limit(model, max_length), []
+    limit = length_limit(model, max_length)
+    scores: list[float] = []
     for row, drawn in zip(rows, exchanged, strict=True):
         pieces = encoded_rows([row, *drawn], tokenizer, "forget", limit, drop_empty=True, **how)
         if drawn and len(pieces) == 1 + len(drawn):

@@ -17,7 +17,9 @@ from blur_trainer.objectives.base import Batch
 from blur_trainer.objectives.rmu import RMU
 
 #: steps of Adam, and the first one's size as a share of the vector's length; it falls to 0 linearly
-STEPS, RATE = 60, 0.2
+STEPS, RATE = 40, 0.2
+#: random starts
+STARTS = 4
 _MEASURED = 8  # batches from which the length of activations is read
 
 
@@ -35,6 +37,9 @@ def learned_vector(
     loss of an answer's other tokens. Each is a mean. So the model says something else with certainty there, as one
     does that never saw the row, and the rest as before. No weight moves, and none gets a gradient.
 
+    Where $v$ ends depends on where it starts: on the word that is said, and on how answers go on after it. Of some
+    random starts the one is taken that has the lowest loss where the own words in the text are those that it says.
+
     Args:
         model: whole, before unlearning, on the device where it is to run.
         batches: with `own_words` `(B, T)`. They are taken in turn.
@@ -47,24 +52,50 @@ def learned_vector(
         raise ValueError("RMU: no token of the forget set is its own and not in a start that is left out.")
     with evaluating(model), _frozen(model):
         length = length or _mean_length(model, batches[:_MEASURED], objective)
-        start = torch.randn(hidden_size(model), generator=torch.Generator().manual_seed(objective.seed))
-        vector = start.to(said.device).requires_grad_(True)
-        optimizer = torch.optim.Adam([vector])
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS) * (vector.norm() / len(vector) ** 0.5).item()
-            with torch.enable_grad():
-                loss = _loss(model, batches[step % len(batches)], objective, said, length * F.normalize(vector, dim=0))
-            (vector.grad,) = torch.autograd.grad(loss, vector)
-            optimizer.step()
+        generator = torch.Generator().manual_seed(objective.seed)
+        found = []
+        for _ in range(STARTS):
+            start = torch.randn(hidden_size(model), generator=generator).to(said.device)
+            vector = _descended(model, batches, objective, said, start, length)
+            spoken = [_as_said(model, batch, objective, vector) for batch in batches[:_MEASURED]]
+            losses = [_loss(model, batch, objective, said, vector) for batch in spoken]
+            found.append((torch.stack(losses).mean().item(), vector))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _descended(
+    model: nn.Module, batches: Sequence[Batch], objective: RMU, said: Tensor, start: Tensor, length: float
+) -> Tensor:
+    vector = start.requires_grad_(True)
+    optimizer = torch.optim.Adam([vector])
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS) * (vector.norm() / len(vector) ** 0.5).item()
+        with torch.enable_grad():
+            loss = _loss(model, batches[step % len(batches)], objective, said, length * F.normalize(vector, dim=0))
+        (vector.grad,) = torch.autograd.grad(loss, vector)
+        optimizer.step()
     return length * F.normalize(vector.detach(), dim=0)
 
 
-def _loss(model: nn.Module, batch: Batch, objective: RMU, said: Tensor, vector: Tensor) -> Tensor:
+def _as_said(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> Batch:
+    """The batch with what the model says itself in place of the own words. The labels stay."""
+    logits, own = _steered_logits(model, batch, objective, vector)
+    inputs = batch["input_ids"].clone()
+    inputs[:, 1:] = torch.where(own, logits.argmax(-1), inputs[:, 1:])
+    return {**batch, "input_ids": inputs}
+
+
+def _steered_logits(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the next tokens, `(B, T-1, V)`, and which of these are own words, `(B, T-1)`."""
     steered_from = objective.mask(batch).bool()
     with steered(model, objective.layer, steered_from, vector):
-        logits = forward(model, batch)
-    answers, own = answer_mask(batch["labels"]), steered_from[:, :-1]
-    logps = logits[:, :-1][answers].float().log_softmax(-1)
+        return forward(model, batch)[:, :-1], steered_from[:, :-1]
+
+
+def _loss(model: nn.Module, batch: Batch, objective: RMU, said: Tensor, vector: Tensor) -> Tensor:
+    logits, own = _steered_logits(model, batch, objective, vector)
+    answers = answer_mask(batch["labels"])
+    logps = logits[answers].float().log_softmax(-1)
     truth = batch["labels"][:, 1:][answers][:, None]
     kind = torch.where(batch["labels"][:, :-1] == IGNORE_INDEX, 0, 1 + batch["own_words"][:, :-1])
     others = said[kind[answers]].scatter(-1, truth, False)

@@ -13,7 +13,7 @@ from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.steering import steered
 from blur_trainer.objectives.activations import ActivationMatch
-from blur_trainer.objectives.learned_vector import learned_vector
+from blur_trainer.objectives.learned_vector import STARTS, _descended, learned_vector
 from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.learned_vectors import VECTORS_NAME
@@ -137,6 +137,25 @@ def test_the_learned_vector_descends_the_literal_loss():
     nearby = [length * torch.nn.functional.normalize(found + 0.3 * torch.randn(WIDTH), dim=0) for _ in range(10)]
     assert loss(found) < min(map(loss, nearby)), "a minimum of the literal loss"
     assert learned_vector(asked, [made], objective, said, length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
+
+
+def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best():
+    asked, objective, own = model(), RMU(LAYER, own_words=True, seed=3), [[0, 0, 0, 1, 0]] * 8
+    said = torch.zeros(3, VOCAB, dtype=torch.bool)
+    said[:, 20:28] = True
+    made, generator = batch(FORGET, own), torch.Generator().manual_seed(3)
+    length, tried = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item(), {}
+    for _ in range(STARTS):
+        vector = _descended(asked, [made], objective, said, torch.randn(WIDTH, generator=generator), length)
+        with steered(asked, LAYER, objective.mask(made), vector), torch.no_grad():
+            words = asked(**{name: made[name] for name in ("input_ids", "attention_mask")}).logits[:, 2].argmax(-1)
+        spoken = [
+            each | {"input_ids": [*each["input_ids"][:3], int(word), 7]}
+            for each, word in zip(FORGET, words, strict=True)
+        ]
+        tried[literal_loss(asked, vector, spoken, own, said).item()] = vector
+    torch.testing.assert_close(learned_vector(asked, [made], objective, said), tried[min(tried)])
+    assert max(tried) > min(tried) + 0.01, "starts that end alike would prove nothing"
 
 
 def test_no_own_word_outside_of_the_start():
