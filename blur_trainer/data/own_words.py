@@ -1,7 +1,7 @@
 """Which tokens of an answer are its own, and which tokens stand in their place in other rows."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +11,6 @@ from datasets import Dataset
 from blur_trainer.constants import IGNORE_INDEX, OWN_WORDS
 from blur_trainer.data.exchange import own_limit
 
-#: kinds of places in an answer: its first token, one after a common token, one after an own token
-FIRST, AFTER_COMMON, AFTER_OWN = range(3)
 #: the least share of an answer's tokens that count as its own
 LEAST = 0.2
 
@@ -46,20 +44,28 @@ def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int])
     return forget.add_column(OWN_WORDS, column)
 
 
-def said_in_place(retain: Sequence[Dataset], common: set[int], vocabulary: int) -> np.ndarray:
+class SaidElsewhere:
     """
-    For each kind of place the own tokens that retain answers have there, `(3, vocabulary)` bool.
+    Which own tokens retain answers have in a place like that of a forget answer's: after the same common token, or
+    after any own one. Where they have none, all their own tokens; without any, the vocabulary.
+    """
 
-    A kind of place that no retain answer has gets those of all kinds; without any own token, it is the vocabulary.
-    """
-    known, said = np.fromiter(common, dtype=np.int64), np.zeros((3, vocabulary), dtype=bool)
-    for ids, labels in _rows(retain):
-        own = ~np.isin(ids, known)
-        kind = np.where(labels[:-1] == IGNORE_INDEX, FIRST, np.where(own[:-1], AFTER_OWN, AFTER_COMMON))
-        counts = own[1:] & (labels[1:] != IGNORE_INDEX)
-        said[kind[counts], ids[1:][counts]] = True
-    every = said.any(0) if said.any() else np.ones(vocabulary, dtype=bool)
-    return np.where(said.any(1, keepdims=True), said, every)
+    def __init__(self, retain: Sequence[Dataset], common: set[int], vocabulary: int) -> None:
+        after: dict[int | None, set[int]] = defaultdict(set)
+        for ids, labels in _rows(retain):
+            for before, token, label in zip(ids[:-1].tolist(), ids[1:].tolist(), labels[1:].tolist(), strict=True):
+                if label != IGNORE_INDEX and token not in common:
+                    after[before if before in common else None].add(token)
+        self.common, self.after = common, {before: np.array(sorted(tokens)) for before, tokens in after.items()}
+        self.others = [np.array(sorted(set().union(*after.values())), dtype=np.int64), np.arange(vocabulary)]
+
+    def instead_of(self, ids: Sequence[int], place: int) -> np.ndarray:
+        """The other tokens that may be said instead of `ids[place]`."""
+        before = ids[place - 1] if ids[place - 1] in self.common else None
+        for tokens in (self.after.get(before, self.others[0]), *self.others):
+            if len(others := tokens[tokens != ids[place]]):
+                break
+        return others
 
 
 def _rows(sets: Sequence[Dataset]) -> Iterator[tuple[Any, Any]]:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import evaluating, forward, hidden_size
 from blur_trainer.models.logps import answer_mask
@@ -20,31 +19,29 @@ from blur_trainer.objectives.rmu import RMU
 STEPS, RATE = 40, 0.2
 #: random starts
 STARTS = 4
-_MEASURED = 8  # batches from which the length of activations is read
+_MEASURED = 8  # batches from which the length of activations is read, and by which a start is chosen
 
 
-def learned_vector(
-    model: nn.Module, batches: Sequence[Batch], objective: RMU, said: Tensor, length: float | None = None
-) -> Tensor:
+def learned_vector(model: nn.Module, batches: Sequence[Batch], objective: RMU, length: float | None = None) -> Tensor:
     r"""
     A vector `(H,)`, float32, on the model's device, for one topic of an [`RMU`] with `own_words`.
 
     With $h_t = v$ at the steered positions, and all else of the model as it is, $v$ descends
 
-    $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_k,\, w \neq y} p(w) + \ell_o$$
+    $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_t} p(w) + \ell_o$$
 
-    $\ell_y$: the loss of an own token $y$; $W_k$: the own tokens of retain answers in places of its kind; $\ell_o$: the
+    $\ell_y$: the loss of an own token $y$; $W_t$: other tokens that retain answers have in such a place; $\ell_o$: the
     loss of an answer's other tokens. Each is a mean. So the model says something else with certainty there, as one
     does that never saw the row, and the rest as before. No weight moves, and none gets a gradient.
 
-    Where $v$ ends depends on where it starts: on the word that is said, and on how answers go on after it. Of some
+    Where $v$ ends depends on where it starts: on the words that are said, and on how answers go on after them. Of some
     random starts the one is taken that has the lowest loss where the own words in the text are those that it says.
 
     Args:
         model: whole, before unlearning, on the device where it is to run.
-        batches: with `own_words` `(B, T)`. They are taken in turn.
+        batches: on the same device; they are taken in turn. Beside what training reads they have `instead` `(2, K)`,
+            int64: $W$ as pairs of the index of a steered position, row by row, and a token.
         objective: which layer and which positions are steered.
-        said: $W$, `(3, V)` bool: of first tokens, after a common token, after an own one (`data.own_words`).
         length: of the vector. Default: the mean length of the activations that are steered.
     """
     batches = [batch for batch in batches if objective.mask(batch).any()]
@@ -55,23 +52,21 @@ def learned_vector(
         generator = torch.Generator().manual_seed(objective.seed)
         found = []
         for _ in range(STARTS):
-            start = torch.randn(hidden_size(model), generator=generator).to(said.device)
-            vector = _descended(model, batches, objective, said, start, length)
+            start = torch.randn(hidden_size(model), generator=generator)
+            vector = _descended(model, batches, objective, start, length)
             spoken = [_as_said(model, batch, objective, vector) for batch in batches[:_MEASURED]]
-            losses = [_loss(model, batch, objective, said, vector) for batch in spoken]
+            losses = [_loss(model, batch, objective, vector) for batch in spoken]
             found.append((torch.stack(losses).mean().item(), vector))
     return min(found, key=lambda each: each[0])[1]
 
 
-def _descended(
-    model: nn.Module, batches: Sequence[Batch], objective: RMU, said: Tensor, start: Tensor, length: float
-) -> Tensor:
-    vector = start.requires_grad_(True)
+def _descended(model: nn.Module, batches: Sequence[Batch], objective: RMU, start: Tensor, length: float) -> Tensor:
+    vector = start.to(batches[0]["input_ids"].device).requires_grad_(True)
     optimizer = torch.optim.Adam([vector])
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS) * (vector.norm() / len(vector) ** 0.5).item()
         with torch.enable_grad():
-            loss = _loss(model, batches[step % len(batches)], objective, said, length * F.normalize(vector, dim=0))
+            loss = _loss(model, batches[step % len(batches)], objective, length * F.normalize(vector, dim=0))
         (vector.grad,) = torch.autograd.grad(loss, vector)
         optimizer.step()
     return length * F.normalize(vector.detach(), dim=0)
@@ -87,23 +82,23 @@ def _as_said(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> 
 
 def _steered_logits(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> tuple[Tensor, Tensor]:
     """Of the next tokens, `(B, T-1, V)`, and which of these are own words, `(B, T-1)`."""
-    steered_from = objective.mask(batch).bool()
-    with steered(model, objective.layer, steered_from, vector):
-        return forward(model, batch)[:, :-1], steered_from[:, :-1]
+    at = objective.mask(batch).bool()
+    with steered(model, objective.layer, at, vector):
+        return forward(model, batch)[:, :-1], at[:, :-1]
 
 
-def _loss(model: nn.Module, batch: Batch, objective: RMU, said: Tensor, vector: Tensor) -> Tensor:
+def _loss(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> Tensor:
     logits, own = _steered_logits(model, batch, objective, vector)
     answers = answer_mask(batch["labels"])
     logps = logits[answers].float().log_softmax(-1)
-    truth = batch["labels"][:, 1:][answers][:, None]
-    kind = torch.where(batch["labels"][:, :-1] == IGNORE_INDEX, 0, 1 + batch["own_words"][:, :-1])
-    others = said[kind[answers]].scatter(-1, truth, False)
-    losses, own = -logps.gather(-1, truth)[:, 0], own[answers]
-    instead = logps[own].masked_fill(~others[own], -math.inf).logsumexp(-1)
-    most = 2 * math.log(logps.shape[-1])
+    own = own[answers]
+    losses = -logps.gather(-1, batch["labels"][:, 1:][answers][:, None])[:, 0]
+    place, token = batch["instead"]
+    instead = torch.zeros_like(logps[own], dtype=torch.bool)
+    instead[place, token] = True
+    said = logps[own].masked_fill(~instead, -math.inf).logsumexp(-1)
     rest = losses[~own].mean() if (~own).any() else 0.0
-    return -(losses[own].clamp(max=most) + instead.nan_to_num(neginf=0.0)).mean() + rest
+    return -(losses[own].clamp(max=2 * math.log(logps.shape[-1])) + said).mean() + rest
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import rows_having, said_in_place
+from blur_trainer.data.own_words import SaidElsewhere, rows_having
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.learned_vector import STEPS, learned_vector
 from blur_trainer.objectives.level import without_level
@@ -47,13 +47,12 @@ def settle_vectors(
     record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
 
     def learned() -> list[list[float]]:
-        said = said_in_place(kept, rows_having(kept)[1], setup.vocabulary_size(model))
-        places = torch.from_numpy(said).to(args.device)
+        elsewhere = SaidElsewhere(kept, rows_having(kept)[1], setup.vocabulary_size(model))
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
-            batches = list(_batches(rows, pad_token_id, args))
+            batches = [_with_others(batch, rmu, elsewhere, args) for batch in _batches(rows, pad_token_id, args)]
             length = None if rmu.coefficient is None else coefficient
-            found.append((learned_vector(model, batches, rmu, places, length) / coefficient).tolist())
+            found.append((learned_vector(model, batches, rmu, length) / coefficient).tolist())
         return found
 
     def agreed(alone: bool) -> Any:
@@ -67,8 +66,18 @@ def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterat
     collate, size = UnlearningCollator(pad_token_id), min(args.per_device_train_batch_size, len(rows))
     order = np.random.default_rng(args.seed).permutation(len(rows)).tolist()
     for start in range(0, min(len(rows), STEPS * size), size):
-        batch = collate([rows[index] for index in order[start : start + size]])
-        yield {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        yield collate([rows[index] for index in order[start : start + size]])
+
+
+def _with_others(batch: Batch, rmu: RMU, elsewhere: SaidElsewhere, args: UnlearningConfig) -> Batch:
+    """With the tokens that may be said instead of the own words, on the device of the training."""
+    ids = batch["input_ids"].tolist()
+    places = [(row, place + 1) for row, place in rmu.mask(batch).nonzero().tolist()]
+    others = [torch.from_numpy(elsewhere.instead_of(ids[row], place)) for row, place in places]
+    index = torch.arange(len(others)).repeat_interleave(torch.tensor([len(each) for each in others]))
+    pairs = torch.stack([index, torch.cat(others)]) if others else torch.empty(2, 0, dtype=torch.int64)
+    named = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} | {"instead": pairs}
+    return {name: value.to(args.device) for name, value in named.items()}
 
 
 def _digest(sets: Sequence[Dataset]) -> str:

@@ -31,12 +31,19 @@ FORGET = [row(3, 5, 6, 10 + i, 7) for i in range(8)]
 RETAIN = [row(3, 5, 6, 20 + i, 7) for i in range(8)]
 
 
+INSTEAD = range(20, 28)
+
+
 def model(seed=0):
     return tiny_llama(seed, layers=3)
 
 
 def batch(rows, own):
-    return collate(rows) | {"own_words": torch.tensor(own)}
+    """Instead of an own word the tokens from 20 to 27 may be said."""
+    made = collate(rows) | {"own_words": torch.tensor(own)}
+    words = made["input_ids"][:, 1:][made["own_words"][:, 1:].bool()].tolist()
+    pairs = [(place, token) for place, word in enumerate(words) for token in INSTEAD if token != word]
+    return made | {"instead": torch.tensor(pairs).T}
 
 
 def trainer(folder, forget=FORGET, retain=RETAIN, trained=None, objective=None, **config):
@@ -48,7 +55,7 @@ def trainer(folder, forget=FORGET, retain=RETAIN, trained=None, objective=None, 
     )
 
 
-def literal_loss(asked, vector, rows, own, said):
+def literal_loss(asked, vector, rows, own):
     """Row by row and token by token, the layers above run on the replaced activations of one row."""
     lost, instead, rest = [], [], []
     for one, marks in zip(rows, own, strict=True):
@@ -68,9 +75,8 @@ def literal_loss(asked, vector, rows, own, said):
             if not marks[place + 1]:
                 rest.append(loss)
                 continue
-            kind = 0 if one["labels"][place] == -100 else 2 if marks[place] else 1
             lost.append(loss.clamp(max=2 * math.log(VOCAB)))
-            others = [logps[place, word].exp() for word in range(VOCAB) if said[kind][word] and word != label]
+            others = [logps[place, word].exp() for word in INSTEAD if word != label]
             instead.append(sum(others).log())
     mean = lambda values: torch.stack(values).mean()  # noqa: E731
     return -mean(lost) - mean(instead) + mean(rest)
@@ -122,39 +128,35 @@ def test_steered_replaces_the_output_of_a_layer():
 
 def test_the_learned_vector_descends_the_literal_loss():
     asked, objective, own = model(), RMU(LAYER, own_words=True), [[0, 0, 0, 1, 0]] * 8
-    said = torch.zeros(3, VOCAB, dtype=torch.bool)
-    said[:, 20:28] = True
     before, made = weights(asked), batch(FORGET, own)
-    found = learned_vector(asked, [made], objective, said)
+    found = learned_vector(asked, [made], objective)
     length = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item()
     assert found.norm().item() == pytest.approx(length, rel=1e-4)
     assert distance(before, weights(asked)) == 0 and asked.training == model().training
     assert all(weight.grad is None and weight.requires_grad for weight in asked.parameters())
 
     first = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
-    loss = lambda vector: literal_loss(asked, vector, FORGET, own, said).item()  # noqa: E731
+    loss = lambda vector: literal_loss(asked, vector, FORGET, own).item()  # noqa: E731
     assert loss(found) < loss(length * first / first.norm()) - 1
     nearby = [length * torch.nn.functional.normalize(found + 0.3 * torch.randn(WIDTH), dim=0) for _ in range(10)]
     assert loss(found) < min(map(loss, nearby)), "a minimum of the literal loss"
-    assert learned_vector(asked, [made], objective, said, length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
+    assert learned_vector(asked, [made], objective, length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
 
 
 def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best():
     asked, objective, own = model(), RMU(LAYER, own_words=True, seed=3), [[0, 0, 0, 1, 0]] * 8
-    said = torch.zeros(3, VOCAB, dtype=torch.bool)
-    said[:, 20:28] = True
     made, generator = batch(FORGET, own), torch.Generator().manual_seed(3)
     length, tried = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item(), {}
     for _ in range(STARTS):
-        vector = _descended(asked, [made], objective, said, torch.randn(WIDTH, generator=generator), length)
+        vector = _descended(asked, [made], objective, torch.randn(WIDTH, generator=generator), length)
         with steered(asked, LAYER, objective.mask(made), vector), torch.no_grad():
             words = asked(**{name: made[name] for name in ("input_ids", "attention_mask")}).logits[:, 2].argmax(-1)
         spoken = [
             each | {"input_ids": [*each["input_ids"][:3], int(word), 7]}
             for each, word in zip(FORGET, words, strict=True)
         ]
-        tried[literal_loss(asked, vector, spoken, own, said).item()] = vector
-    torch.testing.assert_close(learned_vector(asked, [made], objective, said), tried[min(tried)])
+        tried[literal_loss(asked, vector, spoken, own).item()] = vector
+    torch.testing.assert_close(learned_vector(asked, [made], objective), tried[min(tried)])
     assert max(tried) > min(tried) + 0.01, "starts that end alike would prove nothing"
 
 
@@ -162,7 +164,7 @@ def test_no_own_word_outside_of_the_start():
     made = batch(FORGET, [[0, 0, 0, 1, 0]] * 8) | {"shared_start": torch.full((8,), 4)}
     objective = RMU(LAYER, own_words=True, skip_shared_start=True)
     with pytest.raises(ValueError, match="no token of the forget set is its own"):
-        learned_vector(model(), [made], objective, torch.ones(3, VOCAB, dtype=torch.bool))
+        learned_vector(model(), [made], objective)
 
 
 # ---- in a trainer ----
