@@ -1,18 +1,21 @@
-"""Which tokens of an answer are its own, and which tokens stand in their place in other rows."""
+"""Which tokens of an answer are its own, and which own tokens of other rows may be said instead."""
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, OWN_WORDS
 from blur_trainer.data.exchange import own_limit
 
 #: the least share of an answer's tokens that count as its own
 LEAST = 0.2
+#: how vocabularies write the space before a word
+_SPACES = ("Ġ", "▁", " ")
 
 
 def rows_having(retain: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
@@ -46,26 +49,35 @@ def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int])
 
 class SaidElsewhere:
     """
-    Which own tokens retain answers have in a place like that of a forget answer's: after the same common token, or
-    after any own one. Where they have none, all their own tokens; without any, the vocabulary.
+    What may be said instead of an own token: the own tokens of retain answers that begin a word if it begins one, and
+    else continue one. Where there are none, all of them; without any, the vocabulary.
+
+    Args:
+        begins: for each token whether it begins a word, `(vocabulary,)` bool; see [`begin_words`].
     """
 
-    def __init__(self, retain: Sequence[Dataset], common: set[int], vocabulary: int) -> None:
-        after: dict[int | None, set[int]] = defaultdict(set)
+    def __init__(self, retain: Sequence[Dataset], common: set[int], begins: np.ndarray) -> None:
+        said: set[int] = set()
         for ids, labels in _rows(retain):
-            for before, token, label in zip(ids[:-1].tolist(), ids[1:].tolist(), labels[1:].tolist(), strict=True):
-                if label != IGNORE_INDEX and token not in common:
-                    after[before if before in common else None].add(token)
-        self.common, self.after = common, {before: np.array(sorted(tokens)) for before, tokens in after.items()}
-        self.others = [np.array(sorted(set().union(*after.values())), dtype=np.int64), np.arange(vocabulary)]
+            said.update(ids[1:][labels[1:] != IGNORE_INDEX].tolist())
+        own = np.array(sorted(said - common), dtype=np.int64)
+        self.begins, self.others = begins, (own, np.arange(len(begins)))
 
-    def instead_of(self, ids: Sequence[int], place: int) -> np.ndarray:
-        """The other tokens that may be said instead of `ids[place]`."""
-        before = ids[place - 1] if ids[place - 1] in self.common else None
-        for tokens in (self.after.get(before, self.others[0]), *self.others):
-            if len(others := tokens[tokens != ids[place]]):
+    def instead_of(self, token: int) -> np.ndarray:
+        own, every = self.others
+        for tokens in (own[self.begins[own] == self.begins[token]], own, every):
+            if len(others := tokens[tokens != token]):
                 break
         return others
+
+
+def begin_words(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> np.ndarray:
+    """For each token whether a space stands before it, `(vocabulary,)` bool; without a tokenizer all are alike."""
+    if tokenizer is None:
+        return np.zeros(vocabulary, dtype=bool)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(tokenizer)))))
+    begins = [token is not None and token.startswith(_SPACES) for token in tokens]
+    return np.array(begins + [False] * (vocabulary - len(begins)))
 
 
 def _rows(sets: Sequence[Dataset]) -> Iterator[tuple[Any, Any]]:

@@ -28,9 +28,9 @@ def learned_vector(model: nn.Module, batches: Sequence[Batch], objective: RMU, l
 
     With $h_t = v$ at the steered positions, and all else of the model as it is, $v$ descends
 
-    $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_t} p(w) + \ell_o$$
+    $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_y} p(w) + \ell_o$$
 
-    $\ell_y$: the loss of an own token $y$; $W_t$: other tokens that retain answers have in such a place; $\ell_o$: the
+    $\ell_y$: the loss of an own token $y$; $W_y$: own tokens of retain answers; $\ell_o$: the
     loss of an answer's other tokens. Each is a mean. So the model says something else with certainty there, as one
     does that never saw the row, and the rest as before. No weight moves, and none gets a gradient.
 

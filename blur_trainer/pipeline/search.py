@@ -21,6 +21,7 @@ from blur_trainer.pipeline.run_file import TRIALS
 from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.strengths import strength_of
 from blur_trainer.trainers.level_guard import SAMPLE, sample_rows
+from blur_trainer.trainers.learned_vectors import VECTORS_NAME
 from blur_trainer.trainers.replay import REPLAY_NAME
 
 #: how far from what was derived is searched: the rate is derived from the size, the strength is one number for all
@@ -175,8 +176,9 @@ def _run(prepared: Prepared, goal: Goal, out: Path, make: Callable[..., Any]) ->
             storage=storage, study_name=name, load_if_exists=True, catch=(FloatingPointError,),
             sampler=optuna.samplers.TPESampler(seed=args.seed), pruner=optuna.pruners.NopPruner(),
         )  # fmt: skip
-        if (folder / REPLAY_NAME).exists():
-            shutil.copyfile(folder / REPLAY_NAME, out / REPLAY_NAME)
+        for name in (REPLAY_NAME, VECTORS_NAME):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, out / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _written(out / TRIALS, goal, study)

@@ -32,6 +32,7 @@ from blur_trainer.saving.output_dir import agreed, check_writable
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.scripts.output import write_output
 from blur_trainer.scripts.running import begin_run
+from blur_trainer.trainers.learned_vectors import VECTORS_NAME
 from blur_trainer.trainers.replay import REPLAY_NAME
 
 BEFORE, TEACHER, RETRAINED = "before", "composed", "retrained"
@@ -161,7 +162,8 @@ def _judged(prepared: Prepared, level: Level, results: Results, trained: Trained
         settings = shown_settings(prepared, level, trained)
         table = write_output(out, results, trainers, settings, columns=shown)
         if script.redact:
-            (out / REPLAY_NAME).unlink(missing_ok=True)  # what the model says itself may be what it learnt
+            for name in (REPLAY_NAME, VECTORS_NAME):  # what the model says itself may be what it learnt; digests
+                (out / name).unlink(missing_ok=True)
         if script.merge and trained.saved:
             merge_and_save(str(out), str(out / MERGED))
         send_results(prepared.args, metrics, verdict)

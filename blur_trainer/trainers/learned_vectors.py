@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import SaidElsewhere, rows_having
+from blur_trainer.data.own_words import SaidElsewhere, begin_words, rows_having
 from blur_trainer.objectives.base import Batch, Objective
 from blur_trainer.objectives.learned_vector import STEPS, learned_vector
 from blur_trainer.objectives.level import without_level
@@ -30,7 +31,7 @@ def settle_vectors(
     forget: Any,
     retain: Any,
     speaker: Callable[[], Any],
-    pad_token_id: int,
+    tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearningConfig,
 ) -> None:
     """Gives the forget objective its vectors, if it is an RMU that learns them. All processes get the same.
@@ -43,11 +44,12 @@ def settle_vectors(
     kept = [rows for _, rows in named("retain", retain)]
     sets = [rows for _, rows in named("forget", forget)]
     model = speaker()
+    pad_token_id = setup.pad_token_id(model, tokenizer)
     check_can_answer(model, "give `restore` the vectors of a training")
     record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
 
     def learned() -> list[list[float]]:
-        elsewhere = SaidElsewhere(kept, rows_having(kept)[1], setup.vocabulary_size(model))
+        elsewhere = SaidElsewhere(kept, rows_having(kept)[1], begin_words(tokenizer, setup.vocabulary_size(model)))
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
             batches = [_with_others(batch, rmu, elsewhere, args) for batch in _batches(rows, pad_token_id, args)]
@@ -71,9 +73,8 @@ def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterat
 
 def _with_others(batch: Batch, rmu: RMU, elsewhere: SaidElsewhere, args: UnlearningConfig) -> Batch:
     """With the tokens that may be said instead of the own words, on the device of the training."""
-    ids = batch["input_ids"].tolist()
-    places = [(row, place + 1) for row, place in rmu.mask(batch).nonzero().tolist()]
-    others = [torch.from_numpy(elsewhere.instead_of(ids[row], place)) for row, place in places]
+    own = batch["input_ids"][:, 1:][rmu.mask(batch)[:, :-1].bool()].tolist()
+    others = [torch.from_numpy(elsewhere.instead_of(token)) for token in own]
     index = torch.arange(len(others)).repeat_interleave(torch.tensor([len(each) for each in others]))
     pairs = torch.stack([index, torch.cat(others)]) if others else torch.empty(2, 0, dtype=torch.int64)
     named = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} | {"instead": pairs}

@@ -128,8 +128,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             *(self.speaker, forgotten_dataset),
         )
         self._tokenized = (forget, retain)
-        pad_token_id = setup.pad_token_id(model, tokenizer)
-        settle_vectors(self.objectives["forget"], forget, retain, lambda: self.speaker(model), pad_token_id, args)
+        settle_vectors(self.objectives["forget"], forget, retain, lambda: self.speaker(model), tokenizer, args)
         self.benchmarks = self._settle_benchmarks(benchmarks or {}, args)
         self.reference = make_reference(model, ref_model, self.objectives, args, given)
         self._first_model = None if model_init is None else model
@@ -137,7 +136,7 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
             model=model if model_init is None else None,
             model_init=model_init,
             args=args,
-            data_collator=RowCollator(pad_token_id, rows=data_collator),
+            data_collator=RowCollator(setup.pad_token_id(model, tokenizer), rows=data_collator),
             train_dataset=pair(forget, retain, args),
             # Trainer needs a dataset for its schedule; benchmarks have their own data
             eval_dataset={} if eval_dataset is None and self.benchmarks else eval_dataset,

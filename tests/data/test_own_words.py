@@ -1,10 +1,12 @@
 """Own words of an answer: literal counts over the retain rows, the column, and what other rows say in their place."""
 
+import numpy as np
 import torch
 from datasets import Dataset
+from support.tiny_tokenizer import tiny_tokenizer
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import SaidElsewhere, rows_having, with_own_words
+from blur_trainer.data.own_words import SaidElsewhere, begin_words, rows_having, with_own_words
 
 #: 3 and 4 stand in all of 150 rows, 5 in four of them, 6 in three, 7 in one: 2 % are three
 RETAIN = [[3, 4, 3]] * 142 + [[3, 4, 5]] * 4 + [[3, 4, 6, 6]] * 3 + [[3, 4, 7]]
@@ -34,21 +36,25 @@ def test_own_words_are_of_the_answer_alone():
     assert made[3] == [0, 1]
 
 
-def test_what_other_rows_say_in_such_a_place():
-    """After the same common token, or after any own one; where no row says anything there, all own tokens."""
-    retain = [rows(([3, 7, 3, 6], 1), ([3, 3, 8, 9], 1), ([4, 5, 6], 2))]
-    elsewhere = SaidElsewhere(retain, {3, 4}, 12)
-
-    def instead_of(*ids):
-        return elsewhere.instead_of(ids, len(ids) - 1).tolist()
-
-    assert instead_of(3, 10) == [6, 7, 8], "the answers have these after 3"
-    assert instead_of(3, 7) == [6, 8], "7 itself is no other token"
-    assert instead_of(10, 11) == [6, 9], "10 is as little common as 8 and 5"
-    assert instead_of(4, 10) == [6, 7, 8, 9], "no answer has an own token after 4"
+def test_what_may_be_said_instead():
+    """Of the retain answers' own tokens those that begin a word, or continue one, as the token does."""
+    retain = [rows(([3, 7, 3, 6], 1), ([5, 3, 8, 9], 1))]
+    begins = np.isin(np.arange(12), [6, 8, 10])
+    elsewhere = SaidElsewhere(retain, {3}, begins)
+    assert [elsewhere.instead_of(token).tolist() for token in (10, 6, 11, 7)] == [[6, 8], [8], [7, 9], [9]]
+    assert SaidElsewhere(retain, {3}, begins & (np.arange(12) > 8)).instead_of(10).tolist() == [6, 7, 8, 9]
     for alone in (rows(([3, 2], 1)), rows(([3, 3], 1))):
-        found = SaidElsewhere([alone], {3}, 4).instead_of([3, 2], 1).tolist()
+        found = SaidElsewhere([alone], {3}, np.zeros(4, dtype=bool)).instead_of(2).tolist()
         assert found == [0, 1, 3], "no answer has another own token"
+
+
+def test_which_tokens_begin_a_word():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("mural and more", add_special_tokens=False)["input_ids"]
+    begins = begin_words(tokenizer, len(tokenizer) + 3)
+    texts = tokenizer.batch_decode([[token] for token in ids])
+    assert [bool(begins[token]) for token in ids] == [text.startswith(" ") for text in texts] and begins[ids].any()
+    assert len(begins) == len(tokenizer) + 3 and not begins[-3:].any() and not begin_words(None, 4).any()
 
 
 def test_the_column_goes_into_the_batch_on_any_side_of_the_padding():
