@@ -20,8 +20,8 @@ from blur_trainer.pipeline.preparing import Prepared
 from blur_trainer.pipeline.run_file import TRIALS
 from blur_trainer.scripts.methods import changed
 from blur_trainer.scripts.strengths import strength_of
-from blur_trainer.trainers.level_guard import SAMPLE, sample_rows
 from blur_trainer.trainers.learned_vectors import VECTORS_NAME
+from blur_trainer.trainers.level_guard import SAMPLE, sample_rows
 from blur_trainer.trainers.replay import REPLAY_NAME
 
 #: how far from what was derived is searched: the rate is derived from the size, the strength is one number for all
