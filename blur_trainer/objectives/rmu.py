@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blur_trainer.checks import check_value
 from blur_trainer.models.forward import hidden_size
+from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
 from blur_trainer.objectives.activations import ActivationObjective
 from blur_trainer.objectives.base import Batch
@@ -38,27 +39,34 @@ class RMU(ActivationObjective):
         skip_shared_start: leave out the start of each example that a retain example has, too, such as a system prompt
             or `Question: What is`. A causal model has the same activations there, so that they cannot be steered here
             and held there. Default: as published, all positions.
+        answers_only: steer the tokens of the answers and the one before each, from which the answer is said. The words
+            of a question, such as a first name, are words of other texts, too. Default: as published, prompts count.
         own_words: steer only where a token of the answer is said that retain rows hardly have, such as a name, and
             towards a vector that a trainer learns before the first step ([`learned_vector`]): with it the model says
-            other such tokens there. So the rest of the answer stays. Default: as published, all positions.
+            other such tokens there. So the rest of the answer stays. For answers of one form; where answers are free
+            text, what is said after the first such token repeats itself (docs/evidence.md).
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.
-    Use it: to forget a field of knowledge from texts without questions, as in WMDP; with `own_words`, answers.
-    Source: Li et al., arXiv 2403.03218; `own_words` is ours.
+    Use it: to forget a field of knowledge from texts without questions, as in WMDP; with `answers_only`, answers.
+    Source: Li et al., arXiv 2403.03218; the last three options are ours.
     """
 
     brings_back: ClassVar[bool] = True
     coefficient: float | Mapping[str, float] | None = None
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
+    answers_only: bool = False
     own_words: bool = False
     #: cached vectors by size, `coefficient * vectors` by size and device, and those of `restore` as "restored"
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_masked("answers_only")
         self.check_masked("own_words")
+        if self.answers_only and self.own_words:
+            raise ValueError("RMU: `own_words` are those of answers, so `answers_only` has no effect: leave one out.")
         object.__setattr__(self, "needs_own_words", self.own_words)
         object.__setattr__(self, "topics", tuple(self.topics))
         if not self.topics or len(set(self.topics)) != len(self.topics):
@@ -116,6 +124,11 @@ class RMU(ActivationObjective):
         """The vectors of a checkpoint. Raises `ValueError` where they are missing, or of other topics or sizes."""
         self.restore(load_vectors(folder, self.topics, hidden_size(model)))
 
+    @property
+    def restored(self) -> Tensor | None:
+        """The vectors that `restore` was given, `(topics, H)`."""
+        return self._kept.get("restored")
+
     def restore(self, vectors: Tensor) -> None:
         """Takes these vectors from now on, `(topics, H)`. Raises `ValueError` for another shape."""
         if vectors.dim() != 2 or len(vectors) != len(self.topics):
@@ -128,6 +141,9 @@ class RMU(ActivationObjective):
 
     def mask(self, batch: Batch) -> Tensor:
         counted = super().mask(batch)
+        if self.answers_only:
+            answers = answer_mask(batch["labels"])
+            return counted * (F.pad(answers, (1, 0)) | F.pad(answers, (0, 1)))
         if not self.own_words:
             return counted
         if "own_words" not in batch:

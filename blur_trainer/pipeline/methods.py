@@ -22,11 +22,7 @@ class Method(NamedTuple):
     layered: bool = False
 
 
-_RMU: dict[str, Any] = {
-    "forget_objective": "rmu",
-    "retain_objective": "activation_match",
-    "level_two_sided": True,
-}
+_RMU: dict[str, Any] = {"forget_objective": "rmu", "retain_objective": "activation_match"}
 _TARGET: dict[str, Any] = {"forget_objective": "target_loss", "forget_objective_kwargs": {"two_sided": True}}
 
 

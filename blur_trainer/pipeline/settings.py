@@ -101,7 +101,7 @@ def derived(
         layer = min(size.layers - 1, max(1, round(_DEPTH * size.layers)))
         layered = {"layer": layer, "skip_shared_start": True}
         settings |= {f"{role}_objective_kwargs": dict(layered) for role in ROLES}
-        settings["forget_objective_kwargs"]["own_words"] = True
+        settings["forget_objective_kwargs"]["answers_only"] = True
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer

@@ -31,8 +31,8 @@ class Thresholds:
             show yet. .3 makes each token a quarter less likely.
         degeneration: how far the share of empty and repeated answers of retain and hold may rise.
         way: the share of the way from the loss before to the level that must be gone.
-        estimated_way: the same where the level is an estimate. That was up to 1.32 times what the retrained model loses,
-            on eight small models (docs/evidence.md): what is .9 of the way for such a model may be .7 of it here.
+        estimated_way: the same where the level is an estimate. That was 1.11 times what the retrained model loses, as a
+            mean of eight small models, and up to 1.32 times (docs/evidence.md). So a retrained model would pass.
         near: the level counts as reached within this share of it, however short the way was. The training's own check
             has the same.
         rouge: how far ROUGE of the forget set's answers may be above the retrained model's, or above that of unseen
@@ -54,7 +54,7 @@ class Thresholds:
     loss_rise: float = 0.3
     degeneration: float = 0.05
     way: float = 0.9
-    estimated_way: float = 0.7
+    estimated_way: float = 0.75
     near: float = 0.05
     rouge: float = 0.1
     exact: float = 0.05

@@ -63,6 +63,16 @@ def settle_vectors(
     rmu.restore(torch.tensor(kept_or_sampled(VECTORS_NAME, record, model, args, agreed)))
 
 
+def carry_vectors(before: Objective, now: Objective) -> None:
+    """Gives an objective that is made anew the vectors of the one before, for another training by one trainer."""
+    learned, rmu = without_level(before), without_level(now)
+    if not isinstance(rmu, RMU) or not rmu.own_words or rmu is learned:
+        return
+    if rmu != learned or learned.restored is None:
+        raise ValueError(f"The vectors were learned for {learned}, and {rmu} needs others: make a new trainer.")
+    rmu.restore(learned.restored)
+
+
 def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterator[Batch]:
     """As many as the learning takes, in the size of the training's, drawn by its seed."""
     collate, size = UnlearningCollator(pad_token_id), min(args.per_device_train_batch_size, len(rows))

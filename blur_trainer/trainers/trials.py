@@ -27,6 +27,7 @@ from blur_trainer.saving.output_dir import check_output_dir
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.datasets import pair
+from blur_trainer.trainers.learned_vectors import carry_vectors
 from blur_trainer.trainers.method_choice import MethodChoice
 from blur_trainer.trainers.procedures import Procedure, warn_of_rounding
 from blur_trainer.trainers.references import PrecomputeCallback, make_reference, shard_reference
@@ -141,7 +142,9 @@ class TrialMixin(_Base):
                 f"new trainer. Of this package's settings, {read} may change between trainings."
             )
         if changed:
+            before = self.objectives["forget"]
             self._settle_method(args)
+            carry_vectors(before, self.objectives["forget"])
             warn_of_rounding(self.forget_procedure, self.model, args.bf16 or args.fp16)
         if self._settings.pairs != pairs_of(args):
             self.train_dataset = self._precompute.dataset = pair(self._tokenized[0], self._tokenized[1], args)

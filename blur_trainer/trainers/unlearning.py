@@ -149,9 +149,8 @@ class UnlearningTrainer(ModelMixin, StepMixin, TrialMixin, EvaluationMixin, Savi
         )
         # what a fresh model needs; without `model_init`, a `ref_model` may go when its numbers are precomputed
         self._models = (peft_config, None if model_init is None else ref_model)
-        self._tokenized, self._settings = (forget, retain), Settings(args)
         self._settle_engine(ref_model)
-        self._backend, self._window = None, []
+        self._settings, self._backend, self._window = Settings(args), None, []
         self.step_log = StepLog(self.accelerator, args.max_skipped_steps, self.check_weights)
 
     def _settle_engine(self, ref_model: PreTrainedModel | None) -> None:

@@ -92,17 +92,19 @@ def test_ascent_until_is_the_literal_one(model, nll):
 
 def test_what_went_beyond_is_drawn_back_to_the_frozen_model(model, nll):
     """Row by row: RMU's distance below the level; above it the distance to the frozen activations, times how far."""
-    rmu, ref = RMU(0, seed=3), FrozenModel(tiny_llama(1))
+    rmu, ref, counts = RMU(0, seed=3, answers_only=True), FrozenModel(tiny_llama(1)), RMU(0, answers_only=True)
     ratios = torch.tensor([0.5, 0.999, 1.001, 1.3, 1.9, 2.5])  # the third lies just above, and is left alone
     levels = (nll / ratios).float()
     got = Until(rmu, two_sided=True).losses(model, batch(levels), ref)
     steered = rmu.target(16, batch(), None)[0, 0]
     for row, ratio, loss in zip(ROWS, ratios.tolist(), got, strict=True):
         hidden, frozen = (reference.layer_output(each, row, 0) for each in (model, ref.model))
+        answer = [place for place, label in enumerate(row["labels"]) if label != -100]
+        places = {*answer, *(place - 1 for place in answer if place)}
         goal = frozen if ratio > 1 else steered.expand_as(frozen)
-        want = (hidden - goal).square().mean(-1).sum()
+        want = sum((hidden - goal)[place].square().mean() for place in places)
         assert loss.item() == pytest.approx(want.item() * (1 if ratio < 1 else min(max(ratio - 1.25, 0), 1)), rel=1e-3)
-    assert Until(rmu, two_sided=True).num_items(batch(levels)) == RMU(0).num_items(batch())
+    assert Until(rmu, two_sided=True).num_items(batch(levels)) == counts.num_items(batch())
 
 
 def test_only_rmu_brings_answers_back():

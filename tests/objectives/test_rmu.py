@@ -144,6 +144,32 @@ def test_a_shared_start_needs_the_whole_sets(tmp_path):
             objective(LAYER, skip_shared_start=True).mask(collate(FORGET[:2]))
 
 
+# ---- answers alone ----
+
+
+def test_answers_alone_are_steered():
+    """The answer's tokens and the one before them, from which the first is said; of a second answer, too."""
+    batch, trained = collate(examples(3, low=8)), model()
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    places = [[3, 4], [0, 1], [2, 5, 6]]  # the answers' tokens
+    for row, those in enumerate(places):
+        batch["labels"][row, those] = batch["input_ids"][row, those]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = trained(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
+    goal = COEFFICIENT * control_vector("forget", WIDTH, 0)
+    steered = [[2, 3, 4], [0, 1], [1, 2, 4, 5, 6]]
+    want = [((hidden[b, t] - goal) ** 2).mean() for b in range(3) for t in steered[b]]
+    objective = RMU(LAYER, coefficient=COEFFICIENT, answers_only=True)
+    torch.testing.assert_close(objective(trained, batch), torch.stack(want).mean())
+    assert objective.num_items(batch) == len(want)
+    shared = RMU(LAYER, answers_only=True, skip_shared_start=True)
+    assert shared.items({**batch, "shared_start": torch.tensor([3, 0, 5])}).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="so `answers_only` has no effect"):
+        RMU(LAYER, masked=False, answers_only=True)
+    with pytest.raises(ValueError, match="so `answers_only` has no effect"):
+        RMU(LAYER, answers_only=True, own_words=True)
+
+
 # ---- control vectors ----
 
 

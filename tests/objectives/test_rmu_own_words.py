@@ -196,6 +196,20 @@ def test_a_resumed_training_goes_on_towards_the_same_vector(tmp_path, monkeypatc
     assert distance(weights(whole.model), weights(resumed.model)) < 1e-6
 
 
+def test_a_second_training_goes_on_with_the_vector_or_refuses(tmp_path):
+    args = settings(tmp_path / "a", max_steps=1, **FIXED, forget_objective="rmu", retain_objective="activation_match")
+    args.forget_objective_kwargs, args.retain_objective_kwargs = {"layer": 1, "own_words": True}, {"layer": 1}
+    started = BLURTrainer(model_init=lambda: model(), args=args, forget_dataset=FORGET, retain_dataset=RETAIN)
+    learned = started.objectives["forget"].restored
+    started.args.gamma = 0.7
+    started.train()
+    assert started.rule.gamma == 0.7 and torch.equal(started.objectives["forget"].restored, learned)
+    started.args.forget_objective_kwargs = {"layer": 0, "own_words": True}
+    started.args.output_dir = str(tmp_path / "b")
+    with pytest.raises(ValueError, match="make a new trainer"):
+        started.train()
+
+
 def test_each_topic_has_a_vector_of_its_own(tmp_path):
     other = [row(3, 5, 6, 30 + i, 7) for i in range(4)]
     started = trainer(tmp_path, {"a": FORGET, "b": other}, {"a": RETAIN, "b": RETAIN})

@@ -112,7 +112,7 @@ def test_the_layer_is_a_share_of_the_depth(layers, layer):
     found = settings(layers=layers)
     kept = {"layer": layer, "skip_shared_start": True}
     assert found["retain_objective_kwargs"] == kept
-    assert found["forget_objective_kwargs"] == {**kept, "own_words": True}
+    assert found["forget_objective_kwargs"] == {**kept, "answers_only": True}
     assert "retain_objective_kwargs" not in settings("npo", layers=layers)
 
 
