@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import evaluating, forward, hidden_size
@@ -43,6 +44,7 @@ def learned_vector(model: nn.Module, batches: Sequence[Batch], objective: RMU, l
             int64: $W$ as pairs of the index of a steered position, row by row, and a token.
         objective: which layer and which positions are steered.
         length: of the vector. Default: the mean length of the activations that are steered.
+        show: a progress bar.
     """
     batches = [batch for batch in batches if objective.mask(batch).any()]
     if not batches:
@@ -51,7 +53,7 @@ def learned_vector(model: nn.Module, batches: Sequence[Batch], objective: RMU, l
         length = length or _mean_length(model, batches[:_MEASURED], objective)
         generator = torch.Generator().manual_seed(objective.seed)
         found = []
-        for _ in range(STARTS):
+        for _ in tqdm(range(STARTS), desc="Learned vector", unit=" starts", disable=not show):
             start = torch.randn(hidden_size(model), generator=generator)
             vector = _descended(model, batches, objective, start, length)
             spoken = [_as_said(model, batch, objective, vector) for batch in batches[:_MEASURED]]

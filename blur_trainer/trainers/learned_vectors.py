@@ -54,7 +54,7 @@ def settle_vectors(
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
             batches = [_with_others(batch, rmu, elsewhere, args) for batch in _batches(rows, pad_token_id, args)]
             length = None if rmu.coefficient is None else coefficient
-            found.append((learned_vector(model, batches, rmu, length) / coefficient).tolist())
+            found.append((learned_vector(model, batches, rmu, length, not args.disable_tqdm) / coefficient).tolist())
         return found
 
     def agreed(alone: bool) -> Any:
