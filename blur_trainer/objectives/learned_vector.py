@@ -23,7 +23,13 @@ STARTS = 4
 _MEASURED = 8  # batches from which the length of activations is read, and by which a start is chosen
 
 
-def learned_vector(model: nn.Module, batches: Sequence[Batch], objective: RMU, length: float | None = None) -> Tensor:
+def learned_vector(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: RMU,
+    length: float | None = None,
+    show: bool = False,
+) -> Tensor:
     r"""
     A vector `(H,)`, float32, on the model's device, for one topic of an [`RMU`] with `own_words`.
 
