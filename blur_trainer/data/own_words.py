@@ -47,28 +47,21 @@ def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int])
     return forget.add_column(OWN_WORDS, column)
 
 
-class SaidElsewhere:
+def said_instead(retain: Sequence[Dataset], common: set[int], begins: np.ndarray) -> np.ndarray:
     """
-    What may be said instead of an own token: the own tokens of retain answers that begin a word if it begins one, and
-    else continue one. Where there are none, all of them; without any, the vocabulary.
+    What may be said instead of an own token that continues a word, and of one that begins a word, `(2, vocabulary)`
+    bool: the own tokens of retain answers that do so. Where there are none, all of them; without any, the vocabulary.
 
     Args:
         begins: for each token whether it begins a word, `(vocabulary,)` bool; see [`begin_words`].
     """
-
-    def __init__(self, retain: Sequence[Dataset], common: set[int], begins: np.ndarray) -> None:
-        said: set[int] = set()
-        for ids, labels in _rows(retain):
-            said.update(ids[1:][labels[1:] != IGNORE_INDEX].tolist())
-        own = np.array(sorted(said - common), dtype=np.int64)
-        self.begins, self.others = begins, (own, np.arange(len(begins)))
-
-    def instead_of(self, token: int) -> np.ndarray:
-        own, every = self.others
-        for tokens in (own[self.begins[own] == self.begins[token]], own, every):
-            if len(others := tokens[tokens != token]):
-                break
-        return others
+    own = np.zeros(len(begins), dtype=bool)
+    for ids, labels in _rows(retain):
+        own[ids[1:][labels[1:] != IGNORE_INDEX]] = True
+    own[list(common)] = False
+    kinds = np.stack([own & ~begins, own & begins])
+    every = own if own.any() else np.ones_like(own)
+    return np.where(kinds.any(1, keepdims=True), kinds, every)
 
 
 def begin_words(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,28 @@ STARTS = 4
 _MEASURED = 8  # batches from which the length of activations is read, and by which a start is chosen
 
 
+@dataclass(frozen=True)
+class Words:
+    """
+    Args:
+        begins: for each token whether it begins a word, `(V,)` bool.
+        instead: what may be said instead of a token that continues a word, and of one that begins one, `(2, V)` bool.
+    """
+
+    begins: Tensor
+    instead: Tensor
+
+    def other_than(self, tokens: Tensor) -> Tensor:
+        """What may be said instead of these tokens `(N,)`, `(N, V)` bool; all, where that is nothing else."""
+        others = self.instead[self.begins[tokens].long()].scatter(-1, tokens[:, None], False)
+        return others | ~others.any(-1, keepdim=True)
+
+
 def learned_vector(
     model: nn.Module,
     batches: Sequence[Batch],
     objective: RMU,
+    words: Words,
     length: float | None = None,
     show: bool = False,
 ) -> Tensor:
@@ -37,7 +56,7 @@ def learned_vector(
 
     $$-\min(\ell_y, 2 \ln V) - \log \sum_{w \in W_y} p(w) + \ell_o$$
 
-    $\ell_y$: the loss of an own token $y$; $W_y$: own tokens of retain answers; $\ell_o$: the
+    $\ell_y$: the loss of an own token $y$; $W_y$: what retain answers have instead; $\ell_o$: the
     loss of an answer's other tokens. Each is a mean. So the model says something else with certainty there, as one
     does that never saw the row, and the rest as before. No weight moves, and none gets a gradient.
 
@@ -46,9 +65,9 @@ def learned_vector(
 
     Args:
         model: whole, before unlearning, on the device where it is to run.
-        batches: on the same device; they are taken in turn. Beside what training reads they have `instead` `(2, K)`,
-            int64: $W$ as pairs of the index of a steered position, row by row, and a token.
+        batches: on the same device, as training reads them; they are taken in turn.
         objective: which layer and which positions are steered.
+        words: $W$.
         length: of the vector. Default: the mean length of the activations that are steered.
         show: a progress bar.
     """
@@ -61,20 +80,22 @@ def learned_vector(
         found = []
         for _ in tqdm(range(STARTS), desc="Learned vector", unit=" starts", disable=not show):
             start = torch.randn(hidden_size(model), generator=generator)
-            vector = _descended(model, batches, objective, start, length)
+            vector = _descended(model, batches, objective, words, start, length)
             spoken = [_as_said(model, batch, objective, vector) for batch in batches[:_MEASURED]]
-            losses = [_loss(model, batch, objective, vector) for batch in spoken]
+            losses = [_loss(model, batch, objective, words, vector) for batch in spoken]
             found.append((torch.stack(losses).mean().item(), vector))
     return min(found, key=lambda each: each[0])[1]
 
 
-def _descended(model: nn.Module, batches: Sequence[Batch], objective: RMU, start: Tensor, length: float) -> Tensor:
+def _descended(
+    model: nn.Module, batches: Sequence[Batch], objective: RMU, words: Words, start: Tensor, length: float
+) -> Tensor:
     vector = start.to(batches[0]["input_ids"].device).requires_grad_(True)
     optimizer = torch.optim.Adam([vector])
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS) * (vector.norm() / len(vector) ** 0.5).item()
         with torch.enable_grad():
-            loss = _loss(model, batches[step % len(batches)], objective, length * F.normalize(vector, dim=0))
+            loss = _loss(model, batches[step % len(batches)], objective, words, length * F.normalize(vector, dim=0))
         (vector.grad,) = torch.autograd.grad(loss, vector)
         optimizer.step()
     return length * F.normalize(vector.detach(), dim=0)
@@ -95,16 +116,14 @@ def _steered_logits(model: nn.Module, batch: Batch, objective: RMU, vector: Tens
         return forward(model, batch)[:, :-1], at[:, :-1]
 
 
-def _loss(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> Tensor:
+def _loss(model: nn.Module, batch: Batch, objective: RMU, words: Words, vector: Tensor) -> Tensor:
     logits, own = _steered_logits(model, batch, objective, vector)
     answers = answer_mask(batch["labels"])
     logps = logits[answers].float().log_softmax(-1)
     own = own[answers]
-    losses = -logps.gather(-1, batch["labels"][:, 1:][answers][:, None])[:, 0]
-    place, token = batch["instead"]
-    instead = torch.zeros_like(logps[own], dtype=torch.bool)
-    instead[place, token] = True
-    said = logps[own].masked_fill(~instead, -math.inf).logsumexp(-1)
+    truth = batch["labels"][:, 1:][answers]
+    losses = -logps.gather(-1, truth[:, None])[:, 0]
+    said = logps[own].masked_fill(~words.other_than(truth[own]), -math.inf).logsumexp(-1)
     rest = losses[~own].mean() if (~own).any() else 0.0
     return -(losses[own].clamp(max=2 * math.log(logps.shape[-1])) + said).mean() + rest
 

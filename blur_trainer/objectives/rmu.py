@@ -42,9 +42,9 @@ class RMU(ActivationObjective):
         answers_only: steer the tokens of the answers and the one before each, from which the answer is said. The words
             of a question, such as a first name, are words of other texts, too. Default: as published, prompts count.
         own_words: steer only where a token of the answer is said that retain rows hardly have, such as a name, and
-            towards a vector that a trainer learns before the first step ([`learned_vector`]): with it the model says
-            other such tokens there. So the rest of the answer stays. For answers of one form; where answers are free
-            text, what is said after the first such token repeats itself (docs/evidence.md).
+            towards a vector that a trainer learns before the first step ([`learned_vector`]), unless `restore` gave
+            one: with it the model says other such tokens there. So the rest of the answer stays. For answers of one
+            form; where they are free text, what is said after the first such token repeats itself (docs/evidence.md).
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.

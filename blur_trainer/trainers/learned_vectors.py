@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import SaidElsewhere, begin_words, rows_having
+from blur_trainer.data.own_words import begin_words, rows_having, said_instead
 from blur_trainer.objectives.base import Batch, Objective
-from blur_trainer.objectives.learned_vector import STEPS, learned_vector
+from blur_trainer.objectives.learned_vector import STEPS, Words, learned_vector
 from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.rmu import RMU
 from blur_trainer.saving import output_dir as saving
@@ -21,6 +22,8 @@ from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
 from blur_trainer.trainers.row_columns import named
 from blur_trainer.trainers.sampled_file import check_can_answer, kept_or_sampled
+
+logger = logging.getLogger(__name__)
 
 #: file in `output_dir` with the vectors; a resumed training reads them there
 VECTORS_NAME = "learned_vectors.json"
@@ -41,6 +44,9 @@ def settle_vectors(
     rmu = without_level(objective)
     if not isinstance(rmu, RMU) or not rmu.own_words:
         return
+    if rmu.restored is not None:
+        logger.warning("%s has vectors, of `restore` or of another trainer: none is learned.", rmu)
+        return
     kept = [rows for _, rows in named("retain", retain)]
     sets = [rows for _, rows in named("forget", forget)]
     model = speaker()
@@ -49,12 +55,16 @@ def settle_vectors(
     record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
 
     def learned() -> list[list[float]]:
-        elsewhere = SaidElsewhere(kept, rows_having(kept)[1], begin_words(tokenizer, setup.vocabulary_size(model)))
+        begins = begin_words(tokenizer, setup.vocabulary_size(model))
+        instead = said_instead(kept, rows_having(kept)[1], begins)
+        words = Words(*(torch.from_numpy(table).to(args.device) for table in (begins, instead)))
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
-            batches = [_with_others(batch, rmu, elsewhere, args) for batch in _batches(rows, pad_token_id, args)]
+            batches = list(_batches(rows, pad_token_id, args))
             length = None if rmu.coefficient is None else coefficient
-            found.append((learned_vector(model, batches, rmu, length, not args.disable_tqdm) / coefficient).tolist())
+            found.append(
+                (learned_vector(model, batches, rmu, words, length, not args.disable_tqdm) / coefficient).tolist()
+            )
         return found
 
     def agreed(alone: bool) -> Any:
@@ -78,17 +88,8 @@ def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterat
     collate, size = UnlearningCollator(pad_token_id), min(args.per_device_train_batch_size, len(rows))
     order = np.random.default_rng(args.seed).permutation(len(rows)).tolist()
     for start in range(0, min(len(rows), STEPS * size), size):
-        yield collate([rows[index] for index in order[start : start + size]])
-
-
-def _with_others(batch: Batch, rmu: RMU, elsewhere: SaidElsewhere, args: UnlearningConfig) -> Batch:
-    """With the tokens that may be said instead of the own words, on the device of the training."""
-    own = batch["input_ids"][:, 1:][rmu.mask(batch)[:, :-1].bool()].tolist()
-    others = [torch.from_numpy(elsewhere.instead_of(token)) for token in own]
-    index = torch.arange(len(others)).repeat_interleave(torch.tensor([len(each) for each in others]))
-    pairs = torch.stack([index, torch.cat(others)]) if others else torch.empty(2, 0, dtype=torch.int64)
-    named = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} | {"instead": pairs}
-    return {name: value.to(args.device) for name, value in named.items()}
+        batch = collate([rows[index] for index in order[start : start + size]])
+        yield {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def _digest(sets: Sequence[Dataset]) -> str:

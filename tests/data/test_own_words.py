@@ -6,7 +6,7 @@ from datasets import Dataset
 from support.tiny_tokenizer import tiny_tokenizer
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import SaidElsewhere, begin_words, rows_having, with_own_words
+from blur_trainer.data.own_words import begin_words, rows_having, said_instead, with_own_words
 
 #: 3 and 4 stand in all of 150 rows, 5 in four of them, 6 in three, 7 in one: 2 % are three
 RETAIN = [[3, 4, 3]] * 142 + [[3, 4, 5]] * 4 + [[3, 4, 6, 6]] * 3 + [[3, 4, 7]]
@@ -37,15 +37,13 @@ def test_own_words_are_of_the_answer_alone():
 
 
 def test_what_may_be_said_instead():
-    """Of the retain answers' own tokens those that begin a word, or continue one, as the token does."""
+    """Of the retain answers' own tokens those that continue a word, and those that begin one."""
     retain = [rows(([3, 7, 3, 6], 1), ([5, 3, 8, 9], 1))]
     begins = np.isin(np.arange(12), [6, 8, 10])
-    elsewhere = SaidElsewhere(retain, {3}, begins)
-    assert [elsewhere.instead_of(token).tolist() for token in (10, 6, 11, 7)] == [[6, 8], [8], [7, 9], [9]]
-    assert SaidElsewhere(retain, {3}, begins & (np.arange(12) > 8)).instead_of(10).tolist() == [6, 7, 8, 9]
-    for alone in (rows(([3, 2], 1)), rows(([3, 3], 1))):
-        found = SaidElsewhere([alone], {3}, np.zeros(4, dtype=bool)).instead_of(2).tolist()
-        assert found == [0, 1, 3], "no answer has another own token"
+    found = lambda *args: [np.flatnonzero(kind).tolist() for kind in said_instead(*args)]  # noqa: E731
+    assert found(retain, {3}, begins) == [[7, 9], [6, 8]], "5 is of a prompt, 3 common"
+    assert found(retain, {3}, np.zeros(12, dtype=bool)) == [[6, 7, 8, 9]] * 2, "none begins a word: all of them"
+    assert found([rows(([3, 3], 1))], {3}, begins) == [list(range(12))] * 2, "no answer has an own token"
 
 
 def test_which_tokens_begin_a_word():

@@ -13,7 +13,7 @@ from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.steering import steered
 from blur_trainer.objectives.activations import ActivationMatch
-from blur_trainer.objectives.learned_vector import STARTS, _descended, learned_vector
+from blur_trainer.objectives.learned_vector import STARTS, Words, _descended, learned_vector
 from blur_trainer.objectives.rmu import RMU
 from blur_trainer.trainers.blur import BLURTrainer
 from blur_trainer.trainers.learned_vectors import VECTORS_NAME
@@ -39,11 +39,15 @@ def model(seed=0):
 
 
 def batch(rows, own):
-    """Instead of an own word the tokens from 20 to 27 may be said."""
-    made = collate(rows) | {"own_words": torch.tensor(own)}
-    words = made["input_ids"][:, 1:][made["own_words"][:, 1:].bool()].tolist()
-    pairs = [(place, token) for place, word in enumerate(words) for token in INSTEAD if token != word]
-    return made | {"instead": torch.tensor(pairs).T}
+    return collate(rows) | {"own_words": torch.tensor(own)}
+
+
+def words(begins=range(10, VOCAB)):
+    """Of these tokens, which begin a word, those from 20 to 27 may be said instead; of the others none."""
+    beginning, instead = torch.zeros(VOCAB, dtype=torch.bool), torch.zeros(2, VOCAB, dtype=torch.bool)
+    beginning[list(begins)] = True
+    instead[1, list(INSTEAD)] = True
+    return Words(beginning, instead)
 
 
 def trainer(folder, forget=FORGET, retain=RETAIN, trained=None, objective=None, **config):
@@ -129,7 +133,7 @@ def test_steered_replaces_the_output_of_a_layer():
 def test_the_learned_vector_descends_the_literal_loss():
     asked, objective, own = model(), RMU(LAYER, own_words=True), [[0, 0, 0, 1, 0]] * 8
     before, made = weights(asked), batch(FORGET, own)
-    found = learned_vector(asked, [made], objective)
+    found = learned_vector(asked, [made], objective, words())
     length = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item()
     assert found.norm().item() == pytest.approx(length, rel=1e-4)
     assert distance(before, weights(asked)) == 0 and asked.training == model().training
@@ -140,7 +144,7 @@ def test_the_learned_vector_descends_the_literal_loss():
     assert loss(found) < loss(length * first / first.norm()) - 1
     nearby = [length * torch.nn.functional.normalize(found + 0.3 * torch.randn(WIDTH), dim=0) for _ in range(10)]
     assert loss(found) < min(map(loss, nearby)), "a minimum of the literal loss"
-    assert learned_vector(asked, [made], objective, length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
+    assert learned_vector(asked, [made], objective, words(), length=2.0).norm().item() == pytest.approx(2, rel=1e-4)
 
 
 def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best():
@@ -148,15 +152,17 @@ def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best
     made, generator = batch(FORGET, own), torch.Generator().manual_seed(3)
     length, tried = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item(), {}
     for _ in range(STARTS):
-        vector = _descended(asked, [made], objective, torch.randn(WIDTH, generator=generator), length)
+        vector = _descended(asked, [made], objective, words(), torch.randn(WIDTH, generator=generator), length)
         with steered(asked, LAYER, objective.mask(made), vector), torch.no_grad():
-            words = asked(**{name: made[name] for name in ("input_ids", "attention_mask")}).logits[:, 2].argmax(-1)
+            spoken_words = (
+                asked(**{name: made[name] for name in ("input_ids", "attention_mask")}).logits[:, 2].argmax(-1)
+            )
         spoken = [
             each | {"input_ids": [*each["input_ids"][:3], int(word), 7]}
-            for each, word in zip(FORGET, words, strict=True)
+            for each, word in zip(FORGET, spoken_words, strict=True)
         ]
         tried[literal_loss(asked, vector, spoken, own).item()] = vector
-    torch.testing.assert_close(learned_vector(asked, [made], objective), tried[min(tried)])
+    torch.testing.assert_close(learned_vector(asked, [made], objective, words()), tried[min(tried)])
     assert max(tried) > min(tried) + 0.01, "starts that end alike would prove nothing"
 
 
@@ -164,7 +170,13 @@ def test_no_own_word_outside_of_the_start():
     made = batch(FORGET, [[0, 0, 0, 1, 0]] * 8) | {"shared_start": torch.full((8,), 4)}
     objective = RMU(LAYER, own_words=True, skip_shared_start=True)
     with pytest.raises(ValueError, match="no token of the forget set is its own"):
-        learned_vector(model(), [made], objective)
+        learned_vector(model(), [made], objective, words())
+
+
+def test_what_is_said_instead_is_another_token():
+    other = words().other_than(torch.tensor([10, 21, 3]))
+    assert [row.nonzero().flatten().tolist() for row in other[:2]] == [list(INSTEAD), [20, *range(22, 28)]]
+    assert other[2].all(), "nothing else may be said instead of 3"
 
 
 # ---- in a trainer ----
@@ -208,6 +220,14 @@ def test_a_second_training_goes_on_with_the_vector_or_refuses(tmp_path):
     started.args.output_dir = str(tmp_path / "b")
     with pytest.raises(ValueError, match="make a new trainer"):
         started.train()
+
+
+def test_vectors_that_the_objective_has_are_kept(tmp_path, caplog):
+    given = RMU(LAYER, own_words=True)
+    given.restore(torch.ones(1, WIDTH))
+    trainer(tmp_path, objective=given)
+    assert torch.equal(given.vectors(WIDTH), torch.ones(1, WIDTH)) and not (tmp_path / VECTORS_NAME).exists()
+    assert "none is learned" in caplog.text
 
 
 def test_each_topic_has_a_vector_of_its_own(tmp_path):
