@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from blur_trainer.models.early_exit import activations
 from blur_trainer.models.forward import evaluating, forward, hidden_size
+from blur_trainer.models.layers import find_layers
 from blur_trainer.models.logps import answer_mask
-from blur_trainer.models.steering import steered
+from blur_trainer.models.patched import patched
 from blur_trainer.objectives.base import Batch
 from blur_trainer.objectives.rmu import RMU
 
@@ -70,6 +71,8 @@ def learned_vector(
         words: $W$.
         length: of the vector. Default: the mean length of the activations that are steered.
         show: a progress bar.
+
+    Source: ours.
     """
     batches = [batch for batch in batches if objective.mask(batch).any()]
     if not batches:
@@ -112,7 +115,8 @@ def _as_said(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> 
 def _steered_logits(model: nn.Module, batch: Batch, objective: RMU, vector: Tensor) -> tuple[Tensor, Tensor]:
     """Of the next tokens, `(B, T-1, V)`, and which of these are own words, `(B, T-1)`."""
     at = objective.mask(batch).bool()
-    with steered(model, objective.layer, at, vector):
+    places = at.nonzero(as_tuple=True)
+    with patched(find_layers(model)[2][objective.layer], places, vector.expand(len(places[0]), -1)):
         return forward(model, batch)[:, :-1], at[:, :-1]
 
 

@@ -1,9 +1,7 @@
 """Learns RMU's vectors for `own_words` at construction, or reads those of `output_dir`."""
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from blur_trainer.objectives.rmu import RMU
 from blur_trainer.saving import output_dir as saving
 from blur_trainer.trainers import setup
 from blur_trainer.trainers.config import UnlearningConfig
+from blur_trainer.trainers.references import rows_digest
 from blur_trainer.trainers.row_columns import named
 from blur_trainer.trainers.sampled_file import check_can_answer, kept_or_sampled
 
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 #: file in `output_dir` with the vectors; a resumed training reads them there
 VECTORS_NAME = "learned_vectors.json"
+_ROWS = 8  # at a time
 
 
 def settle_vectors(
@@ -51,8 +51,9 @@ def settle_vectors(
     sets = [rows for _, rows in named("forget", forget)]
     model = speaker()
     pad_token_id = setup.pad_token_id(model, tokenizer)
-    check_can_answer(model, "give `restore` the vectors of a training")
-    record = {"forget": _digest(sets), "retain": _digest(kept), "settings": repr(rmu)}
+    check_can_answer(model, "make such a trainer, and give the `restored` of its RMU to `RMU.restore`")
+    record: dict[str, Any] = {"forget": [*map(rows_digest, sets)], "retain": [*map(rows_digest, kept)]}
+    record["settings"] = f"{rmu}, seed {args.seed}"
 
     def learned() -> list[list[float]]:
         begins = begin_words(tokenizer, setup.vocabulary_size(model))
@@ -84,18 +85,9 @@ def carry_vectors(before: Objective, now: Objective) -> None:
 
 
 def _batches(rows: Dataset, pad_token_id: int, args: UnlearningConfig) -> Iterator[Batch]:
-    """As many as the learning takes, in the size of the training's, drawn by its seed."""
-    collate, size = UnlearningCollator(pad_token_id), min(args.per_device_train_batch_size, len(rows))
+    """As many as the learning takes, drawn by the training's seed: the same on any number of processes."""
+    collate, size = UnlearningCollator(pad_token_id), min(_ROWS, args.per_device_eval_batch_size, len(rows))
     order = np.random.default_rng(args.seed).permutation(len(rows)).tolist()
     for start in range(0, min(len(rows), STEPS * size), size):
         batch = collate([rows[index] for index in order[start : start + size]])
         yield {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-
-
-def _digest(sets: Sequence[Dataset]) -> str:
-    """Of all tokens and labels."""
-    digest = hashlib.sha256()
-    for rows in sets:
-        for batch in rows.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
-            digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
-    return digest.hexdigest()

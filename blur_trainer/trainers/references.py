@@ -146,7 +146,7 @@ class PrecomputeCallback(TrainerCallback):
         paired = self.dataset
         if not isinstance(paired, PairedDataset) or "ref_logps" in paired.forget.column_names:
             return
-        digest = _digest(paired.forget)
+        digest = rows_digest(paired.forget)
         if self.resumed_from is None:
             show = state.is_world_process_zero and not args.disable_tqdm
             # the batch size of this attempt: `auto_find_batch_size` may have made it smaller
@@ -192,10 +192,10 @@ class PrecomputeCallback(TrainerCallback):
         return columns
 
 
-def _digest(forget: datasets.Dataset) -> str:
+def rows_digest(rows: datasets.Dataset) -> str:
     """Digest of tokens and answers, so that numbers of other data are not reused."""
     digest = hashlib.sha256()
-    for row in forget:
+    for row in rows:
         for name in ("input_ids", "labels"):
             digest.update(np.asarray(row[name], dtype=np.int64).tobytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from support.runs import distance, settings, weights
 
 from blur_trainer.data.collators import UnlearningCollator
 from blur_trainer.models.early_exit import activations
-from blur_trainer.models.steering import steered
+from blur_trainer.models.patched import patched
 from blur_trainer.objectives.activations import ActivationMatch
 from blur_trainer.objectives.learned_vector import STARTS, Words, _descended, learned_vector
 from blur_trainer.objectives.rmu import RMU
@@ -113,20 +113,6 @@ def test_what_it_needs():
         RMU(LAYER, own_words=True).vectors(WIDTH)
 
 
-def test_steered_replaces_the_output_of_a_layer():
-    trained, made = model(), collate(FORGET[:2])
-    inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
-    at, vector = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 1, 0]]), torch.randn(WIDTH)
-    read = []
-    trained.model.layers[LAYER + 1].register_forward_pre_hook(lambda module, given: read.append(given[0].detach()))
-    plain = trained(**inputs).logits
-    with steered(trained, LAYER, at, vector):
-        changed = trained(**inputs).logits
-    again = trained(**inputs).logits
-    torch.testing.assert_close(read[1], torch.where(at.bool()[..., None], vector, read[0]))
-    assert torch.equal(plain, again) and not torch.equal(plain, changed)
-
-
 # ---- its vector ----
 
 
@@ -153,7 +139,8 @@ def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best
     length, tried = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item(), {}
     for _ in range(STARTS):
         vector = _descended(asked, [made], objective, words(), torch.randn(WIDTH, generator=generator), length)
-        with steered(asked, LAYER, objective.mask(made), vector), torch.no_grad():
+        places = objective.mask(made).nonzero(as_tuple=True)
+        with patched(asked.model.layers[LAYER], places, vector.expand(8, -1)), torch.no_grad():
             spoken_words = (
                 asked(**{name: made[name] for name in ("input_ids", "attention_mask")}).logits[:, 2].argmax(-1)
             )

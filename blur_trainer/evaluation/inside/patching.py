@@ -1,13 +1,12 @@
 """How deep unlearning goes: which layers of the target lose an answer with the unlearned model's states in them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from blur_trainer.evaluation.batching import buckets, check_positive, pad
@@ -16,6 +15,7 @@ from blur_trainer.evaluation.inside.states import Row, check_inside, check_layer
 from blur_trainer.evaluation.token_scores import label_logps, rejected, scored_positions
 from blur_trainer.models.forward import causal_lm, evaluating, hidden_size
 from blur_trainer.models.layers import find_layers
+from blur_trainer.models.patched import patched
 
 #: a mask per row; the column that has it; or a function from the row to it
 Tokens: TypeAlias = Sequence[Sequence[Any]] | str | Callable[[Mapping[str, Any]], Sequence[Any]]
@@ -204,22 +204,6 @@ def at(values: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
     """The entries `(N, ...)` of `(B, T, ...)` at some (row, position), whichever devices the two are on."""
     row, position = (index.to(values.device) for index in places)
     return values[row, position]
-
-
-@contextmanager
-def patched(layer: nn.Module, places: tuple[Tensor, Tensor], states: Tensor) -> Iterator[None]:
-    """Inside, the output `(B, T, H)` of a layer has other states `(N, H)` at some (row, position)."""
-
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        old = output[0] if isinstance(output, tuple) else output
-        new = old.index_put(tuple(index.to(old.device) for index in places), states.to(old))
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = layer.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _score(retrained: np.ndarray, unlearned: np.ndarray, threshold: float) -> float | None:
