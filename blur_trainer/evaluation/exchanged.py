@@ -32,20 +32,25 @@ def exchanged_rows(
         retain: a dataset, or several by name.
         how: `qa_template` and `day`, as of [`encoded_rows`].
     """
-    sets = list(retain.values()) if isinstance(retain, Mapping) else [retain]
-    fmt, *formats = [_format(each, role) for each, role in ((forget, "forget"), *((one, "retain") for one in sets))]
+    sets, fmt = retain_rows(retain, tokenizer), _format(forget, "forget")
+    formats = [_format(rows, "retain") for rows in sets]
     template = has_chat_template(tokenizer)
-    reference = [
-        list(islice(to_dataset(one, of, "retain", has_template=template), _READ))
-        for one, of in zip(sets, formats, strict=True)
-    ]
     if "input_ids" not in (fmt, *formats):
-        texts = (texts_of(row, of) for rows, of in zip(reference, formats, strict=True) for row in rows)
+        texts = (texts_of(row, of) for rows, of in zip(sets, formats, strict=True) for row in rows)
         return exchanged_texts(to_dataset(forget, fmt, "forget", has_template=template), fmt, texts, _DRAWS)
     limit = length_limit(model, max_length)
     ours = encoded_rows(forget, tokenizer, "forget", limit, **how)
-    theirs = [rows for one in reference for rows in encoded_rows(one, tokenizer, "retain", limit, **how)]
+    theirs = [rows for one in sets for rows in encoded_rows(one, tokenizer, "retain", limit, **how)]
     return exchanged_tokens(chain(*ours), chain(*theirs), _DRAWS)
+
+
+def retain_rows(retain: Any, tokenizer: Any) -> list[list[dict[str, Any]]]:
+    """Of each retain set, one or several by name, the first 10 000 rows."""
+    sets = list(retain.values()) if isinstance(retain, Mapping) else [retain]
+    template = has_chat_template(tokenizer)
+    return [
+        list(islice(to_dataset(one, _format(one, "retain"), "retain", has_template=template), _READ)) for one in sets
+    ]
 
 
 def exchanged_rouge(

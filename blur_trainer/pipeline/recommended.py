@@ -8,9 +8,12 @@ from blur_trainer.constants import ROLES
 from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.level import Level
+from blur_trainer.evaluation.own_share import own_share
+from blur_trainer.evaluation.row_losses import loaded_with_tokenizer
 from blur_trainer.models.loading import hub_arguments, read_config
 from blur_trainer.pipeline.methods import DEFAULT, DISTILL, METHODS
 from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
+from blur_trainer.pipeline.steering import is_open, steered
 from blur_trainer.pipeline.teacher import target_of
 
 
@@ -55,8 +58,12 @@ def recommended(
     }
     start = start_of_texts(tokenizer, tokenized["retain"], has_chat_template(tokenizer))
     settings = derived(method, size, tokenized["forget"], tokenized["retain"], start, lora, process_count())
-    if METHODS[method].leveled:
-        if level is None:
-            level = Level.of_exchanged(model, forget, retain, max_length=settings["max_length"])
-        settings["forget_level"] = level.nats if isinstance(level, Level) else float(level)
+    chosen, length = METHODS[method], settings["max_length"]
+    undecided, unmeasured = is_open(settings, chosen.layered), chosen.leveled and level is None
+    loaded = loaded_with_tokenizer(model, tokenizer)[0] if undecided or unmeasured else None
+    if undecided:
+        settings |= steered(settings, own_share(loaded, forget, retain, tokenizer, max_length=length))
+    if chosen.leveled:
+        found = Level.of_exchanged(loaded, forget, retain, tokenizer, max_length=length) if level is None else level
+        settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)
     return settings

@@ -67,7 +67,7 @@ def derived(
     processes: int = 1,
 ) -> dict[str, Any]:
     """
-    The settings of a training that nobody has chosen.
+    The settings of a training that nobody has chosen. Where RMU steers is decided later, see `pipeline.steering`.
 
     Args:
         method: a name in `METHODS`.
@@ -101,7 +101,6 @@ def derived(
         layer = min(size.layers - 1, max(1, round(_DEPTH * size.layers)))
         layered = {"layer": layer, "skip_shared_start": True}
         settings |= {f"{role}_objective_kwargs": dict(layered) for role in ROLES}
-        settings["forget_objective_kwargs"]["answers_only"] = True
     if chosen.trainer is ULDTrainer:
         settings["learning_rate"] = _rounded(rate * _ULD)
         # paraphrases are longer: a frame of some ten words stands around a question and around an answer

@@ -23,6 +23,7 @@ from blur_trainer.pipeline.quiet import quiet
 from blur_trainer.pipeline.run_file import write_run
 from blur_trainer.pipeline.search import Goal, search, searched
 from blur_trainer.pipeline.shown import shown_settings
+from blur_trainer.pipeline.steering import with_steering
 from blur_trainer.pipeline.trackers import send_results, tracked
 from blur_trainer.pipeline.training import MERGED, Trained, make_trainer, train
 from blur_trainer.report.results import Results
@@ -113,11 +114,11 @@ def run(prepared: Prepared) -> Unlearned:
         searched(prepared)  # what cannot be searched is refused before a model is loaded
     out = begin_run(args)
 
-    def begin() -> None:
-        check_writable(str(out))
-        write_run(out, prepared)
+    def write(prepared: Prepared) -> None:
+        agreed(lambda: write_run(out, prepared), PartialState().is_main_process)
 
-    agreed(begin, PartialState().is_main_process)
+    agreed(lambda: check_writable(str(out)), PartialState().is_main_process)
+    write(prepared)
     with quiet(), tracked(args):
         load = ModelLoader(args, prepared.model_args)
         model = load(str(prepared.model_args.model_name_or_path))
@@ -125,6 +126,8 @@ def run(prepared: Prepared) -> Unlearned:
         PartialState().print(
             f"Forgetting ends at {level.nats:.2f} nats per token: {SAID[level.source]}.", file=sys.stderr
         )
+        prepared = with_steering(prepared, model)
+        write(prepared)
         results = Results("Your own data", evaluation_of(prepared, level), samples=0 if script.redact else 3)
         results.add(BEFORE, "target", model)
         if prepared.teacher is not None:
@@ -133,7 +136,7 @@ def run(prepared: Prepared) -> Unlearned:
         del model  # the trainer loads its own
         if goal is not None:
             prepared = search(prepared, goal, out, partial(make_trainer, prepared, level, load))
-            write_run(out, prepared)
+            write(prepared)
         trained = train(prepared, level, load, out)
         results.add(prepared.method.label, "unlearned", trained.model, trained.seconds)
         if script.retrained:

@@ -9,6 +9,7 @@ from support.tiny_tokenizer import CHAT_TEMPLATE
 import blur_trainer as bt
 from blur_trainer.pipeline.methods import DISTILL, METHODS
 from blur_trainer.pipeline.preparing import prepare
+from blur_trainer.pipeline.steering import with_steering
 from blur_trainer.pipeline.unlearn import measured_level
 from blur_trainer.scripts.loading import ModelLoader
 from blur_trainer.toy.model import tiny_llama, train_tokenizer
@@ -40,6 +41,7 @@ def test_they_are_those_of_unlearn(model, tmp_path, method):
     found = bt.recommended(model, SETS["forget"], SETS["retain"], method=method, level=3.0)
     level = found.pop("forget_level", None)
     expected = prepared(model, tmp_path, method=method)
+    expected = with_steering(expected, ModelLoader(expected.args, expected.model_args)(model))
     assert found == expected.settings and level == (3.0 if METHODS[method].leveled else None)
     args = METHODS[method].trainer.config_class(str(tmp_path / "out"), use_cpu=True, **found)
     ours, theirs = ({f.name: getattr(each, f.name) for f in fields(each)} for each in (args, expected.args))

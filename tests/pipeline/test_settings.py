@@ -89,7 +89,12 @@ def test_settings_of_another_number_of_processes_are_derived_anew(tmp_path, monk
     assert alone["per_device_train_batch_size"] == 8 and "processes" not in alone
     assert two["per_device_train_batch_size"] == 4 and two["processes"] == 2
     among(2)
-    assert bt.recommended(given["model_name_or_path"], asked, asked, level=2.0)["per_device_train_batch_size"] == 4
+    assert (
+        bt.recommended(given["model_name_or_path"], asked, asked, method="npo", level=2.0)[
+            "per_device_train_batch_size"
+        ]
+        == 4
+    )
     changed = {"derived": {**two, "learning_rate": 7e-4}}
     assert prepared(2, **changed)["learning_rate"] == 7e-4 and "derived anew" not in capsys.readouterr().err
     assert prepared(1, **changed) == alone and "derived anew" in capsys.readouterr().err
@@ -112,7 +117,7 @@ def test_the_layer_is_a_share_of_the_depth(layers, layer):
     found = settings(layers=layers)
     kept = {"layer": layer, "skip_shared_start": True}
     assert found["retain_objective_kwargs"] == kept
-    assert found["forget_objective_kwargs"] == {**kept, "answers_only": True}
+    assert found["forget_objective_kwargs"] == kept
     assert "retain_objective_kwargs" not in settings("npo", layers=layers)
 
 

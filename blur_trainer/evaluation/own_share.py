@@ -1,0 +1,67 @@
+"""How much of what answers with exchanged words cost a model is due to these words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from blur_trainer.constants import IGNORE_INDEX, OWN_WORDS
+from blur_trainer.data.own_words import rows_having, with_own_words
+from blur_trainer.evaluation.exchanged import exchanged_rows, retain_rows
+from blur_trainer.evaluation.row_losses import encoded_rows, length_limit, loaded_with_tokenizer
+from blur_trainer.evaluation.scoring import token_logps
+
+#: rows that are enough for a share
+_ROWS = 256
+
+
+def own_share(
+    model: Any,
+    forget: Any,
+    retain: Any,
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    **how: Any,
+) -> float | None:
+    r"""
+    The share $\sum_{own} \ell_t / \sum_{all} \ell_t$ of the loss of answers with exchanged words that falls on tokens
+    which RMU's `own_words` would steer, under the model before unlearning.
+
+    Near 1: who never saw an answer knows how it goes, and misses its names, numbers and places. The rows are those of
+    [`Level.of_exchanged`], 256 of them at most, and so are the arguments. All processes must call it.
+
+    Returns:
+        From 0 to 1; `None` where no word can be exchanged.
+    """
+    loaded, tokenizer = loaded_with_tokenizer(model, tokenizer)
+    drawn = exchanged_rows(loaded, forget, retain, tokenizer, max_length, **how)
+    rows = [row for each in drawn for row in each]
+    chosen = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))[:_ROWS]]
+    longer = length_limit(loaded, None if max_length is None else 2 * max_length)  # other words may have more tokens
+    asked = _flat(encoded_rows(chosen, tokenizer, "forget", longer, drop_empty=True, **how)) if chosen else []
+    if not asked:
+        return None
+    limit = length_limit(loaded, max_length)
+    kept = [
+        _tokens(_flat(encoded_rows(each, tokenizer, "retain", limit, drop_empty=True, **how)))
+        for each in retain_rows(retain, tokenizer)
+    ]
+    own = with_own_words(_tokens(asked), *rows_having(kept))[OWN_WORDS]
+    logps = token_logps(loaded, asked, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
+    of_own = of_all = 0.0
+    for example, steered, logp in zip(asked, own, logps, strict=True):
+        answers = np.array(example["labels"][1:]) != IGNORE_INDEX
+        of_own -= float(logp[np.array(steered[1:])[answers] == 1].sum(dtype=np.float64))
+        of_all -= float(logp.sum(dtype=np.float64))
+    return of_own / of_all if of_all else None
+
+
+def _flat(pieces: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [piece for row in pieces for piece in row]
+
+
+def _tokens(examples: Sequence[dict[str, Any]]) -> Dataset:
+    return Dataset.from_dict({name: [list(each[name]) for each in examples] for name in ("input_ids", "labels")})
