@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from blur_trainer.constants import IGNORE_INDEX, OWN_WORDS
 from blur_trainer.data.exchange import own_limit
 
-#: the least share of an answer's tokens that count as its own
-LEAST = 0.2
 #: how vocabularies write the space before a word
 _SPACES = ("Ġ", "▁", " ")
 
@@ -28,18 +26,18 @@ def rows_having(retain: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
     return having, {token for token, count in having.items() if count > own_limit(rows)}
 
 
-def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int]) -> Dataset:
+def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int], least: float) -> Dataset:
     """
     The tokenized forget set with the column `own_words`: for each token 1 if it is of the answer and not common.
 
-    Where these are less than a fifth of an answer's tokens, the rarest others count, too, up to a fifth: else the
-    answer could not become as unlikely as one that the model never saw.
+    Where these are less than the share `least` of an answer's tokens, the rarest others count, too, up to that share:
+    else the answer could not become as unlikely as one that the model never saw.
     """
     known = np.fromiter(common, dtype=np.int64)
     column = []
     for ids, labels in _rows([forget]):
         places = 1 + np.flatnonzero(labels[1:] != IGNORE_INDEX)  # nothing says a first token
-        rarest = sorted(places, key=lambda place: having.get(int(ids[place]), 0))[: math.ceil(LEAST * len(places))]
+        rarest = sorted(places, key=lambda place: having.get(int(ids[place]), 0))[: math.ceil(least * len(places))]
         own = np.zeros(len(ids), dtype=np.int64)
         own[places] = ~np.isin(ids[places], known)
         own[rarest] = 1

@@ -16,16 +16,17 @@ from blur_trainer.evaluation.scoring import token_logps
 _ROWS = 256
 
 
-def own_share(
+def own_shares(
     model: Any,
     forget: Any,
     retain: Any,
     tokenizer: Any = None,
     *,
+    least: Sequence[float],
     batch_size: int = 16,
     max_length: int | None = None,
     **how: Any,
-) -> float | None:
+) -> dict[float, float]:
     r"""
     The share $\sum_{own} \ell_t / \sum_{all} \ell_t$ of the loss of answers with exchanged words that falls on tokens
     which RMU's `own_words` would steer, under the model before unlearning.
@@ -33,8 +34,11 @@ def own_share(
     Near 1: who never saw an answer knows how it goes, and misses its names, numbers and places. The rows are those of
     [`Level.of_exchanged`], 256 of them at most, and so are the arguments. All processes must call it.
 
+    Args:
+        least: for which values of `own_words`.
+
     Returns:
-        From 0 to 1; `None` where no word can be exchanged.
+        Of each value the share, from 0 to 1. Nothing where no word can be exchanged.
     """
     loaded, tokenizer = loaded_with_tokenizer(model, tokenizer)
     drawn = exchanged_rows(loaded, forget, retain, tokenizer, max_length, **how)
@@ -43,20 +47,22 @@ def own_share(
     longer = length_limit(loaded, None if max_length is None else 2 * max_length)  # other words may have more tokens
     asked = _flat(encoded_rows(chosen, tokenizer, "forget", longer, drop_empty=True, **how)) if chosen else []
     if not asked:
-        return None
+        return {}
     limit = length_limit(loaded, max_length)
     kept = [
         _tokens(_flat(encoded_rows(each, tokenizer, "retain", limit, drop_empty=True, **how)))
         for each in retain_rows(retain, tokenizer)
     ]
-    own = with_own_words(_tokens(asked), *rows_having(kept))[OWN_WORDS]
+    counted = rows_having(kept)
     logps = token_logps(loaded, asked, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
-    of_own = of_all = 0.0
-    for example, steered, logp in zip(asked, own, logps, strict=True):
-        answers = np.array(example["labels"][1:]) != IGNORE_INDEX
-        of_own -= float(logp[np.array(steered[1:])[answers] == 1].sum(dtype=np.float64))
-        of_all -= float(logp.sum(dtype=np.float64))
-    return of_own / of_all if of_all else None
+    nats = -np.concatenate(logps).astype(np.float64)
+    answers = np.concatenate([np.array(each["labels"][1:]) != IGNORE_INDEX for each in asked])
+    shares = {}
+    for value in least:
+        own = with_own_words(_tokens(asked), *counted, least=value)[OWN_WORDS]
+        steered = np.concatenate([each[1:] for each in own])[answers] == 1
+        shares[value] = float(nats[steered].sum() / nats.sum())
+    return shares
 
 
 def _flat(pieces: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

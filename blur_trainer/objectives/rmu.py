@@ -41,10 +41,11 @@ class RMU(ActivationObjective):
             and held there. Default: as published, all positions.
         answers_only: steer the tokens of the answers and the one before each, from which the answer is said. The words
             of a question, such as a first name, are words of other texts, too. Default: as published, prompts count.
-        own_words: steer only where a token of the answer is said that retain rows hardly have, such as a name, and
-            towards a vector that a trainer learns before the first step ([`learned_vector`]), unless `restore` gave
-            one: with it the model says other such tokens there. So the rest of the answer stays. For answers of one
-            form; where they are free text, what is said after the first such token repeats itself (docs/evidence.md).
+        own_words: steer only where a token of the answer is said that retain rows hardly have, such as a name, and the
+            rarest others up to this share of each answer's tokens. And towards a vector that a trainer learns before
+            the first step ([`learned_vector`]), unless `restore` gave one: with it the model says other such tokens
+            there. So the rest of the answer stays. For answers of one form; where they are free text, what is said
+            after the first such token repeats itself (docs/evidence.md).
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.
@@ -57,7 +58,7 @@ class RMU(ActivationObjective):
     topics: tuple[str, ...] = ("forget",)
     seed: int = 0
     answers_only: bool = False
-    own_words: bool = False
+    own_words: float | None = None
     #: cached vectors by size, `coefficient * vectors` by size and device, and those of `restore` as "restored"
     _kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -65,6 +66,7 @@ class RMU(ActivationObjective):
         super().__post_init__()
         self.check_masked("answers_only")
         self.check_masked("own_words")
+        check_value("own_words", self.own_words, (float, type(None)), "(0, 1]", owner="RMU")
         if self.answers_only and self.own_words:
             raise ValueError("RMU: `own_words` are those of answers, so `answers_only` has no effect: leave one out.")
         object.__setattr__(self, "needs_own_words", self.own_words)

@@ -8,12 +8,12 @@ from blur_trainer.constants import ROLES
 from blur_trainer.data.chat import has_chat_template
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.level import Level
-from blur_trainer.evaluation.own_share import own_share
+from blur_trainer.evaluation.own_share import own_shares
 from blur_trainer.evaluation.row_losses import loaded_with_tokenizer
 from blur_trainer.models.loading import hub_arguments, read_config
 from blur_trainer.pipeline.methods import DEFAULT, DISTILL, METHODS
 from blur_trainer.pipeline.settings import Size, derived, process_count, start_of_texts
-from blur_trainer.pipeline.steering import is_open, steered
+from blur_trainer.pipeline.steering import LEAST, is_open, steered
 from blur_trainer.pipeline.teacher import target_of
 
 
@@ -62,7 +62,8 @@ def recommended(
     undecided, unmeasured = is_open(settings, chosen.layered), chosen.leveled and level is None
     loaded = loaded_with_tokenizer(model, tokenizer)[0] if undecided or unmeasured else None
     if undecided:
-        settings |= steered(settings, own_share(loaded, forget, retain, tokenizer, max_length=length))
+        shares = own_shares(loaded, forget, retain, tokenizer, least=LEAST, max_length=length)
+        settings |= steered(settings, shares)
     if chosen.leveled:
         found = Level.of_exchanged(loaded, forget, retain, tokenizer, max_length=length) if level is None else level
         settings["forget_level"] = found.nats if isinstance(found, Level) else float(found)

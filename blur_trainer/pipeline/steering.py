@@ -7,12 +7,14 @@ from typing import Any
 
 from accelerate import PartialState
 
-from blur_trainer.evaluation.own_share import own_share
+from blur_trainer.constants import ROLES
+from blur_trainer.evaluation.own_share import own_shares
 from blur_trainer.pipeline.preparing import Prepared
 from blur_trainer.scripts.methods import changed
 
-#: own words alone are steered from this share on of what answers with exchanged words cost (docs/evidence.md)
-OWN_SHARE = 2 / 3
+#: own words alone are steered where they carry this share of what answers with exchanged words cost, with the rarest
+#: other words up to one of these shares of an answer, the first that does (docs/evidence.md)
+OWN_SHARE, LEAST = 2 / 3, (0.2, 0.3, 0.4)
 _OBJECTIVE = "forget_objective_kwargs"
 _PLACES = {"answers_only", "own_words"}
 
@@ -22,7 +24,7 @@ def is_open(settings: Mapping[str, Any], layered: bool) -> bool:
     return layered and _OBJECTIVE in settings and not _PLACES & set(settings[_OBJECTIVE])
 
 
-def steered(settings: Mapping[str, Any], share: float | None) -> dict[str, Any]:
+def steered(settings: Mapping[str, Any], shares: Mapping[float, float]) -> dict[str, Any]:
     """
     What is to be set of an objective, and of the level.
 
@@ -30,25 +32,28 @@ def steered(settings: Mapping[str, Any], share: float | None) -> dict[str, Any]:
 
     Args:
         settings: with arguments of the forget objective.
-        share: of the own words, see [`own_share`].
+        shares: of own words, see [`own_shares`].
     """
-    if share is None or share < OWN_SHARE:
-        return {_OBJECTIVE: {**settings[_OBJECTIVE], "answers_only": True}}
-    return {_OBJECTIVE: {**settings[_OBJECTIVE], "own_words": True}, "level_two_sided": True}
+    given = settings[_OBJECTIVE]
+    for least, share in shares.items():
+        if share >= OWN_SHARE:
+            return {_OBJECTIVE: {**given, "own_words": least}, "level_two_sided": True}
+    return {_OBJECTIVE: {**given, "answers_only": True}}
 
 
 def with_steering(prepared: Prepared, model: Any) -> Prepared:
     """The run with what was still to be decided. `model`: before unlearning."""
     if not is_open(prepared.settings, prepared.method.layered):
         return prepared
-    args, sets = prepared.args, prepared.sets
+    args, (forget, retain) = prepared.args, (prepared.sets[role].dataset for role in ROLES)
     how = {"max_length": args.max_length, "qa_template": args.qa_template}
-    share = own_share(model, sets["forget"].dataset, sets["retain"].dataset, prepared.tokenizer, **how)
-    found = steered(prepared.settings, share)
+    shares = own_shares(model, forget, retain, prepared.tokenizer, least=LEAST, **how)
+    found = steered(prepared.settings, shares)
     found = {name: value for name, value in found.items() if name not in prepared.options}
-    if share is not None:
-        own = "own_words" in found[_OBJECTIVE]
-        where = "only the own words of answers: they carry" if own else "whole answers: own words carry"
+    own = found[_OBJECTIVE].get("own_words")
+    if shares:
+        where = "whole answers: own words carry" if own is None else "only the own words of answers: they carry"
+        share = shares[LEAST[-1] if own is None else own]
         PartialState().print(
             f"Steering {where} {share:.2f} of what answers with exchanged words cost.", file=sys.stderr
         )

@@ -15,7 +15,8 @@ from blur_trainer.trainers.retain_sets import Tokenized
 def with_columns(forget: Any, retain: Any, objectives: Mapping[str, Objective]) -> tuple[Any, Any]:
     """Both sets, or those of all topics, with the columns that their objective may need."""
     starts = {role for role, objective in objectives.items() if objective.needs_shared_start}
-    own_words = objectives["forget"].needs_own_words
+    least = objectives["forget"].needs_own_words
+    own_words = least is not None
     kept = [rows for _, rows in named("retain", retain)]
     read = [*kept, *(rows for _, rows in named("forget", forget) if "forget" in starts or own_words)]
     for asks, option in ((starts, "skip_shared_start"), (own_words, "own_words")):
@@ -26,9 +27,9 @@ def with_columns(forget: Any, retain: Any, objectives: Mapping[str, Objective]) 
             )
     if own_words and not kept:
         raise ValueError("`own_words` needs a retain set, which says what other rows have: pass `retain_dataset`.")
-    if own_words:
+    if least is not None:
         having, common = rows_having(kept)
-        forget = _each(forget, partial(with_own_words, having=having, common=common))
+        forget = _each(forget, partial(with_own_words, having=having, common=common, least=least))
     if "forget" in starts:
         forget = _each(forget, partial(with_shared_starts, retain=kept))
     return forget, _each(retain, with_repeated_starts) if "retain" in starts else retain

@@ -29,7 +29,7 @@ def test_a_token_of_few_retain_rows_is_no_common_one():
 
 def test_own_words_are_of_the_answer_alone():
     forget = rows(([7, 3, 6, 5, 9], 1), ([7, 3, 4, 5, 4, 3, 3], 1), ([8, 9, 3], 0), ([9, 3], 0))
-    made = with_own_words(forget, *rows_having(sets()))["own_words"][:]
+    made = with_own_words(forget, *rows_having(sets()), least=0.2)["own_words"][:]
     assert made[0] == [0, 0, 1, 0, 1], "7 is of the prompt, 9 of no retain row"
     assert made[1] == [0, 1, 0, 1, 0, 0, 0], "of an answer without an own word the rarest fifth, the first of the same"
     assert made[2] == [0, 1, 0], "nothing says a text's first token"
@@ -56,6 +56,6 @@ def test_which_tokens_begin_a_word():
 
 
 def test_the_column_goes_into_the_batch_on_any_side_of_the_padding():
-    made = list(with_own_words(rows(([3, 6, 6], 1), ([3, 4, 6, 6], 2)), {3: 9, 4: 9}, {3, 4}))
+    made = list(with_own_words(rows(([3, 6, 6], 1), ([3, 4, 6, 6], 2)), {3: 9, 4: 9}, {3, 4}, least=0.2))
     batch = UnlearningCollator(0)(made)
     assert torch.equal(batch["own_words"], torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))

@@ -1,5 +1,7 @@
 """The own words' share of what answers with exchanged words cost, against the literal sum."""
 
+import math
+
 import pytest
 from support import reference
 from support.scoring_helpers import build_model, build_tokenizer
@@ -7,7 +9,7 @@ from support.scoring_helpers import build_model, build_tokenizer
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.formats import tokenize_dataset
 from blur_trainer.evaluation.exchanged import exchanged_rows
-from blur_trainer.evaluation.own_share import own_share
+from blur_trainer.evaluation.own_share import own_shares
 from blur_trainer.evaluation.scoring import token_logps
 
 FORGET = [
@@ -31,15 +33,15 @@ def tokenized(rows, tokenizer):
     return list(tokenize_dataset(rows, tokenizer, role="forget", max_length=None))
 
 
-def literal(model, tokenizer, forget, retain):
-    """Own: an answer token that at most 2 retain rows have, and the rarest others up to a fifth of an answer."""
+def literal(model, tokenizer, forget, retain, least):
+    """Own: an answer token that at most 2 retain rows have, and the rarest others up to that share of an answer."""
     kept = [set(row["input_ids"]) for row in tokenized(retain, tokenizer)]
     own = total = 0.0
     for drawn in exchanged_rows(model, forget, retain, tokenizer):
         for row in tokenized(drawn, tokenizer):
             having = [sum(token in ids for ids in kept) for token in row["input_ids"]]
             places = [t for t, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
-            rarest = sorted(places, key=lambda t: having[t])[: -(-len(places) // 5)]
+            rarest = sorted(places, key=lambda t: having[t])[: math.ceil(least * len(places))]
             for place in places:
                 alone = [label if t == place else IGNORE_INDEX for t, label in enumerate(row["labels"])]
                 nats = -reference.row_log_prob(model, {**row, "labels": alone})[0].item()
@@ -50,13 +52,14 @@ def literal(model, tokenizer, forget, retain):
 
 def test_it_is_the_literal_sum_over_own_tokens(asked):
     model, tokenizer = asked
-    share = own_share(model, FORGET, RETAIN, tokenizer)
-    assert share == pytest.approx(literal(model, tokenizer, FORGET, RETAIN), rel=1e-5)
-    assert 0.2 < share < 0.9
-    both = own_share(model, FORGET, {"one": RETAIN[:3], "two": RETAIN[3:]}, tokenizer)
-    assert both == share, "several retain sets are one"
+    least = (0.2, 0.9)
+    shares = own_shares(model, FORGET, RETAIN, tokenizer, least=least)
+    assert shares == pytest.approx({each: literal(model, tokenizer, FORGET, RETAIN, each) for each in least}, rel=1e-5)
+    assert 0.2 < shares[0.2] < shares[0.9] - 0.1 < 0.9
+    both = own_shares(model, FORGET, {"one": RETAIN[:3], "two": RETAIN[3:]}, tokenizer, least=least)
+    assert both == shares, "several retain sets are one"
     ids = [tokenized(rows, tokenizer) for rows in (FORGET, RETAIN)]
-    assert 0 < own_share(model, *ids) < 1, "without a tokenizer, too"
+    assert 0 < own_shares(model, *ids, least=(0.2,))[0.2] < 1, "without a tokenizer, too"
 
 
 def test_rows_are_sampled_where_there_are_many(asked, monkeypatch):
@@ -68,13 +71,10 @@ def test_rows_are_sampled_where_there_are_many(asked, monkeypatch):
 
     monkeypatch.setattr("blur_trainer.evaluation.own_share._ROWS", 5)
     monkeypatch.setattr("blur_trainer.evaluation.own_share.token_logps", counted)
-    assert 0 < own_share(asked[0], FORGET, RETAIN, asked[1]) < 1 and scored == [5]
+    assert own_shares(asked[0], FORGET, RETAIN, asked[1], least=(0.2,)) and scored == [5]
 
 
 def test_where_no_word_is_a_rows_own_there_is_no_share(asked):
-    model, tokenizer = asked
     known = [{"question": "Where was she born?", "answer": "She was born in."}]
-    assert (
-        own_share(model, known, [{"question": "Where was he born?", "answer": "She was born in."}] * 3, tokenizer)
-        is None
-    )
+    others = [{"question": "Where was he born?", "answer": "She was born in."}] * 3
+    assert own_shares(asked[0], known, others, asked[1], least=(0.2,)) == {}

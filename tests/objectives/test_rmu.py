@@ -167,7 +167,7 @@ def test_answers_alone_are_steered():
     with pytest.raises(ValueError, match="so `answers_only` has no effect"):
         RMU(LAYER, masked=False, answers_only=True)
     with pytest.raises(ValueError, match="so `answers_only` has no effect"):
-        RMU(LAYER, answers_only=True, own_words=True)
+        RMU(LAYER, answers_only=True, own_words=0.2)
 
 
 # ---- control vectors ----

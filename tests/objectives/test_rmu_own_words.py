@@ -52,7 +52,7 @@ def words(begins=range(10, VOCAB)):
 
 def trainer(folder, forget=FORGET, retain=RETAIN, trained=None, objective=None, **config):
     args = settings(folder, **{"max_steps": 4, **FIXED, **config})
-    forget_objective = objective or RMU(LAYER, own_words=True)
+    forget_objective = objective or RMU(LAYER, own_words=0.2)
     held = ActivationMatch(LAYER)
     return BLURTrainer(
         trained or model(), args, forget, retain, forget_objective=forget_objective, retain_objective=held
@@ -91,33 +91,33 @@ def literal_loss(asked, vector, rows, own):
 
 def test_the_places_are_steered_from_which_own_words_are_said():
     made, trained = batch(FORGET[:2], [[0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]), model()
-    objective, vector = RMU(LAYER, own_words=True), torch.randn(1, WIDTH)
+    objective, vector = RMU(LAYER, own_words=0.2), torch.randn(1, WIDTH)
     objective.restore(vector)
     hidden = activations(trained, made, LAYER)
     want = [((hidden[b, t] - vector[0]) ** 2).mean() for b, t in ((0, 2), (1, 1), (1, 2))]
     torch.testing.assert_close(objective(trained, made), torch.stack(want).mean())
     assert objective.num_items(made) == 3
-    shared = RMU(LAYER, own_words=True, skip_shared_start=True)
+    shared = RMU(LAYER, own_words=0.2, skip_shared_start=True)
     assert shared.items({**made, "shared_start": torch.tensor([0, 2])}).tolist() == [1, 1]
-    twice = RMU(LAYER, own_words=True, coefficient=2.0)
+    twice = RMU(LAYER, own_words=0.2, coefficient=2.0)
     twice.restore(vector)
     torch.testing.assert_close(twice.target(WIDTH, made, None)[0, 0], 2 * vector[0])
 
 
 def test_what_it_needs():
     with pytest.raises(ValueError, match="so `own_words` has no effect"):
-        RMU(LAYER, masked=False, own_words=True)
+        RMU(LAYER, masked=False, own_words=0.2)
     with pytest.raises(ValueError, match="a trainer makes it from the sets"):
-        RMU(LAYER, own_words=True).mask(collate(FORGET))
+        RMU(LAYER, own_words=0.2).mask(collate(FORGET))
     with pytest.raises(ValueError, match="a trainer learns them"):
-        RMU(LAYER, own_words=True).vectors(WIDTH)
+        RMU(LAYER, own_words=0.2).vectors(WIDTH)
 
 
 # ---- its vector ----
 
 
 def test_the_learned_vector_descends_the_literal_loss():
-    asked, objective, own = model(), RMU(LAYER, own_words=True), [[0, 0, 0, 1, 0]] * 8
+    asked, objective, own = model(), RMU(LAYER, own_words=0.2), [[0, 0, 0, 1, 0]] * 8
     before, made = weights(asked), batch(FORGET, own)
     found = learned_vector(asked, [made], objective, words())
     length = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item()
@@ -134,7 +134,7 @@ def test_the_learned_vector_descends_the_literal_loss():
 
 
 def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best():
-    asked, objective, own = model(), RMU(LAYER, own_words=True, seed=3), [[0, 0, 0, 1, 0]] * 8
+    asked, objective, own = model(), RMU(LAYER, own_words=0.2, seed=3), [[0, 0, 0, 1, 0]] * 8
     made, generator = batch(FORGET, own), torch.Generator().manual_seed(3)
     length, tried = activations(asked, made, LAYER)[:, 2].norm(dim=-1).mean().item(), {}
     for _ in range(STARTS):
@@ -155,7 +155,7 @@ def test_of_several_starts_the_one_is_taken_after_whose_words_answers_go_on_best
 
 def test_no_own_word_outside_of_the_start():
     made = batch(FORGET, [[0, 0, 0, 1, 0]] * 8) | {"shared_start": torch.full((8,), 4)}
-    objective = RMU(LAYER, own_words=True, skip_shared_start=True)
+    objective = RMU(LAYER, own_words=0.2, skip_shared_start=True)
     with pytest.raises(ValueError, match="no token of the forget set is its own"):
         learned_vector(model(), [made], objective, words())
 
@@ -197,20 +197,20 @@ def test_a_resumed_training_goes_on_towards_the_same_vector(tmp_path, monkeypatc
 
 def test_a_second_training_goes_on_with_the_vector_or_refuses(tmp_path):
     args = settings(tmp_path / "a", max_steps=1, **FIXED, forget_objective="rmu", retain_objective="activation_match")
-    args.forget_objective_kwargs, args.retain_objective_kwargs = {"layer": 1, "own_words": True}, {"layer": 1}
+    args.forget_objective_kwargs, args.retain_objective_kwargs = {"layer": 1, "own_words": 0.2}, {"layer": 1}
     started = BLURTrainer(model_init=lambda: model(), args=args, forget_dataset=FORGET, retain_dataset=RETAIN)
     learned = started.objectives["forget"].restored
     started.args.gamma = 0.7
     started.train()
     assert started.rule.gamma == 0.7 and torch.equal(started.objectives["forget"].restored, learned)
-    started.args.forget_objective_kwargs = {"layer": 0, "own_words": True}
+    started.args.forget_objective_kwargs = {"layer": 0, "own_words": 0.2}
     started.args.output_dir = str(tmp_path / "b")
     with pytest.raises(ValueError, match="make a new trainer"):
         started.train()
 
 
 def test_vectors_that_the_objective_has_are_kept(tmp_path, caplog):
-    given = RMU(LAYER, own_words=True)
+    given = RMU(LAYER, own_words=0.2)
     given.restore(torch.ones(1, WIDTH))
     trainer(tmp_path, objective=given)
     assert torch.equal(given.vectors(WIDTH), torch.ones(1, WIDTH)) and not (tmp_path / VECTORS_NAME).exists()

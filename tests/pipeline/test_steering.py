@@ -7,7 +7,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 from blur_trainer.pipeline import steering
 from blur_trainer.pipeline.preparing import prepare
-from blur_trainer.pipeline.steering import OWN_SHARE, with_steering
+from blur_trainer.pipeline.steering import LEAST, OWN_SHARE, with_steering
 
 SETS = own_sets()
 
@@ -26,40 +26,41 @@ def prepared(tmp_path):
 
 
 @pytest.fixture
-def share(monkeypatch):
-    def of(value):
-        monkeypatch.setattr(steering, "own_share", lambda *args, **how: value)
+def shares(monkeypatch):
+    def of(*values):
+        monkeypatch.setattr(steering, "own_shares", lambda *args, least, **how: dict(zip(least, values, strict=False)))
 
     return of
 
 
-@pytest.mark.parametrize("value", [None, 0.5, OWN_SHARE - 0.01])
-def test_whole_answers_where_more_than_own_words_is_missed(prepared, share, value, capsys):
-    share(value)
+@pytest.mark.parametrize("values", [(), (0.4, 0.5, OWN_SHARE - 0.01)])
+def test_whole_answers_where_more_than_own_words_is_missed(prepared, shares, values, capsys):
+    shares(*values)
     run = with_steering(prepared(), None)
     expected = {"layer": 1, "skip_shared_start": True, "answers_only": True}
     assert run.settings["forget_objective_kwargs"] == run.args.forget_objective_kwargs == expected
     assert not run.args.level_two_sided and "level_two_sided" not in run.settings
     said = capsys.readouterr().err
-    assert ("Steering" in said) == (value is not None)
-    assert value is None or f"Steering whole answers: own words carry {value:.2f} of what" in said
+    assert "Steering whole answers: own words carry 0.66 of what" in said if values else "Steering" not in said
 
 
 @pytest.mark.parametrize("method", ["blur", "rmu"])
-def test_own_words_where_little_else_is_missed(prepared, share, method, capsys):
-    share(OWN_SHARE)
+@pytest.mark.parametrize(("values", "least"), [((0.7, 0.8, 0.9), 0.2), ((0.5, 0.6, OWN_SHARE), 0.4)])
+def test_own_words_where_little_else_is_missed(prepared, shares, method, values, least, capsys):
+    shares(*values)
     run = with_steering(prepared(method=method), None)
-    expected = {"layer": 1, "skip_shared_start": True, "own_words": True}
+    expected = {"layer": 1, "skip_shared_start": True, "own_words": least}
     assert run.settings["forget_objective_kwargs"] == run.args.forget_objective_kwargs == expected
     assert run.args.level_two_sided and run.settings["level_two_sided"]
-    assert "Steering only the own words of answers: they carry 0.67 of what" in capsys.readouterr().err
+    share = values[LEAST.index(least)]
+    assert f"Steering only the own words of answers: they carry {share:.2f} of what" in capsys.readouterr().err
     assert with_steering(run, None) is run, "it is decided"
     again = prepared(method=method, derived=run.settings)
     assert with_steering(again, None) is again, "a run.yaml has it"
 
 
-def test_what_was_given_stays(prepared, share):
-    share(1.0)
+def test_what_was_given_stays(prepared, shares):
+    shares(1.0)
     run = with_steering(prepared(level_two_sided=False), None)
     assert run.args.forget_objective_kwargs["own_words"] and not run.args.level_two_sided
     for options in (

@@ -121,7 +121,7 @@ def alternatives(engine: str, folder: Path) -> None:
     del settings["replay"], settings["replay_kwargs"]
     args = UnlearningConfig(str(folder / f"{engine}-vectors"), **settings)
     kept = {"retain_objective": NLL(), "processing_class": tiny_tokenizer()}
-    rmu = RMU(0, own_words=True)
+    rmu = RMU(0, own_words=0.2)
     UnlearningTrainer(model, args, rows, rows[:1], forget_objective=rmu, **kept)
     found = gather_object([{"texts": texts, "vector": rmu.vectors(16)[0].tolist()}])
     if PartialState().is_main_process:
