@@ -10,14 +10,22 @@ from typing import Any
 from blur_trainer.constants import IGNORE_INDEX
 from blur_trainer.data.columns import FORMATS
 
-#: A word is a row's own where at most this share of the reference rows has it, or so few of them.
-#: docs/evidence.md has the numbers for others.
+#: docs/evidence.md has the numbers for others
 OWN, FEW = 0.02, 2
 
 
-def own_limit(rows: int) -> int:
-    """How many of so many reference rows may have a word that is a row's own."""
-    return max(int(OWN * rows), FEW)
+def common(reference: Mapping[Any, int], rows: Mapping[Any, int], size: int) -> set[Any]:
+    """
+    The words that more than 2 % of the reference rows have, and more than two rows of reference and rows together.
+
+    So where the reference is small, one of its rows is enough for a word that many of the rows have, too. Any other
+    word is own.
+
+    Args:
+        reference, rows: for each word how many rows have it.
+        size: rows of the reference.
+    """
+    return {word for word, count in reference.items() if count > int(OWN * size) and count + rows.get(word, 0) > FEW}
 
 
 _EVERY = object()  # the pool of all kinds
@@ -31,13 +39,13 @@ _CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 class Exchange:
     """
-    Exchanges words that the reference hardly has for others that it hardly has, alike all over a row.
+    Exchanges words that are not common ([`common`]) for others of the reference that are not, alike all over a row.
 
     The new word is drawn from those of the reference, by how often they stand there. It is of the same kind if one is:
     a number, a word with a capital, one without.
 
     Args:
-        reference: for each row its words.
+        reference, rows: for each row its words.
         kind: of a word.
         key: what makes two words the same.
     """
@@ -45,23 +53,24 @@ class Exchange:
     def __init__(
         self,
         reference: Iterable[Sequence[Any]],
+        rows: Iterable[Sequence[Any]],
         kind: Callable[[Any], Hashable] = lambda word: None,
         key: Callable[[Any], Hashable] = lambda word: word,
         seed: int = 0,
     ) -> None:
-        rows = list(reference)
+        bags = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
-        self.having = Counter(each for row in rows for each in {key(word) for word in row})
-        self.limit = own_limit(len(rows))
+        ours, theirs = (Counter(each for bag in of for each in set(map(key, bag))) for of in (rows, bags))
+        self.common = common(theirs, ours, len(bags))
         self.pools: dict[Hashable, list[Any]] = defaultdict(list)
         self.places: dict[Hashable, list[int]] = defaultdict(list)  # of each word in each pool
-        for word in (word for row in rows for word in row if self.is_own(word)):
+        for word in (word for bag in bags for word in bag if self.is_own(word)):
             for of in (kind(word), _EVERY):
                 self.places[of, key(word)].append(len(self.pools[of]))
                 self.pools[of].append(word)
 
     def is_own(self, word: Any) -> bool:
-        return self.having[self.key(word)] <= self.limit
+        return self.key(word) not in self.common
 
     def another(self, word: Any) -> Any | None:
         """Another word, or `None` if there is none."""
@@ -106,26 +115,31 @@ def exchanged_texts(
         fmt: a name in `FORMATS`, other than `input_ids`.
         reference: the texts of each row of another set, which say which words are rare: see [`texts_of`].
     """
-    bags = ([word for text in texts for word in _WORD.findall(text)] for texts in reference)
+    rows = list(rows)
+    ours, theirs = (
+        [[word for text in texts for word in _WORD.findall(text)] for texts in of]
+        for of in ((texts_of(row, fmt) for row in rows), reference)
+    )
 
     def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
         return {**row, **{name: _changed(row[name], partial(_in_text, change)) for name in FORMATS[fmt]}}
 
-    return _exchanged(rows, changed, Exchange(bags, _kind_of, str.casefold), draws)
+    return _exchanged(rows, changed, Exchange(theirs, ours, _kind_of, str.casefold), draws)
 
 
 def exchanged_tokens(
     examples: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]], draws: int = 1
 ) -> list[list[dict[str, Any]]]:
     """The same with tokens for words: of examples with `input_ids` and `labels`."""
-    bags = (example["input_ids"] for example in reference)
+    examples = list(examples)
+    ours, theirs = ([example["input_ids"] for example in of] for of in (examples, reference))
 
     def changed(row: Mapping[str, Any], change: RowExchange) -> dict[str, Any]:
         ids = [change(token) for token in row["input_ids"]]
         labels = [label if label == IGNORE_INDEX else token for token, label in zip(ids, row["labels"], strict=True)]
         return {**row, "input_ids": ids, "labels": labels}
 
-    return _exchanged(examples, changed, Exchange(bags), draws)
+    return _exchanged(examples, changed, Exchange(theirs, ours), draws)
 
 
 def _exchanged(

@@ -10,20 +10,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.constants import IGNORE_INDEX, OWN_WORDS
-from blur_trainer.data.exchange import own_limit
+from blur_trainer.data.exchange import common as common_words
 
 #: how vocabularies write the space before a word
 _SPACES = ("Ġ", "▁", " ")
 
 
-def rows_having(retain: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
-    """How many retain rows have each token; and the common tokens, which more have than may (`data.exchange`)."""
-    having: Counter[int] = Counter()
-    rows = 0
-    for ids, _ in _rows(retain):
-        having.update(set(ids.tolist()))
-        rows += 1
-    return having, {token for token, count in having.items() if count > own_limit(rows)}
+def rows_having(retain: Sequence[Dataset], forget: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
+    """How many retain rows have each token; and the common tokens, as of [`data.exchange.common`]."""
+    theirs, ours = (
+        Counter(token for ids, _ in _rows(sets) for token in set(ids.tolist())) for sets in (retain, forget)
+    )
+    return theirs, common_words(theirs, ours, sum(map(len, retain)))
 
 
 def with_own_words(forget: Dataset, having: Mapping[int, int], common: set[int], least: float) -> Dataset:

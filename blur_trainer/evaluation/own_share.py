@@ -49,11 +49,11 @@ def own_shares(
     if not asked:
         return {}
     limit = length_limit(loaded, max_length)
-    kept = [
-        _tokens(_flat(encoded_rows(each, tokenizer, "retain", limit, drop_empty=True, **how)))
-        for each in retain_rows(retain, tokenizer)
-    ]
-    counted = rows_having(kept)
+    theirs, ours = (
+        [_tokens(_flat(encoded_rows(each, tokenizer, role, limit, drop_empty=True, **how))) for each in sets]
+        for role, sets in (("retain", retain_rows(retain, tokenizer)), ("forget", [forget]))
+    )
+    counted = rows_having(theirs, ours)
     logps = token_logps(loaded, asked, pad_token_id=0, batch_size=batch_size)  # masked, so any id will do
     nats = -np.concatenate(logps).astype(np.float64)
     answers = np.concatenate([np.array(each["labels"][1:]) != IGNORE_INDEX for each in asked])

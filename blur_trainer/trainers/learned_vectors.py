@@ -57,7 +57,7 @@ def settle_vectors(
 
     def learned() -> list[list[float]]:
         begins = begin_words(tokenizer, setup.vocabulary_size(model))
-        instead = said_instead(kept, rows_having(kept)[1], begins)
+        instead = said_instead(kept, rows_having(kept, sets)[1], begins)
         words = Words(*(torch.from_numpy(table).to(args.device) for table in (begins, instead)))
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):

@@ -28,7 +28,7 @@ def with_columns(forget: Any, retain: Any, objectives: Mapping[str, Objective]) 
     if own_words and not kept:
         raise ValueError("`own_words` needs a retain set, which says what other rows have: pass `retain_dataset`.")
     if least is not None:
-        having, common = rows_having(kept)
+        having, common = rows_having(kept, [rows for _, rows in named("forget", forget)])
         forget = _each(forget, partial(with_own_words, having=having, common=common, least=least))
     if "forget" in starts:
         forget = _each(forget, partial(with_shared_starts, retain=kept))

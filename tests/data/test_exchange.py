@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from blur_trainer.data.exchange import OWN, exchanged_texts, exchanged_tokens, texts_of
+from blur_trainer.data.exchange import OWN, common, exchanged_texts, exchanged_tokens, texts_of
 
 PLACES = ["Oslo", "Bern", "Rome", "Lima"]
 #: 200 rows: a word in up to four of them is rare
@@ -38,6 +38,19 @@ def test_a_word_is_own_where_at_most_so_many_rows_have_it():
     few = [["Where he goes"], ["Where she goes"], ["Where it goes"]]
     (made,) = exchanged([{"text": "Where he goes"}], "text", few)
     assert made["text"] in ("Where she goes", "Where it goes"), "of few rows two may have it"
+
+
+def test_of_few_rows_a_word_is_common_that_many_of_the_rows_have_too():
+    """Else the form of answers would be exchanged; but what no other row has is own, however often it is said."""
+    reference = [["He lives in Rome"], ["She was born in Bern"]]
+    rows = [{"text": f"She lives in Oslo since {year}"} for year in (1990, 1991, 1992)]
+    drawn = exchanged_texts(rows, "text", reference)
+    assert all(made["text"].split()[0] == "She" and made["text"].split()[1:3] == ["lives", "in"] for (made,) in drawn)
+    assert all("Oslo" not in made["text"] for (made,) in drawn), "in no row of the reference"
+    counts = {"form": 1, "name": 1}
+    assert common(counts, {"form": 2, "name": 1}, 24) == {"form"}
+    assert common(counts, {"form": 500}, 100) == set(), "of many rows one is too few"
+    assert common({"form": 3}, {}, 100) == {"form"}
 
 
 def test_rows_without_a_word_of_their_own_are_left_out():

@@ -22,14 +22,16 @@ def sets():
 
 
 def test_a_token_of_few_retain_rows_is_no_common_one():
-    having, common = rows_having(sets())
+    having, common = rows_having(sets(), [])
     assert common == {3, 4, 5} and having == {3: 150, 4: 150, 5: 4, 6: 3, 7: 1}
-    assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))])[1] == {3}, "of few rows two may have it"
+    assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))], [])[1] == {3}, "of few rows two may have it"
+    forget = [rows(([5, 5], 1), ([9, 5], 1), ([9, 4], 1))]
+    assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))], forget)[1] == {3, 4, 5}, "so may two of both sets"
 
 
 def test_own_words_are_of_the_answer_alone():
     forget = rows(([7, 3, 6, 5, 9], 1), ([7, 3, 4, 5, 4, 3, 3], 1), ([8, 9, 3], 0), ([9, 3], 0))
-    made = with_own_words(forget, *rows_having(sets()), least=0.2)["own_words"][:]
+    made = with_own_words(forget, *rows_having(sets(), []), least=0.2)["own_words"][:]
     assert made[0] == [0, 0, 1, 0, 1], "7 is of the prompt, 9 of no retain row"
     assert made[1] == [0, 1, 0, 1, 0, 0, 0], "of an answer without an own word the rarest fifth, the first of the same"
     assert made[2] == [0, 1, 0], "nothing says a text's first token"

@@ -34,19 +34,19 @@ def tokenized(rows, tokenizer):
 
 
 def literal(model, tokenizer, forget, retain, least):
-    """Own: an answer token that at most 2 retain rows have, and the rarest others up to that share of an answer."""
-    kept = [set(row["input_ids"]) for row in tokenized(retain, tokenizer)]
+    """Own: a token that no retain row has, or two rows of both sets; and the rarest others up to `least`."""
+    kept, gone = ([set(row["input_ids"]) for row in tokenized(rows, tokenizer)] for rows in (retain, forget))
     own = total = 0.0
     for drawn in exchanged_rows(model, forget, retain, tokenizer):
-        for row in tokenized(drawn, tokenizer):
-            having = [sum(token in ids for ids in kept) for token in row["input_ids"]]
+        for row in tokenized(drawn, tokenizer) if drawn else []:
+            having, ours = ([sum(token in ids for ids in of) for token in row["input_ids"]] for of in (kept, gone))
             places = [t for t, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
             rarest = sorted(places, key=lambda t: having[t])[: math.ceil(least * len(places))]
             for place in places:
                 alone = [label if t == place else IGNORE_INDEX for t, label in enumerate(row["labels"])]
                 nats = -reference.row_log_prob(model, {**row, "labels": alone})[0].item()
                 total += nats
-                own += nats * (having[place] <= 2 or place in rarest)
+                own += nats * (having[place] == 0 or having[place] + ours[place] <= 2 or place in rarest)
     return own / total
 
 
