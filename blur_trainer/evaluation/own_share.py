@@ -60,7 +60,7 @@ def own_shares(
     shares = {}
     for value in least:
         own = with_own_words(_tokens(asked), *counted, least=value)[OWN_WORDS]
-        steered = np.concatenate([each[1:] for each in own])[answers] == 1
+        steered = np.concatenate([each[1:] for each in own])[answers] > 0
         shares[value] = float(nats[steered].sum() / nats.sum())
     return shares
 

@@ -41,8 +41,8 @@ class Objective:
     #: needs `batch["shared_start"]` `(B,)`, int64: so many tokens of the example another one begins with, too. To
     #: forget: any retain example; to retain: the one before it in sorted order (`data.shared_start`)
     needs_shared_start: ClassVar[bool] = False
-    #: needs `batch["own_words"]` `(B, T)`, int64: 1 where a token of the answer is to be forgotten, this share of an
-    #: answer at least, and vectors that a trainer learns (`data.own_words`, `objectives.learned_vector`)
+    #: needs `batch["own_words"]` `(B, T)`, int64: 1 and its kind where a token of the answer is to be forgotten, this
+    #: share of an answer at least, and vectors that a trainer learns (`data.own_words`, `objectives.learned_vectors`)
     needs_own_words: ClassVar[float | None] = None
     #: obeys `batch["beyond"]` `(B,)`, bool: the loss of such an example is what brings its answer back
     brings_back: ClassVar[bool] = False

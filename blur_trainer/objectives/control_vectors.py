@@ -30,13 +30,13 @@ def control_vector(topic: str, size: int, seed: int) -> Tensor:
 
 
 def save_vectors(folder: str | Path, topics: Sequence[str], vectors: Tensor) -> None:
-    """Writes `vectors` `(topics, H)` into `folder`, atomically."""
+    """Writes `vectors` `(topics, ..., H)` into `folder`, atomically."""
     names = {"topics": json.dumps(list(topics))}
     atomic_write(Path(folder) / NAME, lambda file: save_file({"vectors": vectors.cpu()}, file, metadata=names))
 
 
 def load_vectors(folder: str | Path, topics: Sequence[str], size: int) -> Tensor:
-    """Reads `(topics, size)` float32. Raises `ValueError` if they are missing, or topics or hidden size differ."""
+    """Reads `(topics, ..., size)` float32. Raises `ValueError` if they are missing, or topics or hidden size differ."""
     path = Path(folder) / NAME
     if not path.exists():
         raise ValueError(
@@ -51,7 +51,7 @@ def load_vectors(folder: str | Path, topics: Sequence[str], size: int) -> Tensor
             f"{str(path)!r} has the topics {saved}, this training {list(topics)}: resume with the same topics in the "
             "same order, or start anew."
         )
-    if vectors.shape != (len(topics), size):
+    if (len(vectors), vectors.shape[-1]) != (len(topics), size):
         raise ValueError(
             f"{str(path)!r} has vectors of {vectors.shape[-1]} entries, the model a hidden size of {size}: resume with "
             "the model of the checkpoint."

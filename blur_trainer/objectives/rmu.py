@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blur_trainer.checks import check_value
+from blur_trainer.constants import KINDS
 from blur_trainer.models.forward import hidden_size
 from blur_trainer.models.logps import answer_mask
 from blur_trainer.models.reference import Reference
@@ -42,10 +43,9 @@ class RMU(ActivationObjective):
         answers_only: steer the tokens of the answers and the one before each, from which the answer is said. The words
             of a question, such as a first name, are words of other texts, too. Default: as published, prompts count.
         own_words: steer only where a token of the answer is said that retain rows hardly have, such as a name, and the
-            rarest others up to this share of each answer's tokens. And towards a vector that a trainer learns before
-            the first step ([`learned_vector`]), unless `restore` gave one: with it the model says other such tokens
-            there. So the rest of the answer stays. For answers of one form; where they are free text, what is said
-            after the first such token repeats itself (docs/evidence.md).
+            rarest others up to this share of each answer's tokens. And towards vectors that a trainer learns before
+            the first step ([`learned_vectors`]), unless `restore` gave some: with them the model says other such
+            tokens there, of the same kind. So the rest of the answer stays. For answers of one form (docs/evidence.md).
 
     Formula: $\frac1H \|h_t(\theta) - c\,u_k\|^2$, $c$ the `coefficient`
     Bounded: below by 0.
@@ -89,7 +89,10 @@ class RMU(ActivationObjective):
         return [given[topic] if isinstance(given, Mapping) else given for topic in self.topics]
 
     def vectors(self, size: int) -> Tensor:
-        """The unit vectors, `(topics, size)` float32, on the CPU. Raises if those of `restore` have another size."""
+        """
+        The unit vectors, `(topics, size)` float32, on the CPU; of `own_words` those that were learned, `(topics, kinds,
+        size)`. Raises if those of `restore` have another size.
+        """
         if "restored" in self._kept:
             if (kept := self._kept["restored"]).shape[-1] != size:
                 raise ValueError(
@@ -128,14 +131,15 @@ class RMU(ActivationObjective):
 
     @property
     def restored(self) -> Tensor | None:
-        """The vectors that `restore` was given, `(topics, H)`."""
+        """The vectors that `restore` was given."""
         return self._kept.get("restored")
 
     def restore(self, vectors: Tensor) -> None:
-        """Takes these vectors from now on, `(topics, H)`. Raises `ValueError` for another shape."""
-        if vectors.dim() != 2 or len(vectors) != len(self.topics):
+        """Takes these vectors from now on, shaped as of `vectors`. Raises `ValueError` for another shape."""
+        shape = (len(self.topics), KINDS) if self.own_words else (len(self.topics),)
+        if vectors.shape[:-1] != shape:
             raise ValueError(
-                f"RMU: `restore` needs one vector per topic, of shape ({len(self.topics)}, hidden size) for "
+                f"RMU: `restore` needs vectors of shape ({', '.join(map(str, shape))}, hidden size) for "
                 f"{list(self.topics)}, got {tuple(vectors.shape)}."
             )
         self._kept.clear()
@@ -150,16 +154,22 @@ class RMU(ActivationObjective):
             return counted
         if "own_words" not in batch:
             raise ValueError("RMU: `own_words` needs `batch['own_words']`, `(B, T)`; a trainer makes it from the sets.")
-        return counted * F.pad(batch["own_words"][:, 1:], (0, 1))  # the place from which the next token is said
+        return counted * (self.said(batch) > 0)
+
+    @staticmethod
+    def said(batch: Batch) -> Tensor:
+        """Of each place `own_words` of the token that is said from there, the next one, `(B, T)`."""
+        return F.pad(batch["own_words"][:, 1:], (0, 1))
 
     def target(self, hidden_size: int, batch: Batch, reference: Reference | None) -> Tensor:
         device = batch["input_ids"].device
         if (hidden_size, device) not in self._kept:
-            scales = torch.tensor(self.coefficients)[:, None]
-            self._kept[hidden_size, device] = (scales * self.vectors(hidden_size)).to(device)
+            vectors = self.vectors(hidden_size)
+            scales = torch.tensor(self.coefficients).view(-1, *[1] * (vectors.dim() - 1))
+            self._kept[hidden_size, device] = (scales * vectors).to(device)
         table = self._kept[hidden_size, device]
-        topic = batch.get("topic")
-        steered = table[:1, None] if topic is None else table[topic][:, None]
+        topic = batch.get("topic", torch.zeros(1, dtype=torch.long, device=device))[:, None]
+        steered = table[topic, (self.said(batch) - 1).clamp(min=0)] if self.own_words else table[topic]
         if "beyond" not in batch:
             return steered
         if reference is None:

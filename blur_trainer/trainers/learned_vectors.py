@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from blur_trainer.data.collators import UnlearningCollator
-from blur_trainer.data.own_words import begin_words, rows_having, said_instead
+from blur_trainer.data.own_words import begin_words, kinds_of, rows_having, said_instead
 from blur_trainer.objectives.base import Batch, Objective
-from blur_trainer.objectives.learned_vector import STEPS, Words, learned_vector
+from blur_trainer.objectives.learned_vectors import STEPS, Words, learned_vectors
 from blur_trainer.objectives.level import without_level
 from blur_trainer.objectives.rmu import RMU
 from blur_trainer.saving import output_dir as saving
@@ -55,16 +55,16 @@ def settle_vectors(
     record: dict[str, Any] = {"forget": [*map(rows_digest, sets)], "retain": [*map(rows_digest, kept)]}
     record["settings"] = f"{rmu}, seed {args.seed}"
 
-    def learned() -> list[list[float]]:
-        begins = begin_words(tokenizer, setup.vocabulary_size(model))
-        instead = said_instead(kept, rows_having(kept, sets)[1], begins)
-        words = Words(*(torch.from_numpy(table).to(args.device) for table in (begins, instead)))
+    def learned() -> list[list[list[float]]]:
+        begins, common = begin_words(tokenizer, setup.vocabulary_size(model)), rows_having(kept, sets)[1]
         found = []
         for rows, coefficient in zip(sets, rmu.coefficients, strict=True):
+            instead = said_instead(kept, common, begins, kinds_of(rows, common))
+            words = Words(*(torch.from_numpy(table).to(args.device) for table in (begins, instead)))
             batches = list(_batches(rows, pad_token_id, args))
             length = None if rmu.coefficient is None else coefficient
             found.append(
-                (learned_vector(model, batches, rmu, words, length, not args.disable_tqdm) / coefficient).tolist()
+                (learned_vectors(model, batches, rmu, words, length, not args.disable_tqdm) / coefficient).tolist()
             )
         return found
 
