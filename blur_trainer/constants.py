@@ -10,4 +10,4 @@ SHARED_START = "shared_start"
 #: a column of the forget set, made by the trainer: for each token 0, or 1 and its kind if it is to be forgotten
 OWN_WORDS = "own_words"
 #: of own words, by the token before them; each has a vector of its own
-KINDS = 8
+KINDS = 16

@@ -56,6 +56,10 @@ class Reference:
     auc: float
     exchanged: float | None = None
 
+    def no_own_word(self, limits: Any) -> float:
+        """ROUGE up to which none of the own words of an answer need be right; 0 where it is not known."""
+        return 0.0 if self.exchanged is None else self.exchanged + limits.noise
+
     @classmethod
     def of(cls, level: Any, before: Numbers, retrained: Numbers | None, limits: Any) -> "Reference":
         """A `Level` has `nats` and `source`; without one the level comes from the other numbers."""
@@ -162,7 +166,7 @@ def _unknown(before: Numbers, reference: Reference, limits: Any) -> Iterator[Fin
     if reference.level is None or before["forget_loss"] < (1 - off) * reference.level:
         return
     said = limits.unlevelled_rouge if reference.rouge is None else reference.rouge + limits.rouge
-    if before.get("forget_rouge", 0.0) > said:
+    if before.get("forget_rouge", 0.0) > max(said, reference.no_own_word(limits)):
         return  # it says what it is thought not to know: the level is at fault
     cost = f"{nats(before['forget_loss'])} nats per token, the level is {nats(reference.level)}"
     by = "by the estimate " if reference.estimated else ""
@@ -193,10 +197,8 @@ def _still_said(before: Numbers, after: Numbers, reference: Reference, limits: A
     if rouge is not None and reference.rouge is not None:
         if rouge > reference.rouge + limits.rouge:
             yield Finding("not_forgotten", "rouge", rouge_clause(after, reference))
-    elif rouge is not None:
-        no_own_word = 0.0 if reference.exchanged is None else reference.exchanged + limits.noise
-        if rouge > max(limits.unlevelled_rouge * rouge_then, UNKNOWN, no_own_word):
-            yield Finding("not_forgotten", "rouge", f"{rouge_clause(after, reference)}, and was {rouge_then:.2f}")
+    elif (rouge or 0.0) > max(limits.unlevelled_rouge * rouge_then, UNKNOWN, reference.no_own_word(limits)):
+        yield Finding("not_forgotten", "rouge", f"{rouge_clause(after, reference)}, and was {rouge_then:.2f}")
     exact = after.get("forget_exact", 0.0)
     if exact > (reference.exact or 0.0) + limits.exact:
         yield Finding("not_forgotten", "exact", f"{exact:.0%} of its answers are still word for word")

@@ -117,7 +117,7 @@ def test_what_it_needs():
         RMU(LAYER, own_words=0.2).mask(collate(FORGET))
     with pytest.raises(ValueError, match="a trainer learns them"):
         RMU(LAYER, own_words=0.2).vectors(WIDTH)
-    with pytest.raises(ValueError, match=r"of shape \(1, 8, hidden size\)"):
+    with pytest.raises(ValueError, match=r"of shape \(1, 16, hidden size\)"):
         RMU(LAYER, own_words=0.2).restore(torch.zeros(1, WIDTH))
     with pytest.raises(TypeError, match="`own_words` must be a number or None, got True"):
         RMU(LAYER, own_words=True)

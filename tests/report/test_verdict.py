@@ -166,6 +166,9 @@ def test_a_forget_set_that_the_model_never_knew():
     unknown = {"forget_loss": 8.1, "forget_rouge": 0.14}  # the testbed's unseen rows
     estimate = judge(unknown, {"forget_loss": 10.0, "forget_rouge": 0.08}, Level(9.5, "exchanged"))
     assert estimate.word == "not_forgotten" and "by the estimate the model did not know" in estimate.sentence
+    form = {"forget_loss": 6.3, "forget_rouge": 0.52}  # embedded authors: answers of one form
+    estimate = judge(form, {"forget_loss": 6.4, "forget_rouge": 0.52}, Level(4.6, "exchanged", rouge=0.64))
+    assert estimate.word == "not_forgotten" and "by the estimate the model did not know" in estimate.sentence
     answered = judge({**before, "forget_rouge": 0.9}, GOOD)
     assert answered.word == "forgotten", "its answers show that it was known"
 
