@@ -29,6 +29,8 @@ def recommended(
     """
     The settings that [`unlearn`] derives from model and data, as arguments of the method's configuration.
 
+    It loads the model where there is no level, and for `blur` and `rmu`: what answers cost says where to steer.
+
     Args:
         model (`str`): a folder or a name on the Hub. Its tokenizer is beside it.
         forget, retain: in the formats of the trainers.

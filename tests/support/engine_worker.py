@@ -123,7 +123,7 @@ def alternatives(engine: str, folder: Path) -> None:
     kept = {"retain_objective": NLL(), "processing_class": tiny_tokenizer()}
     rmu = RMU(0, own_words=0.2)
     UnlearningTrainer(model, args, rows, rows[:1], forget_objective=rmu, **kept)
-    found = gather_object([{"texts": texts, "vector": rmu.vectors(16)[0].tolist()}])
+    found = gather_object([{"texts": texts, "vector": rmu.vectors(16).flatten().tolist()}])
     if PartialState().is_main_process:
         (folder / f"{engine}-{len(found)}-answers.json").write_text(json.dumps(found))
 
