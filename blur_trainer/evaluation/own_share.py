@@ -1,7 +1,7 @@
 """How much of what answers with exchanged words cost a model is due to these words."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -16,6 +16,13 @@ from blur_trainer.evaluation.scoring import token_logps
 _ROWS = 256
 
 
+class OwnShare(NamedTuple):
+    """Of answers with exchanged words the own tokens' share of the loss, and of the tokens. Both from 0 to 1."""
+
+    loss: float
+    tokens: float
+
+
 def own_shares(
     model: Any,
     forget: Any,
@@ -26,19 +33,19 @@ def own_shares(
     batch_size: int = 16,
     max_length: int | None = None,
     **how: Any,
-) -> dict[float, float]:
+) -> dict[float, OwnShare]:
     r"""
     The share $\sum_{own} \ell_t / \sum_{all} \ell_t$ of the loss of answers with exchanged words that falls on tokens
-    which RMU's `own_words` would steer, under the model before unlearning.
+    which RMU's `own_words` would steer, under the model before unlearning; and how many of the tokens these are.
 
-    Near 1: who never saw an answer knows how it goes, and misses its names, numbers and places. The rows are those of
-    [`Level.of_exchanged`], 256 of them at most, and so are the arguments. All processes must call it.
+    Near 1 of few tokens: who never saw an answer knows how it goes, and misses its names, numbers and places. The rows
+    are those of [`Level.of_exchanged`], 256 of them at most, and so are the arguments. All processes must call it.
 
     Args:
         least: for which values of `own_words`.
 
     Returns:
-        Of each value the share, from 0 to 1. Nothing where no word can be exchanged.
+        Of each value the shares. Nothing where no word can be exchanged.
     """
     loaded, tokenizer = loaded_with_tokenizer(model, tokenizer)
     drawn = exchanged_rows(loaded, forget, retain, tokenizer, max_length, **how)
@@ -61,7 +68,7 @@ def own_shares(
     for value in least:
         own = with_own_words(_tokens(asked), *counted, least=value)[OWN_WORDS]
         steered = np.concatenate([each[1:] for each in own])[answers] > 0
-        shares[value] = float(nats[steered].sum() / nats.sum())
+        shares[value] = OwnShare(float(nats[steered].sum() / nats.sum()), float(steered.mean()))
     return shares
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from accelerate import PartialState
 
 from blur_trainer.constants import ROLES
-from blur_trainer.evaluation.own_share import own_shares
+from blur_trainer.evaluation.own_share import OwnShare, own_shares
 from blur_trainer.pipeline.preparing import Prepared
 from blur_trainer.scripts.methods import changed
 
 #: own words alone are steered where they carry this share of what answers with exchanged words cost, with the rarest
-#: other words up to one of these shares of an answer, the first that does (docs/evidence.md)
-OWN_SHARE, LEAST = 2 / 3, (0.2, 0.3, 0.4)
+#: other words up to one of these shares of an answer, the first that does (docs/evidence.md). Where they are more than
+#: half of the tokens, other rows do not show how the answers go
+OWN_SHARE, LEAST, MOST = 2 / 3, (0.2, 0.3, 0.4), 0.5
 _OBJECTIVE = "forget_objective_kwargs"
 _PLACES = {"answers_only", "own_words"}
 
@@ -24,7 +25,7 @@ def is_open(settings: Mapping[str, Any], layered: bool) -> bool:
     return layered and _OBJECTIVE in settings and not _PLACES & set(settings[_OBJECTIVE])
 
 
-def steered(settings: Mapping[str, Any], shares: Mapping[float, float]) -> dict[str, Any]:
+def steered(settings: Mapping[str, Any], shares: Mapping[float, OwnShare]) -> dict[str, Any]:
     """
     What is to be set of an objective, and of the level.
 
@@ -36,7 +37,7 @@ def steered(settings: Mapping[str, Any], shares: Mapping[float, float]) -> dict[
     """
     given = settings[_OBJECTIVE]
     for least, share in shares.items():
-        if share >= OWN_SHARE:
+        if share.loss >= OWN_SHARE and share.tokens <= MOST:
             return {_OBJECTIVE: {**given, "own_words": least}, "level_two_sided": True}
     return {_OBJECTIVE: {**given, "answers_only": True}}
 
@@ -52,9 +53,10 @@ def with_steering(prepared: Prepared, model: Any) -> Prepared:
     found = {name: value for name, value in found.items() if name not in prepared.options}
     own = found[_OBJECTIVE].get("own_words")
     if shares:
-        where = "whole answers: own words carry" if own is None else "only the own words of answers: they carry"
+        where = "whole answers: own words" if own is None else "only the own words of answers: they"
         share = shares[LEAST[-1] if own is None else own]
-        PartialState().print(
-            f"Steering {where} {share:.2f} of what answers with exchanged words cost.", file=sys.stderr
+        said = (
+            f"are {share.tokens:.2f} of the tokens and carry {share.loss:.2f} of what answers with exchanged words cost"
         )
+        PartialState().print(f"Steering {where} {said}.", file=sys.stderr)
     return replace(prepared, args=changed(args, **found), settings={**prepared.settings, **found})

@@ -5,6 +5,7 @@ from support.models import tiny_llama
 from support.own_data import own_sets
 from support.tiny_tokenizer import tiny_tokenizer
 
+from blur_trainer.evaluation.own_share import OwnShare
 from blur_trainer.pipeline import steering
 from blur_trainer.pipeline.preparing import prepare
 from blur_trainer.pipeline.steering import LEAST, OWN_SHARE, with_steering
@@ -27,13 +28,18 @@ def prepared(tmp_path):
 
 @pytest.fixture
 def shares(monkeypatch):
+    def found(values):
+        return [value if isinstance(value, OwnShare) else OwnShare(value, 0.3) for value in values]
+
     def of(*values):
-        monkeypatch.setattr(steering, "own_shares", lambda *args, least, **how: dict(zip(least, values, strict=False)))
+        monkeypatch.setattr(
+            steering, "own_shares", lambda *args, least, **how: dict(zip(least, found(values), strict=False))
+        )
 
     return of
 
 
-@pytest.mark.parametrize("values", [(), (0.4, 0.5, OWN_SHARE - 0.01)])
+@pytest.mark.parametrize("values", [(), (0.4, 0.5, OWN_SHARE - 0.01), (OwnShare(0.9, 0.55),) * 3])
 def test_whole_answers_where_more_than_own_words_is_missed(prepared, shares, values, capsys):
     shares(*values)
     run = with_steering(prepared(), None)
@@ -41,7 +47,11 @@ def test_whole_answers_where_more_than_own_words_is_missed(prepared, shares, val
     assert run.settings["forget_objective_kwargs"] == run.args.forget_objective_kwargs == expected
     assert not run.args.level_two_sided and "level_two_sided" not in run.settings
     said = capsys.readouterr().err
-    assert "Steering whole answers: own words carry 0.66 of what" in said if values else "Steering" not in said
+    share = values[-1] if values and isinstance(values[-1], OwnShare) else OwnShare(0.66, 0.3)
+    expected = (
+        f"Steering whole answers: own words are {share.tokens:.2f} of the tokens and carry {share.loss:.2f} of what"
+    )
+    assert expected in said if values else "Steering" not in said
 
 
 @pytest.mark.parametrize("method", ["blur", "rmu"])
@@ -53,7 +63,8 @@ def test_own_words_where_little_else_is_missed(prepared, shares, method, values,
     assert run.settings["forget_objective_kwargs"] == run.args.forget_objective_kwargs == expected
     assert run.args.level_two_sided and run.settings["level_two_sided"]
     share = values[LEAST.index(least)]
-    assert f"Steering only the own words of answers: they carry {share:.2f} of what" in capsys.readouterr().err
+    expected = f"Steering only the own words of answers: they are 0.30 of the tokens and carry {share:.2f} of what"
+    assert expected in capsys.readouterr().err
     assert with_steering(run, None) is run, "it is decided"
     again = prepared(method=method, derived=run.settings)
     assert with_steering(again, None) is again, "a run.yaml has it"
