@@ -22,7 +22,7 @@ def common(reference: Mapping[Any, int], rows: Mapping[Any, int], size: int) -> 
     word is own.
 
     Args:
-        reference, rows: for each word how many rows have it.
+        reference, rows: for each word how many rows have it; a row of both counts in the reference.
         size: rows of the reference.
     """
     return {word for word, count in reference.items() if count > int(OWN * size) and count + rows.get(word, 0) > FEW}
@@ -60,7 +60,9 @@ class Exchange:
     ) -> None:
         bags = list(reference)
         self.kind, self.key, self.draw = kind, key, random.Random(seed)
-        ours, theirs = (Counter(each for bag in of for each in set(map(key, bag))) for of in (rows, bags))
+        known = set(map(tuple, bags))  # a row of both counts once
+        both = ([bag for bag in rows if tuple(bag) not in known], bags)
+        ours, theirs = (Counter(each for bag in of for each in set(map(key, bag))) for of in both)
         self.common = common(theirs, ours, len(bags))
         self.pools: dict[Hashable, list[Any]] = defaultdict(list)
         self.places: dict[Hashable, list[int]] = defaultdict(list)  # of each word in each pool

@@ -18,9 +18,9 @@ _SPACES = ("Ġ", "▁", " ")
 
 def rows_having(retain: Sequence[Dataset], forget: Sequence[Dataset]) -> tuple[Counter[int], set[int]]:
     """How many retain rows have each token; and the common tokens, as of [`data.exchange.common`]."""
-    theirs, ours = (
-        Counter(token for ids, _ in _rows(sets) for token in set(ids.tolist())) for sets in (retain, forget)
-    )
+    kept = {ids.tobytes() for ids, _ in _rows(retain)}  # a row of both counts once
+    both = (ids for ids, _ in _rows(retain)), (ids for ids, _ in _rows(forget) if ids.tobytes() not in kept)
+    theirs, ours = (Counter(token for ids in of for token in set(ids.tolist())) for of in both)
     return theirs, common_words(theirs, ours, sum(map(len, retain)))
 
 

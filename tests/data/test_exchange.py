@@ -47,6 +47,8 @@ def test_of_few_rows_a_word_is_common_that_many_of_the_rows_have_too():
     drawn = exchanged_texts(rows, "text", reference)
     assert all(made["text"].split()[0] == "She" and made["text"].split()[1:3] == ["lives", "in"] for (made,) in drawn)
     assert all("Oslo" not in made["text"] for (made,) in drawn), "in no row of the reference"
+    twice = [{"text": "She was born in Bern"}, {"text": "He lives in Rome"}]
+    assert all(exchanged_texts(twice, "text", reference)), "rows of both sets count once, so that their names stay own"
     counts = {"form": 1, "name": 1}
     assert common(counts, {"form": 2, "name": 1}, 24) == {"form"}
     assert common(counts, {"form": 500}, 100) == set(), "of many rows one is too few"

@@ -27,6 +27,8 @@ def test_a_token_of_few_retain_rows_is_no_common_one():
     assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))], [])[1] == {3}, "of few rows two may have it"
     forget = [rows(([5, 5], 1), ([9, 5], 1), ([9, 4], 1))]
     assert rows_having([rows(([3, 4], 1), ([3, 5], 1), ([3, 4], 1))], forget)[1] == {3, 4, 5}, "so may two of both sets"
+    same = [rows(([3, 4], 1), ([3, 5], 1))]
+    assert rows_having(same, same)[1] == set(), "a row of both counts once"
 
 
 def test_own_words_are_of_the_answer_alone():
