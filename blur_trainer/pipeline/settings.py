@@ -22,8 +22,8 @@ _LORA, _ULD = 10.0, 5.0
 #: BLUR-RMU's strength for an adapter, which reaches the level later than all weights do
 _LORA_GAMMA = 0.7
 #: optimizer steps, in at least so many epochs. Few rows take as many steps: with less the rest is not repaired. The
-#: second is for methods about one layer, which break more at first, and repair it in the later half
-_STEPS, _LAYERED_STEPS, _EPOCHS = 200, 400, 3
+#: others are for methods about one layer, which break more at first, and repair it in the later half: an adapter later
+_STEPS, _LAYERED_STEPS, _LAYERED_LORA_STEPS, _EPOCHS = 200, 400, 600, 3
 _BATCH = 8
 #: texts to replay: so many per retain row, within bounds; of at most so many tokens
 _REPLAY, _REPLAYED, _REPLAY_TOKENS = 3, (512, 2048), 256
@@ -80,10 +80,11 @@ def derived(
     chosen = METHODS[method]
     rate = _RATE * min(1.0, (_SIZE / size.parameters) ** _POWER)
     lengths = sorted(len(row["input_ids"]) for row in retain)
+    layered_steps = _LAYERED_LORA_STEPS if lora else _LAYERED_STEPS
     settings: dict[str, Any] = {
         "learning_rate": _rounded(rate * (_LORA if lora else 1.0)),
         "lr_scheduler_type": "linear",
-        **_batches(len(forget), processes, _LAYERED_STEPS if chosen.layered else _STEPS),
+        **_batches(len(forget), processes, layered_steps if chosen.layered else _STEPS),
         "per_device_eval_batch_size": 16,
         "max_length": _length([*forget, *retain], size.positions),
         "logging_steps": 10,

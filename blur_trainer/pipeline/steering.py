@@ -16,6 +16,8 @@ from blur_trainer.scripts.methods import changed
 #: other words up to one of these shares of an answer, the first that does (docs/evidence.md). Where they are more than
 #: half of the tokens, other rows do not show how the answers go
 OWN_SHARE, LEAST, MOST = 2 / 3, (0.2, 0.3, 0.4), 0.5
+#: where less is steered, less strength does: so much of what whole answers take
+_STRENGTH = 0.5
 _OBJECTIVE = "forget_objective_kwargs"
 _PLACES = {"answers_only", "own_words"}
 
@@ -27,18 +29,19 @@ def is_open(settings: Mapping[str, Any], layered: bool) -> bool:
 
 def steered(settings: Mapping[str, Any], shares: Mapping[float, OwnShare]) -> dict[str, Any]:
     """
-    What is to be set of an objective, and of the level.
+    What is to be set of an objective, of the level and of BLUR's strength.
 
     Where own words alone are steered, an answer can be drawn back from beyond the level: the rest of it stays.
 
     Args:
-        settings: with arguments of the forget objective.
+        settings: derived, with arguments of the forget objective.
         shares: of own words, see [`own_shares`].
     """
     given = settings[_OBJECTIVE]
     for least, share in shares.items():
         if share.loss >= OWN_SHARE and share.tokens <= MOST:
-            return {_OBJECTIVE: {**given, "own_words": least}, "level_two_sided": True}
+            strength = {"gamma": _STRENGTH * settings["gamma"]} if "gamma" in settings else {}
+            return {_OBJECTIVE: {**given, "own_words": least}, "level_two_sided": True, **strength}
     return {_OBJECTIVE: {**given, "answers_only": True}}
 
 

@@ -129,7 +129,8 @@ def test_what_breaks_more_at_first_takes_longer():
 @pytest.mark.parametrize(("method", "own"), [("blur", {"gamma": 0.7}), ("rmu", {})])
 def test_an_adapter_gets_another_rate_and_strength(method, own):
     whole, adapter = settings(method), settings(method, lora=True)
-    assert adapter == {**whole, "learning_rate": 10 * whole["learning_rate"], **own}
+    longer = {"learning_rate": 10 * whole["learning_rate"], "num_train_epochs": 1.5 * whole["num_train_epochs"]}
+    assert adapter == {**whole, **longer, **own}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -62,6 +62,8 @@ def test_own_words_where_little_else_is_missed(prepared, shares, method, values,
     expected = {"layer": 1, "skip_shared_start": True, "own_words": least}
     assert run.settings["forget_objective_kwargs"] == run.args.forget_objective_kwargs == expected
     assert run.args.level_two_sided and run.settings["level_two_sided"]
+    if method == "blur":
+        assert run.args.gamma == run.settings["gamma"] == 0.15, "half of what whole answers take"
     share = values[LEAST.index(least)]
     expected = f"Steering only the own words of answers: they are 0.30 of the tokens and carry {share:.2f} of what"
     assert expected in capsys.readouterr().err
@@ -72,8 +74,9 @@ def test_own_words_where_little_else_is_missed(prepared, shares, method, values,
 
 def test_what_was_given_stays(prepared, shares):
     shares(1.0)
-    run = with_steering(prepared(level_two_sided=False), None)
+    run = with_steering(prepared(level_two_sided=False, gamma=0.4), None)
     assert run.args.forget_objective_kwargs["own_words"] and not run.args.level_two_sided
+    assert run.args.gamma == 0.4 and "gamma" not in run.settings
     for options in (
         {"forget_objective_kwargs": {"layer": 0}},
         {"forget_objective": "npo", "retain_objective": "nll"},
