@@ -79,7 +79,8 @@ class Objective:
         reference: Reference | None = None,
         num_items: Tensor | int | None = None,
     ) -> Tensor:
-        """The scalar to descend. Default of `num_items`: the batch's own count."""
+        """The scalar to descend, 0 without items. Default of `num_items`: the batch's own count."""
         losses, weight = self.losses(model, batch, reference), batch.get("weight")
         total = losses.sum() if weight is None else (losses * weight).sum()
-        return total / (self.num_items(batch) if num_items is None else num_items)
+        count = self.num_items(batch) if num_items is None else num_items
+        return total / (count.where(count != 0, 1) if isinstance(count, Tensor) else count or 1)

@@ -110,6 +110,18 @@ def test_the_places_are_steered_from_which_own_words_are_said():
     torch.testing.assert_close(twice.target(WIDTH, made, None)[1, 2], 2 * vectors[0, 2])
 
 
+def test_rows_without_a_place_to_steer_cost_nothing(tmp_path):
+    """Such as those that a retain row equals up to the own word: there it has the same activation."""
+    objective = RMU(LAYER, own_words=0.2, skip_shared_start=True)
+    batches = {"per_device_train_batch_size": 1, "max_steps": 4, "logging_steps": 1}
+    forget = [*FORGET[:2], row(4, 9, 6, 30, 7), row(4, 9, 6, 31, 7)]
+    started = trainer(tmp_path, forget, objective=objective, **batches)
+    assert [started.train_dataset.forget[place]["shared_start"] for place in range(4)] == [3, 3, 0, 0]
+    started.train()
+    losses = [log["loss/forget"] for log in started.state.log_history if "loss/forget" in log]
+    assert losses[:2] == [0, 0] and min(losses[2:]) > 0.01 and len(losses) == 4
+
+
 def test_what_it_needs():
     with pytest.raises(ValueError, match="so `own_words` has no effect"):
         RMU(LAYER, masked=False, own_words=0.2)
