@@ -79,7 +79,10 @@ def learned_vectors(
     """
     batches = [batch for batch in batches if objective.mask(batch).any()]
     if not batches:
-        raise ValueError("RMU: no token of the forget set is its own and not in a start that is left out.")
+        raise ValueError(
+            "RMU: no token of the forget set is its own and not in a start that is left out, so there is no place to "
+            "steer: take `answers_only` instead of `own_words`, or leave `skip_shared_start` out."
+        )
     with evaluating(model), _frozen(model):
         length = length or _mean_length(model, batches[:_MEASURED], objective)
         generator = torch.Generator().manual_seed(objective.seed)
